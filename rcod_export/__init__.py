@@ -1,0 +1,1 @@
+"""RCOD checkpoints to bundles: ONNX graphs, checked against PyTorch, with a manifest."""

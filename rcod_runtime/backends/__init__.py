@@ -1,0 +1,85 @@
+"""What runs the graphs: one small protocol, one module for each library."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from rcod_runtime.errors import BackendError, UsageError
+
+Array = npt.NDArray[np.float32]
+Shapes = Mapping[str, tuple[int, ...]]
+BackendName = Literal["openvino", "onnxruntime"]
+BACKENDS: tuple[BackendName, ...] = ("openvino", "onnxruntime")  # in the order of preference
+PRECISIONS = ("fp32", "bf16")
+
+
+class Session(Protocol):
+    """One loaded graph. Not thread-safe."""
+
+    def bind(self, shapes: Shapes) -> None:
+        """Make ready for inputs of these shapes; cheap if they are bound already."""
+        ...
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Run on inputs of the bound shapes. Outputs are valid until the next run."""
+        ...
+
+
+class Backend(Protocol):
+    """A library that loads graphs."""
+
+    name: str
+    version: str
+    precision: str
+
+    def load(self, path: Path) -> Session:
+        """Load an ONNX file.
+
+        Raises:
+            BackendError: the library refuses the graph.
+        """
+        ...
+
+
+def installed(name: BackendName) -> bool:
+    """Whether the library of a backend is there; does not import it."""
+    return importlib.util.find_spec(name) is not None
+
+
+def choose(name: str, device: str, precision: str, threads: int) -> Backend:
+    """The backend to use; ``auto`` is the first one installed.
+
+    Args:
+        device: ``auto`` or ``cpu``.
+        precision: fp32, or bf16 for processors that compute it natively.
+        threads: compute threads, 0 for the library's choice.
+
+    Raises:
+        UsageError: an unknown backend, device or precision.
+        BackendError: its library is not installed (the message has the pip line).
+    """
+    if device not in ("auto", "cpu"):
+        raise UsageError(f"device {device!r}: expected auto or cpu.")
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}.")
+    if name not in ("auto", *BACKENDS):
+        raise UsageError(f"backend {name!r}: expected auto or one of {', '.join(BACKENDS)}.")
+    available = [b for b in BACKENDS if installed(b)]
+    chosen = next(iter(available), None) if name == "auto" else name
+    if chosen not in available:
+        line = "pip install rcod" if chosen != "onnxruntime" else 'pip install "rcod[onnxruntime]"'
+        missing = chosen or " or ".join(BACKENDS)
+        raise BackendError(f"backend {missing}: not installed. {line}")
+    if chosen == "openvino":
+        from rcod_runtime.backends.openvino_backend import OpenVinoBackend
+
+        return OpenVinoBackend(precision, threads)
+    from rcod_runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
+
+    return OnnxRuntimeBackend(precision, threads)

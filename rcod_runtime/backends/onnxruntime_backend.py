@@ -1,0 +1,56 @@
+"""ONNX Runtime on the CPU: the portable one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnxruntime as ort
+
+from rcod_runtime.backends import Array, Shapes
+from rcod_runtime.errors import BackendError, UsageError
+
+
+class OnnxRuntimeBackend:
+    """One session for each graph; it takes any shape."""
+
+    name = "onnxruntime"
+
+    def __init__(self, precision: str, threads: int) -> None:
+        if precision != "fp32":
+            raise UsageError(
+                f"precision {precision}: the onnxruntime backend computes in fp32 on the CPU. "
+                "Use --backend openvino."
+            )
+        self.version = str(ort.__version__)
+        self.precision = precision
+        self._options = ort.SessionOptions()
+        self._options.log_severity_level = 3
+        self._options.intra_op_num_threads = threads
+
+    def load(self, path: Path) -> OnnxRuntimeSession:
+        try:
+            session = ort.InferenceSession(
+                str(path), self._options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as exc:  # its exceptions share no base class
+            raise BackendError(f"{path}: ONNX Runtime {self.version} refused it: {exc}") from exc
+        return OnnxRuntimeSession(session, path)
+
+
+class OnnxRuntimeSession:
+    """One graph."""
+
+    def __init__(self, session: ort.InferenceSession, path: Path) -> None:
+        self._session, self._path = session, path
+        self._names = [output.name for output in session.get_outputs()]
+
+    def bind(self, shapes: Shapes) -> None:
+        """Nothing to do: the session takes any shape."""
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        try:
+            results = self._session.run(self._names, dict(feeds))
+        except Exception as exc:  # its exceptions share no base class
+            raise BackendError(f"{self._path}: could not be run: {exc}") from exc
+        return dict(zip(self._names, results, strict=True))

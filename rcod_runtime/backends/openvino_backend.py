@@ -1,0 +1,77 @@
+"""OpenVINO on the CPU: the fast default."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import openvino as ov
+
+from rcod_runtime.backends import Array, Shapes
+from rcod_runtime.errors import BackendError
+
+MAX_BOUND_SHAPES = 4  # compiled variants kept for each graph
+
+
+class OpenVinoBackend:
+    """Compiles each graph for each shape it is bound to.
+
+    Precision is set explicitly: left to itself OpenVINO computes in bf16 where the processor can,
+    and the same bundle would give other images on other machines.
+    """
+
+    name = "openvino"
+
+    def __init__(self, precision: str, threads: int) -> None:
+        self.version = str(ov.get_version())
+        self.precision = precision
+        self._core = ov.Core()
+        self._config: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
+        }
+        if threads:
+            self._config["INFERENCE_NUM_THREADS"] = threads
+
+    def load(self, path: Path) -> OpenVinoSession:
+        try:
+            model = self._core.read_model(path)
+        except RuntimeError as exc:
+            raise BackendError(f"{path}: OpenVINO {self.version} refused it: {exc}") from exc
+        return OpenVinoSession(self._core, self._config, model, path)
+
+
+class OpenVinoSession:
+    """One graph, compiled for the shapes it was bound to."""
+
+    def __init__(self, core: ov.Core, config: dict[str, Any], model: ov.Model, path: Path) -> None:
+        self._core, self._config, self._model, self._path = core, config, model, path
+        self._names = [output.get_any_name() for output in model.outputs]
+        self._requests: OrderedDict[tuple[object, ...], Any] = OrderedDict()
+        self._request: Any = None
+
+    def bind(self, shapes: Shapes) -> None:
+        key = tuple(sorted(shapes.items()))
+        if key not in self._requests:
+            try:
+                model = self._model.clone()
+                model.reshape({name: list(shape) for name, shape in shapes.items()})
+                compiled = self._core.compile_model(model, "CPU", self._config)
+            except RuntimeError as exc:
+                raise BackendError(f"{self._path}: can't be compiled for {key}: {exc}") from exc
+            self._requests[key] = compiled.create_infer_request()
+            if len(self._requests) > MAX_BOUND_SHAPES:
+                self._requests.popitem(last=False)
+        self._requests.move_to_end(key)
+        self._request = self._requests[key]
+
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        inputs = {name: np.ascontiguousarray(value) for name, value in feeds.items()}
+        try:
+            results = self._request.infer(inputs, share_inputs=True, share_outputs=True)
+        except RuntimeError as exc:
+            raise BackendError(f"{self._path}: could not be run: {exc}") from exc
+        return {name: results[index] for index, name in enumerate(self._names)}

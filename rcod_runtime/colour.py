@@ -1,0 +1,104 @@
+"""Colour match: take the broad colours of the input over to the result.
+
+Both methods change the result in place, a band of rows at a time, from statistics of a copy the
+size of the input; no second full-size image is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from rcod_runtime.resample import Resampler
+
+ColourMatch = Literal["none", "adain", "wavelet"]
+COLOUR_MATCHES: tuple[ColourMatch, ...] = ("none", "adain", "wavelet")
+
+Floats = npt.NDArray[np.float32]
+Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+
+BAND_ROWS = 256
+LOW_PASS_PX = 4  # of the input: what is broader than this comes from the input
+
+
+def match_colour(sr: Pixels, lq: Floats, method: ColourMatch) -> None:
+    """Correct ``sr`` (H, W, C) in place to the colours of ``lq`` (h, w, C).
+
+    ``adain``: each channel gets the input's mean and standard deviation.
+    ``wavelet``: each channel's low frequencies are replaced by the input's, as the coarsest band of
+    a wavelet transform would be.
+
+    Args:
+        sr: uint8 or uint16.
+        lq: the input in the same units as ``sr``.
+    """
+    if method == "none":
+        return
+    small = _reduced(sr, lq.shape[:2])
+    if method == "adain":
+        _adain(sr, small, lq)
+    else:
+        _wavelet(sr, small, lq)
+
+
+def _reduced(sr: Pixels, size_hw: tuple[int, ...]) -> Floats:
+    """Area average at the size of the input, (h, w, C) float32."""
+    from PIL import Image
+
+    height, width = size_hw
+    out = np.empty((height, width, sr.shape[2]), np.float32)
+    for c in range(sr.shape[2]):
+        # Row bands keep the float copy of a plane small; edges lie on whole pixels of the result.
+        for top, bottom in _bands(height, max(1, BAND_ROWS // 4)):
+            y = sr.shape[0] / height
+            first, last = int(top * y), min(sr.shape[0], int(np.ceil(bottom * y)))
+            plane = Image.fromarray(sr[first:last, :, c].astype(np.float32))
+            box = (0.0, top * y - first, float(sr.shape[1]), min(bottom * y - first, last - first))
+            size = (width, bottom - top)
+            out[top:bottom, :, c] = np.asarray(plane.resize(size, Image.Resampling.BOX, box))
+    return out
+
+
+def _bands(height: int, rows: int) -> Iterator[tuple[int, int]]:
+    for top in range(0, height, rows):
+        yield top, min(height, top + rows)
+
+
+def _store(sr: Pixels, rows: slice, values: Floats) -> None:
+    limit = np.iinfo(sr.dtype).max
+    sr[rows] = np.rint(np.clip(values, 0, limit))
+
+
+def _adain(sr: Pixels, small: Floats, lq: Floats) -> None:
+    mean_sr, mean_lq = small.mean((0, 1)), lq.mean((0, 1))
+    gain = lq.std((0, 1)) / np.maximum(small.std((0, 1)), 1e-3)
+    # A flat image has no contrast to match, and a ratio of two roundings would be noise.
+    gain = np.where(lq.std((0, 1)) < 1.0, 1.0, gain).astype(np.float32)
+    for top, bottom in _bands(sr.shape[0], BAND_ROWS):
+        _store(sr, slice(top, bottom), (sr[top:bottom] - mean_sr) * gain + mean_lq)
+
+
+def _wavelet(sr: Pixels, small: Floats, lq: Floats) -> None:
+    from PIL import Image
+
+    difference = lq - small
+    coarse_hw = tuple(max(1, round(side / LOW_PASS_PX)) for side in lq.shape[:2])
+    coarse = np.stack(
+        [
+            np.asarray(
+                Image.fromarray(np.ascontiguousarray(difference[:, :, c])).resize(
+                    coarse_hw[::-1], Image.Resampling.BOX
+                )
+            )
+            for c in range(lq.shape[2])
+        ],
+        axis=2,
+    )
+    height, width = sr.shape[:2]
+    correction = Resampler(coarse, (height, width))
+    for top, bottom in _bands(height, BAND_ROWS):
+        field = correction.box(top, 0, bottom - top, width)
+        _store(sr, slice(top, bottom), sr[top:bottom] + field)

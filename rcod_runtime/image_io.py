@@ -1,0 +1,262 @@
+"""Image files in and out: every colour mode, orientation and depth that photos come in."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import struct
+import tempfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rcod_runtime.errors import ImageError, OutputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+
+MAX_INPUT_PIXELS = 50_000_000
+READ_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
+FORMATS = {
+    ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP",
+    ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP",
+}  # fmt: skip
+SAVE_OPTIONS: dict[str, dict[str, Any]] = {
+    "JPEG": {"quality": 95, "subsampling": 0},
+    "WEBP": {"quality": 95},
+    "PNG": {"compress_level": 4},
+    "TIFF": {"compression": "tiff_deflate"},
+}
+# What Pillow's decoders raise on damaged files.
+_DECODER_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError,
+    OverflowError, ZeroDivisionError, MemoryError, NotImplementedError, struct.error, zlib.error,
+)  # fmt: skip
+
+Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+
+
+@dataclass(frozen=True)
+class Photo:
+    """A decoded image. ``pixels`` is (H, W) grey, (H, W, 2) grey and alpha, (H, W, 3) or (H, W, 4),
+    uint8 or uint16, upright; ``icc`` the profile its values are in, where one was given."""
+
+    pixels: Pixels
+    icc: bytes | None = None
+
+
+def read_image(path: Path | str, max_pixels: int = MAX_INPUT_PIXELS) -> Photo:
+    """Decode an image file.
+
+    EXIF orientation is applied, palettes are expanded, CMYK is converted to sRGB, of an animation
+    the first frame is taken. 16-bit grey keeps its depth; 16-bit colour does where OpenCV is
+    installed and is read at 8 bits with a warning otherwise.
+
+    Raises:
+        ImageError: missing, a folder, empty, not an image, damaged, or over ``max_pixels``.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as exc:
+        raise ImageError(f"{path}: not found.") from exc
+    except IsADirectoryError as exc:
+        raise ImageError(f"{path}: expected an image file, found a folder.") from exc
+    except OSError as exc:
+        raise ImageError(f"{path}: can't be read ({exc.strerror or exc}).") from exc
+    if not data:
+        raise ImageError(f"{path}: expected an image, found an empty file.")
+    return decode_image(data, str(path), max_pixels)
+
+
+def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -> Photo:
+    """The same for the content of a file; ``source`` names it in messages."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise ImageError(
+                    f"{source}: {width} x {height} px; the limit is {max_pixels / 1e6:g} million "
+                    "pixels. Cut the image into parts, or raise the limit if you trust the file."
+                )
+            if getattr(image, "n_frames", 1) > 1:
+                log.warning("%s: has several frames; only the first is used", source)
+            deep = _deep_colour(data, image)
+            if deep is not None:
+                return Photo(deep, image.info.get("icc_profile"))
+            if _is_deep_colour(image, data):
+                log.warning(
+                    '%s: 16-bit colour is read at 8 bits. To keep it: pip install "rcod[opencv]"',
+                    source,
+                )
+            upright = ImageOps.exif_transpose(image)
+            return _converted(upright, source)
+    except UnidentifiedImageError as exc:
+        raise ImageError(
+            f"{source}: expected an image (PNG, JPEG, WebP, TIFF, BMP, GIF), found another kind of "
+            "file."
+        ) from exc
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
+        raise ImageError(
+            f"{source}: over the limit of {max_pixels / 1e6:g} million pixels."
+        ) from exc
+    except _DECODER_ERRORS as exc:
+        raise ImageError(f"{source}: the image is damaged or cut short ({exc}).") from exc
+
+
+def _is_deep_colour(image: Image, data: bytes) -> bool:
+    """More than 8 bits in several channels, which Pillow can't hold."""
+    if image.format == "PNG":
+        return data[24] == 16 and data[25] in (2, 4, 6)  # IHDR: bit depth, colour type
+    if image.format == "TIFF":
+        bits = getattr(image, "tag_v2", {}).get(258, (8,))
+        return len(bits) > 1 and max(bits) > 8
+    return False
+
+
+def _deep_colour(data: bytes, image: Image) -> Pixels | None:
+    """16-bit colour through OpenCV; None where it isn't that, or OpenCV isn't installed."""
+    if not _is_deep_colour(image, data):
+        return None
+    try:
+        import cv2
+    except ImportError:
+        return None
+    decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if decoded is None or decoded.dtype != np.uint16 or decoded.ndim != 3:
+        return None
+    order = [2, 1, 0, 3][: decoded.shape[2]]
+    return np.ascontiguousarray(decoded[:, :, order]).astype(np.uint16, copy=False)
+
+
+def _converted(image: Image, source: str) -> Photo:
+    icc = image.info.get("icc_profile")
+    mode = image.mode
+    if mode in ("I;16", "I;16L", "I;16B", "I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ImageError(f"{source}: expected 8 or 16 bits a channel, found 32-bit integers.")
+        return Photo(values.astype(np.uint16), icc)
+    if mode == "F":
+        raise ImageError(f"{source}: expected 8 or 16 bits a channel, found floating point.")
+    if mode in ("L", "LA", "RGB", "RGBA") and "transparency" not in image.info:
+        return Photo(np.asarray(image), icc)
+    if mode == "1":
+        return Photo(np.asarray(image.convert("L")), icc)
+    if mode == "CMYK":
+        return Photo(np.asarray(_cmyk_to_srgb(image, icc)))
+    has_alpha = "transparency" in image.info or mode in ("PA", "La", "RGBa")
+    kept = icc if mode in ("P", "PA", "RGB", "RGBX", "L") else None
+    if mode == "L":
+        return Photo(np.asarray(image.convert("LA")), kept)
+    return Photo(np.asarray(image.convert("RGBA" if has_alpha else "RGB")), kept)
+
+
+def _cmyk_to_srgb(image: Image, icc: bytes | None) -> Image:
+    from PIL import ImageCms
+
+    if icc:
+        try:
+            profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
+            converted = ImageCms.profileToProfile(
+                image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB"
+            )
+            if converted is not None:
+                return converted
+        except (ImageCms.PyCMSError, OSError) as exc:
+            log.warning("its CMYK profile can't be used (%s); converted without it", exc)
+    return image.convert("RGB")
+
+
+def check_format(path: Path, pixels_dtype: Any = None, alpha: bool = False) -> str:
+    """The format a suffix stands for, if it can hold such an image.
+
+    Raises:
+        OutputError: an unknown suffix, or a format that would lose alpha or depth.
+    """
+    format_name = FORMATS.get(path.suffix.lower())
+    if format_name is None:
+        raise OutputError(
+            f"{path}: expected a name that ends in one of {', '.join(FORMATS)}, "
+            f"found {path.suffix or 'no suffix'!r}."
+        )
+    if alpha and format_name in ("JPEG", "BMP"):
+        raise OutputError(f"{path}: {format_name} can't hold transparency. Write PNG or WebP.")
+    if pixels_dtype == np.uint16 and format_name not in ("PNG", "TIFF"):
+        raise OutputError(f"{path}: {format_name} can't hold 16 bits. Write PNG or TIFF.")
+    return format_name
+
+
+def write_image(path: Path | str, pixels: Pixels, icc: bytes | None = None) -> None:
+    """Encode by the suffix and write whole or not at all; an existing file is replaced.
+
+    Raises:
+        OutputError: the folder is missing or can't be written, or the format can't hold the image.
+    """
+    path = Path(path)
+    alpha = pixels.ndim == 3 and pixels.shape[2] in (2, 4)
+    data = _encoded(pixels, check_format(path, pixels.dtype, alpha), path, icc)
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    except OSError as exc:
+        raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.chmod(0o666 & ~_umask())
+        partial.replace(path)
+    except OSError as exc:
+        raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _encoded(pixels: Pixels, format_name: str, path: Path, icc: bytes | None) -> bytes:
+    from PIL import Image
+
+    if pixels.dtype == np.uint16 and pixels.ndim == 3:
+        return _encoded_deep(pixels, path)
+    options = dict(SAVE_OPTIONS.get(format_name, {}))
+    if icc and format_name != "BMP":
+        options["icc_profile"] = icc
+    buffer = io.BytesIO()
+    try:
+        Image.fromarray(pixels).save(buffer, format_name, **options)
+    except (OSError, ValueError, struct.error) as exc:
+        raise OutputError(f"{path}: can't be encoded as {format_name} ({exc}).") from exc
+    return buffer.getvalue()
+
+
+def _encoded_deep(pixels: Pixels, path: Path) -> bytes:
+    """16-bit colour, which Pillow can't write."""
+    try:
+        import cv2
+    except ImportError as exc:
+        raise OutputError(
+            f'{path}: writing 16-bit colour needs OpenCV: pip install "rcod[opencv]"'
+        ) from exc
+    if pixels.shape[2] == 2:
+        raise OutputError(f"{path}: 16-bit grey with alpha can't be written. Use RGBA.")
+    order = [2, 1, 0, 3][: pixels.shape[2]]
+    good, data = cv2.imencode(path.suffix.lower(), np.ascontiguousarray(pixels[:, :, order]))
+    if not good:
+        raise OutputError(f"{path}: can't be encoded.")
+    return bytes(data)

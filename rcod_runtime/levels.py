@@ -1,0 +1,56 @@
+"""From a realism setting to weights on the levels of a bundle."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from rcod_runtime.errors import UsageError
+from rcod_runtime.manifest import Level, MetricRange
+
+ADAPTIVE = "adaptive"
+
+
+def level_weights(realism: str | float, levels: Sequence[Level]) -> npt.NDArray[np.float32]:
+    """Weights (n,) float32 that sum to one.
+
+    Args:
+        realism: a level's name, or a number from 0 (the first level) to 1 (the last); in between
+            the two neighbours are mixed linearly.
+
+    Raises:
+        UsageError: no such level, or a number outside [0, 1].
+    """
+    weights = np.zeros(len(levels), np.float32)
+    names = [level.name for level in levels]
+    if isinstance(realism, str):
+        if realism not in names:
+            raise UsageError(
+                f"realism {realism!r}: expected one of {', '.join(names)}, {ADAPTIVE}, "
+                "or a number in [0, 1]."
+            )
+        weights[names.index(realism)] = 1.0
+        return weights
+    if isinstance(realism, bool) or not isinstance(realism, (int, float, np.floating, np.integer)):
+        raise UsageError(f"realism: expected a level's name or a number, found {realism!r}.")
+    if not 0.0 <= realism <= 1.0:  # NaN too
+        raise UsageError(f"realism {realism}: expected a number in [0, 1].")
+    position = float(realism) * (len(levels) - 1)
+    lower = min(math.floor(position), max(0, len(levels) - 2))
+    weights[lower] = 1.0 - (position - lower)
+    if len(levels) > 1:
+        weights[lower + 1] = position - lower
+    return weights
+
+
+def adaptive_level(m_l: float, metric: MetricRange, levels: Sequence[Level]) -> Level:
+    """Eq. 5 with an estimate of M: t = k (n - floor(n (M - M_min) / (M_max - M_min))).
+
+    The group is clamped to the levels there are: M = M_max would give t = 0.
+    """
+    n = len(levels)
+    group = math.floor(n * (m_l - metric.m_min) / (metric.m_max - metric.m_min))
+    return levels[min(max(n - group, 1), n) - 1]

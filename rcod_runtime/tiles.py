@@ -1,0 +1,121 @@
+"""Overlapping tiles over an image, and their blending into rows, ready one after another."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from rcod_runtime.errors import UsageError
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Tiles along one axis: where each starts, and its weights, which sum to one at every pixel."""
+
+    length_px: int
+    tile_px: int
+    starts: tuple[int, ...]
+    weights: tuple[Floats, ...]
+
+    def valid(self, index: int) -> int:
+        """Pixels of a tile that lie inside the image; the rest is padding."""
+        return min(self.tile_px, self.length_px - self.starts[index])
+
+
+def plan_axis(length_px: int, tile_px: int, overlap_px: int, multiple: int) -> Axis:
+    """Cover ``length_px`` with tiles that overlap by at least ``overlap_px``.
+
+    An image shorter than a tile gets one tile of the next multiple. Raised-cosine ramps run over
+    the overlaps.
+
+    Raises:
+        UsageError: a tile size that is not a positive multiple, or an overlap over half a tile.
+    """
+    if tile_px < multiple or tile_px % multiple:
+        raise UsageError(f"tile size {tile_px} px: expected a multiple of {multiple} px.")
+    if not 0 <= overlap_px <= tile_px // 2:
+        raise UsageError(f"overlap {overlap_px} px: expected 0 to {tile_px // 2} px (half a tile).")
+    if length_px <= tile_px:
+        tile_px = math.ceil(length_px / multiple) * multiple
+        return Axis(length_px, tile_px, (0,), (np.ones(length_px, np.float32),))
+    count = math.ceil((length_px - overlap_px) / (tile_px - overlap_px))
+    last = length_px - tile_px
+    starts = tuple(round(i * last / (count - 1)) for i in range(count))
+    windows = [np.ones(tile_px) for _ in starts]
+    for i in range(count - 1):
+        shared = starts[i] + tile_px - starts[i + 1]
+        ramp = 0.5 - 0.5 * np.cos(np.pi * (np.arange(shared) + 0.5) / max(1, shared))
+        windows[i + 1][:shared] *= ramp
+        windows[i][tile_px - shared :] *= ramp[::-1]
+    total = np.zeros(length_px)
+    for start, window in zip(starts, windows, strict=True):
+        total[start : start + tile_px] += window
+    weights = tuple(
+        (window / total[start : start + tile_px]).astype(np.float32)
+        for start, window in zip(starts, windows, strict=True)
+    )
+    return Axis(length_px, tile_px, starts, weights)
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """Tiles of an image, row by row."""
+
+    y: Axis
+    x: Axis
+
+    @property
+    def count(self) -> int:
+        return len(self.y.starts) * len(self.x.starts)
+
+    def positions(self) -> list[tuple[int, int]]:
+        """(row, column) of every tile, rows first."""
+        return [(i, j) for i in range(len(self.y.starts)) for j in range(len(self.x.starts))]
+
+
+class Blender:
+    """Adds weighted tiles and yields rows of the image as soon as no later tile touches them.
+
+    Holds one row of tiles in float32, whatever the image's height.
+    """
+
+    def __init__(self, plan: TilePlan, channels: int) -> None:
+        self.plan = plan
+        height = min(plan.y.tile_px, plan.y.length_px)
+        self._band = np.zeros((height, plan.x.length_px, channels), np.float32)
+        self._top = 0
+
+    def add(self, row: int, column: int, tile: Floats) -> None:
+        """Add tile (row, column), (tile height, tile width, C); padding is cut off."""
+        y, x = self.plan.y, self.plan.x
+        height, width = y.valid(row), x.valid(column)
+        left = x.starts[column]
+        weights = y.weights[row][:, None, None] * x.weights[column][None, :, None]
+        self._band[:height, left : left + width] += tile[:height, :width] * weights
+
+    def finish_row(self, row: int) -> Iterator[tuple[int, Floats]]:
+        """After a row's last tile: (top, rows) that are final. Use them before the next add."""
+        starts = self.plan.y.starts
+        last = row == len(starts) - 1
+        until = self.plan.y.length_px if last else starts[row + 1]
+        ready = until - self._top
+        yield self._top, self._band[:ready]
+        if not last:
+            kept = len(self._band) - ready
+            self._band[:kept] = self._band[ready:].copy()
+            self._band[kept:] = 0.0
+            self._top = until
+
+
+def pad_to(tile: Floats, height: int, width: int) -> Floats:
+    """Mirror a tile (h, w, C) at its lower and right edge up to (height, width, C)."""
+    missing = (height - tile.shape[0], width - tile.shape[1])
+    if missing == (0, 0):
+        return tile
+    return np.pad(tile, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="reflect")

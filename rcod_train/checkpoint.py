@@ -1,0 +1,157 @@
+"""The merged checkpoint: a diffusers-style directory that rcod-export reads.
+
+vae/ unet/ vpim/ mem/   config.json and safetensors each (fp16 storage; mem is optional)
+rcod.json               family, levels with their constants, statistics of M, training record
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.modeling_utils import ModelMixin
+
+from rcod_train.errors import CheckpointError
+from rcod_train.grouping import Grouping
+from rcod_train.models.mem import Mem
+from rcod_train.models.vae import NanoVae
+from rcod_train.models.vpim import Vpim
+from rcod_train.network import Parts
+from rcod_train.schedule import alpha_sigma
+
+VERSION = 1
+LEVEL_NAMES = {
+    1: ("neutral",),
+    2: ("fidelity", "realism"),
+    3: ("fidelity", "neutral", "realism"),
+    4: ("fidelity", "neutral", "realism", "extreme"),
+}
+PART_TYPES: dict[str, type[ModelMixin]] = {
+    "vae": NanoVae, "unet": UNet2DConditionModel, "vpim": Vpim, "mem": Mem,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CheckpointLevel:
+    """A level of realism: its timestep and the constants of Eq. 3."""
+
+    name: str
+    timestep: int
+    alpha: float
+    sigma: float
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """rcod.json."""
+
+    family: str
+    name: str
+    summary: str
+    licence: str
+    sources: tuple[str, ...]
+    levels: tuple[CheckpointLevel, ...]
+    m_min: float
+    m_max: float
+    k: int
+    training: dict[str, Any]
+    version: int = VERSION
+
+
+def levels_of(grouping: Grouping) -> tuple[CheckpointLevel, ...]:
+    """The inference levels of a grouping, with the paper's alpha_t and sigma_t."""
+    return tuple(
+        CheckpointLevel(name, t, *alpha_sigma(t))
+        for name, t in zip(LEVEL_NAMES[grouping.n], grouping.timesteps, strict=True)
+    )
+
+
+def save_merged(folder: Path, parts: Parts, info: CheckpointInfo) -> None:
+    """Write the checkpoint whole or not at all; an existing one at ``folder`` is replaced.
+
+    Weights are stored in fp16. What is loaded again is these rounded weights, in fp32, so that
+    everything downstream compares with what really ships.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for name in PART_TYPES:
+            module = getattr(parts, name)
+            if module is not None:
+                _rounded(module).save_pretrained(partial / name, safe_serialization=True)
+        text = json.dumps(dataclasses.asdict(info), indent=1) + "\n"
+        (partial / "rcod.json").write_text(text, encoding="utf-8")
+        partial.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.replace(folder)
+    except OSError as exc:
+        raise CheckpointError(
+            f"{folder}: the checkpoint could not be written ({exc.strerror or exc}). "
+            "Free space or choose another --out."
+        ) from exc
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _rounded(module: ModelMixin) -> ModelMixin:
+    for name, parameter in module.named_parameters():
+        if not torch.isfinite(parameter.half()).all():
+            raise CheckpointError(f"weight {name}: beyond fp16's range; the training has diverged.")
+    return module.half()
+
+
+def load_merged(folder: str | Path) -> tuple[Parts, CheckpointInfo]:
+    """Read a merged checkpoint; modules come in fp32, in eval mode, without gradients.
+
+    Raises:
+        CheckpointError: a part is missing, of another geometry, or rcod.json is not understood.
+    """
+    folder = Path(folder)
+    info = _read_info(folder / "rcod.json")
+    modules: dict[str, Any] = {}
+    for name, kind in PART_TYPES.items():
+        if not (folder / name).is_dir():
+            if name == "mem":
+                continue
+            raise CheckpointError(
+                f"{folder / name}: expected a part of the checkpoint, found none."
+            )
+        try:
+            module = kind.from_pretrained(folder / name, local_files_only=True)
+        except (OSError, ValueError, RuntimeError) as exc:
+            raise CheckpointError(f"{folder / name}: could not be loaded: {exc}") from exc
+        modules[name] = module.float().eval().requires_grad_(False)
+    return Parts(**modules), info
+
+
+def _read_info(path: Path) -> CheckpointInfo:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as exc:
+        raise CheckpointError(
+            f"{path}: not found. Expected a merged checkpoint as rcod-train writes it."
+        ) from exc
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as exc:
+        raise CheckpointError(f"{path}: not readable as JSON ({exc}).") from exc
+    version = raw.get("version") if isinstance(raw, dict) else None
+    if version != VERSION:
+        raise CheckpointError(f'{path}: "version": expected {VERSION}, found {version!r}.')
+    fields = {f.name for f in dataclasses.fields(CheckpointInfo)}
+    if raw.keys() != fields:
+        raise CheckpointError(
+            f"{path}: missing fields {sorted(fields - raw.keys())}, "
+            f"unknown fields {sorted(raw.keys() - fields)}."
+        )
+    try:
+        levels = tuple(CheckpointLevel(**level) for level in raw["levels"])
+    except TypeError as exc:
+        raise CheckpointError(f'{path}: "levels": {exc}') from exc
+    return CheckpointInfo(**{**raw, "levels": levels, "sources": tuple(raw["sources"])})

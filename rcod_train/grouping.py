@@ -1,0 +1,50 @@
+"""Latent metric, latent domain grouping and degradation-aware sampling (Eq. 5, 6, 7 of RCOD)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def cosine_metric(z_lq: Tensor, z_hq: Tensor) -> Tensor:
+    """Eq. 6: M = cosine similarity of the flattened latents, (B, C, h, w) x 2 -> (B,) float32."""
+    return torch.cosine_similarity(z_lq.float().flatten(1), z_hq.float().flatten(1), dim=1)
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Latent domain grouping. m_min and m_max are statistics of the training set."""
+
+    m_min: float
+    m_max: float
+    n: int = 3
+    k: int = 250
+
+    def __post_init__(self) -> None:
+        if not -1.0 <= self.m_min < self.m_max <= 1.0:
+            raise ValueError(f"expected -1 <= m_min < m_max <= 1, found {self.m_min}, {self.m_max}")
+        if not 1 <= self.n <= 4 or not 1 <= self.k * self.n <= 1000:
+            raise ValueError(f"expected n in 1..4 and n k <= 1000, found n={self.n}, k={self.k}")
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """Timesteps of the groups, from fidelity to realism: k, 2k, ... nk."""
+        return tuple(self.k * (i + 1) for i in range(self.n))
+
+    def timestep(self, m: Tensor) -> Tensor:
+        """Eq. 5: t = k (n - floor(n (M - M_min) / (M_max - M_min))), clamped to [k, nk].
+
+        The clamp covers M = M_max (the formula gives t = 0) and values outside the statistics.
+        """
+        group = torch.floor(self.n * (m - self.m_min) / (self.m_max - self.m_min))
+        return (self.k * (self.n - group)).clamp(self.k, self.n * self.k).long()
+
+
+def sample_regulariser_t(t: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Eq. 7: t_r uniform among the integers of [max(20, t - k), min(980, t + k)]; t (B,) int64."""
+    low = (t - k).clamp(min=20)
+    high = (t + k).clamp(max=980)
+    u = torch.rand(t.shape, generator=generator, dtype=torch.float64)
+    return low + (u * (high - low + 1)).long().clamp(max=high - low)

@@ -1,0 +1,97 @@
+"""Train RCOD models.
+
+  rcod-train nano --data DIR --out DIR    from photos to a merged checkpoint in DIR/checkpoint
+
+Progress goes to stderr, the path of the checkpoint to stdout. Exit codes: 0 done, 2 wrong
+arguments, 9 the training could not go on (the message says why), 130 stopped by a signal with
+its state saved: run again with --resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from rcod_train.errors import RcodTrainError
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rcod-train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="family", required=True, metavar="FAMILY")
+    nano = commands.add_parser("nano", help="the small model, from scratch, on CPU or GPU-less CI")
+    nano.add_argument("--data", nargs="+", required=True, metavar="DIR", help="folders of photos")
+    nano.add_argument(
+        "--out", required=True, metavar="DIR", help="checkpoints, logs and the result"
+    )
+    nano.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
+    nano.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    nano.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="of matrix products; auto: bf16 where the processor has it (default: %(default)s)",
+    )
+    nano.add_argument(
+        "--workers", type=int, default=1, help="data processes (default: %(default)s)"
+    )
+    nano.add_argument("--threads", type=int, default=0, help="compute threads; 0: all cores")
+    nano.add_argument("--lpips", action="store_true", help="add the LPIPS loss (downloads weights)")
+    nano.add_argument("--name", default="nano", help="name of the model (default: %(default)s)")
+    nano.add_argument("--licence", default="Apache-2.0", help="SPDX licence of the weights")
+    nano.add_argument(
+        "--source",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="origin and licence of the photos, kept in the model card; may be repeated",
+    )
+    nano.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        dest="overrides",
+        help="any field of the configuration, e.g. rcod.steps=500 (see rcod_train/config.py)",
+    )
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point of ``rcod-train``; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        return _run_nano(arguments)
+    except RcodTrainError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _run_nano(arguments: argparse.Namespace) -> int:
+    import logging
+
+    from rcod_train.config import TrainConfig, with_overrides
+    from rcod_train.nano import train_nano
+
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("rcod_train").setLevel(logging.INFO)
+    config = TrainConfig(
+        data=tuple(arguments.data),
+        out=arguments.out,
+        seed=arguments.seed,
+        precision=arguments.precision,
+        workers=arguments.workers,
+        threads=arguments.threads,
+        use_lpips=arguments.lpips,
+    )
+    config = with_overrides(config, arguments.overrides)
+    checkpoint = train_nano(
+        config, arguments.resume, arguments.name, arguments.licence, tuple(arguments.source)
+    )
+    print(checkpoint)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

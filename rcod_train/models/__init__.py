@@ -1,0 +1,1 @@
+"""Network parts that diffusers and transformers do not have."""

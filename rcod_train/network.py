@@ -1,0 +1,52 @@
+"""The one network definition: the parts of an RCOD model, whatever the family."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from rcod_train.models.mem import Mem
+from rcod_train.models.vae import NanoVae
+from rcod_train.models.vpim import Vpim
+
+
+@dataclass
+class Parts:
+    """The modules of one model. ``vae`` works on scaled latents; ``mem`` may be absent."""
+
+    vae: NanoVae
+    unet: UNet2DConditionModel
+    vpim: Vpim
+    mem: Mem | None = None
+
+
+def build_nano(seed: int) -> Parts:
+    """nano's parts with random weights: 29 GMAC for one 512x512 image, 18 M parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        vae = NanoVae()
+        unet = UNet2DConditionModel(
+            sample_size=64,
+            in_channels=16,
+            out_channels=16,
+            block_out_channels=(96, 160, 224),
+            layers_per_block=1,
+            down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+            cross_attention_dim=128,
+            attention_head_dim=8,
+            norm_num_groups=32,
+        )
+        parts = Parts(vae, unet, Vpim(), Mem())
+    for module in (parts.vae, parts.unet, parts.vpim):
+        module.to(memory_format=torch.channels_last)
+    return parts
+
+
+def predict_eps(unet: UNet2DConditionModel, z_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
+    """eps_theta(z_t; t, c): z_t (B, C, h, w), t (B,) int64, tokens (B, N, D) -> (B, C, h, w)."""
+    eps: Tensor = unet(z_t, t, encoder_hidden_states=tokens, return_dict=False)[0]
+    return eps

@@ -1,0 +1,42 @@
+"""The noise schedule of Stable Diffusion and the one-step formula (Eq. 3 of RCOD)."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+TIMESTEPS = 1000
+BETA_START, BETA_END = 0.00085, 0.012  # "scaled_linear", as in Stable Diffusion
+
+
+@cache
+def alpha_bar() -> Tensor:
+    """alpha_bar_t for t = 0..999, float64: prod over s <= t of 1 - beta_s."""
+    betas = torch.linspace(BETA_START**0.5, BETA_END**0.5, TIMESTEPS, dtype=torch.float64) ** 2
+    return torch.cumprod(1.0 - betas, 0)
+
+
+def alpha_sigma(t: int) -> tuple[float, float]:
+    """alpha_t = sqrt(alpha_bar_t) and sigma_t = sqrt(1 - alpha_t^2) of a timestep 0..999."""
+    value = alpha_bar()[t].item()
+    return value**0.5, (1.0 - value) ** 0.5
+
+
+def alpha_sigma_of(t: Tensor) -> tuple[Tensor, Tensor]:
+    """The same for t (B,) int64 -> two (B, 1, 1, 1) float32, ready to scale latents."""
+    value = alpha_bar()[t].view(-1, 1, 1, 1)
+    return value.sqrt().float(), (1.0 - value).sqrt().float()
+
+
+def add_noise(z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+    """Forward process: z_t = alpha_t z_0 + sigma_t eps, fp32. z_0, eps (B, C, h, w), t (B,)."""
+    alpha, sigma = alpha_sigma_of(t)
+    return alpha * z_0.float() + sigma * eps.float()
+
+
+def one_step(z_t: Tensor, eps: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+    """Eq. 3: z_sr = (z_lq - sigma_t eps) / alpha_t, in fp32 because sigma/alpha (4.1 at t = 750)
+    amplifies every rounding error of eps."""
+    return (z_t.float() - sigma * eps.float()) / alpha

@@ -1,0 +1,73 @@
+"""A checkpoint of nano's classes at a tiny geometry, and the bundle made from it once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from rcod_export.bundle import ExportConfig, build_bundle
+from rcod_train.checkpoint import CheckpointInfo, levels_of, save_merged
+from rcod_train.grouping import Grouping
+from rcod_train.models.mem import Mem
+from rcod_train.models.vae import NanoVae
+from rcod_train.models.vpim import Vpim
+from rcod_train.network import Parts
+
+
+def tiny_parts(seed: int = 0) -> Parts:
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(16, 16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+    vae = NanoVae(4, (8, 16, 16), (1, 1, 1), (1, 1, 1), scaling_factor=1.7)
+    return Parts(vae, unet, Vpim(32, 16, 1, 16), Mem(4, 8))
+
+
+def tiny_info(**changes: object) -> CheckpointInfo:
+    grouping = Grouping(0.2, 0.9)
+    fields = {
+        "family": "nano",
+        "name": "tiny",
+        "summary": "A test.",
+        "licence": "Apache-2.0",
+        "sources": ("made by the test",),
+        "levels": levels_of(grouping),
+        "m_min": grouping.m_min,
+        "m_max": grouping.m_max,
+        "k": grouping.k,
+        "training": {},
+    }
+    return CheckpointInfo(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    save_merged(folder, tiny_parts(), tiny_info())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> ExportConfig:
+    return ExportConfig(tile_px=64, overlap_px=16)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tiny_checkpoint: Path, tiny_config: ExportConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("bundle") / "tiny"
+    build_bundle(tiny_checkpoint, out, tiny_config)
+    return out
