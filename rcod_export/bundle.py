@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -76,7 +76,7 @@ class _Exported:
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
     dynamic: dict[str, dict[int, Any]]
-    shapes: dict[str, tuple[tuple[int | str, ...], str]]  # tensor -> (shape, layout)
+    shapes: dict[str, tuple[tuple[int | str, ...], Any]]  # tensor -> (shape, layout)
 
 
 def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
@@ -260,7 +260,7 @@ def denoise(parts: Parts, z_lq: Tensor, tokens: Tensor, info: CheckpointInfo, in
 def _identity(info: CheckpointInfo) -> Identity:
     return Identity(
         name=info.name,
-        family=info.family,
+        family=cast(Any, info.family),  # the manifest checks it
         summary=info.summary,
         licence=info.licence,
         sources=info.sources,

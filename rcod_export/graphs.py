@@ -87,7 +87,8 @@ class DenoiserGraph(nn.Module):
         eps = self.unet(z_lq, row, encoder_hidden_states=tokens, return_dict=False)[0]
         alpha, sigma = (level @ self.constants).view(-1, 2, 1, 1, 1).unbind(1)  # (B, 1, 1, 1) each
         # Eq. 3 in fp32: sigma/alpha is 4.1 at t = 750 and amplifies every rounding of eps.
-        return (z_lq.float() - sigma * eps.float()) / alpha
+        z_sr: Tensor = (z_lq.float() - sigma * eps.float()) / alpha
+        return z_sr
 
 
 class _Passed(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -63,7 +64,8 @@ def measure(graph: str, level: str | None, reference: Array, found: Array, limit
         raise ParityError(f"{where}: not all values are finite. Check the checkpoint's weights.")
     a, b = reference.astype(np.float64).ravel(), found.astype(np.float64).ravel()
     max_abs = float(np.abs(a - b).max())
-    cosine = float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30))
+    norms = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
+    cosine = float(a @ b) / max(norms, 1e-30)
     if max_abs > limit.max_abs or cosine < limit.cosine:
         raise ParityError(
             f"{where}: ONNX differs from PyTorch by {max_abs:.2e} (limit {limit.max_abs:.0e}), "
@@ -81,7 +83,7 @@ def measure(graph: str, level: str | None, reference: Array, found: Array, limit
     )
 
 
-def psnr_u8(a: npt.NDArray[np.uint8], b: npt.NDArray[np.uint8]) -> float:
+def psnr_u8(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:
     """PSNR of two uint8 images in dB; equal images count as 100 dB, so that JSON can hold it."""
     error = float(np.square(a.astype(np.float64) - b.astype(np.float64)).mean())
     return 100.0 if error == 0 else min(100.0, 10 * float(np.log10(255.0**2 / error)))

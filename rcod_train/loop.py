@@ -252,7 +252,11 @@ def _train(trainer: _Trainer, batches: Iterable[Batch], resume: bool) -> None:
         dynamic_ncols=True,
         mininterval=1.0,
     )
-    with _stop_requested() as stopped, log_path.open("a", encoding="utf-8") as log_file, progress:
+    with (
+        _stop_requested() as stopped,
+        log_path.open("a", buffering=1, encoding="utf-8") as log_file,
+        progress,
+    ):
         for batch in batches:
             started = time.perf_counter()
             generator = step_generator(trainer.seed, trainer.step)

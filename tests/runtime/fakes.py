@@ -1,0 +1,161 @@
+"""A bundle whose pipeline is a known function: a 3x3 blur and a gain that depends on the level.
+
+The graphs are real ONNX files in the geometry of nano (factor 8, tokens, level weights), small
+enough to reason about: every pixel of the result depends on 3x3 pixels of the upsampled input.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from rcod_runtime.manifest import (
+    Evidence,
+    Graph,
+    Identity,
+    ImageContract,
+    Level,
+    Manifest,
+    MetricRange,
+    Precision,
+    Tensor,
+    sha256_file,
+)
+
+FACTOR = 8
+CHANNELS = 3 * FACTOR * FACTOR
+GAINS = (0.25, 0.5, 1.0)
+TOKENS_PX = 16
+LEVELS = (
+    Level("fidelity", 250, 0.8, 0.6),
+    Level("neutral", 500, 0.6, 0.8),
+    Level("realism", 750, 0.28, 0.96),
+)
+
+IMAGE = Tensor("image", "float32", ("batch", 3, "height", "width"), "NCHW")
+Z_LQ = Tensor("z_lq", "float32", ("batch", CHANNELS, "height/8", "width/8"), "NCHW")
+Z_SR = Tensor("z_sr", "float32", Z_LQ.shape, "NCHW")
+THUMBNAIL = Tensor("image", "float32", ("batch", 3, TOKENS_PX, TOKENS_PX), "NCHW")
+TOKENS = Tensor("tokens", "float32", ("batch", 4, 3), "NLC")
+LEVEL = Tensor("level", "float32", ("batch", len(LEVELS)), "NK")
+M_L = Tensor("m_l", "float32", ("batch",), "N")
+
+
+def _save(
+    path: Path,
+    inputs: tuple[Tensor, ...],
+    outputs: tuple[Tensor, ...],
+    nodes: list[onnx.NodeProto],
+    weights: dict[str, np.ndarray],
+) -> Graph:
+    def info(tensor: Tensor) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, tensor.shape)
+
+    graph = helper.make_graph(
+        nodes,
+        path.stem,
+        [info(t) for t in inputs],
+        [info(t) for t in outputs],
+        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    onnx.checker.check_model(model, full_check=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    onnx.save(model, path)
+    return Graph(
+        file=f"onnx/{path.name}",
+        data_files={},
+        sha256=sha256_file(path),
+        bytes=path.stat().st_size,
+        opset=20,
+        precision=Precision.FP32,
+        weights=Precision.FP32,
+        inputs=inputs,
+        outputs=outputs,
+    )
+
+
+def make_bundle(
+    folder: Path, gains: tuple[float, ...] = GAINS, mem: bool = True, tile_px: int = 64
+) -> Manifest:
+    """Write the bundle. Its m_l is the mean of the image, so that a test can choose it."""
+    node = helper.make_node
+    blur = np.zeros((3, 3, 3, 3), np.float32)
+    for c in range(3):
+        blur[c, c] = np.float32([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
+    encoder_nodes = [
+        node("Conv", ["image", "blur"], ["blurred"], pads=[1, 1, 1, 1]),
+        node("SpaceToDepth", ["blurred"], ["z_lq"], blocksize=FACTOR),
+    ]
+    axes = np.array([1, 2, 3], np.int64)
+    if mem:
+        encoder_nodes.append(node("ReduceMean", ["image", "axes"], ["m_l"], keepdims=0))
+    pooled = [
+        node("AveragePool", ["image"], ["p"], kernel_shape=[8, 8], strides=[8, 8]),
+        node("Reshape", ["p", "shape"], ["r"]),
+        node("Transpose", ["r"], ["tokens"], perm=[0, 2, 1]),
+    ]
+    denoiser_nodes = [
+        node("MatMul", ["level", "gains"], ["g"]),
+        node("Reshape", ["g", "column"], ["g4"]),
+        node("ReduceMean", ["tokens", "token_axes"], ["t"], keepdims=1),
+        node("Mul", ["t", "zero"], ["t0"]),
+        node("Reshape", ["t0", "column"], ["t4"]),
+        node("Mul", ["z_lq", "g4"], ["scaled"]),
+        node("Add", ["scaled", "t4"], ["z_sr"]),
+    ]
+    column = np.array([-1, 1, 1, 1], np.int64)
+    graphs = {
+        "encoder": _save(
+            folder / "onnx/encoder.onnx",
+            (IMAGE,),
+            (Z_LQ, M_L) if mem else (Z_LQ,),
+            encoder_nodes,
+            {"blur": blur, "axes": axes} if mem else {"blur": blur},
+        ),
+        "vpim": _save(
+            folder / "onnx/vpim.onnx",
+            (THUMBNAIL,),
+            (TOKENS,),
+            pooled,
+            {"shape": np.array([0, 3, 4], np.int64)},
+        ),
+        "denoiser": _save(
+            folder / "onnx/denoiser.onnx",
+            (Z_LQ, TOKENS, LEVEL),
+            (Z_SR,),
+            denoiser_nodes,
+            {
+                "gains": np.float32(gains).reshape(-1, 1),
+                "column": column,
+                "zero": np.float32([0.0]),
+                "token_axes": np.array([1, 2], np.int64),
+            },
+        ),
+        "decoder": _save(
+            folder / "onnx/decoder.onnx",
+            (Z_SR,),
+            (IMAGE,),
+            [
+                node("DepthToSpace", ["z_sr"], ["d"], blocksize=FACTOR),
+                node("Clip", ["d", "low", "high"], ["image"]),
+            ],
+            {"low": np.float32(-1.0), "high": np.float32(1.0)},
+        ),
+    }
+    manifest = Manifest(
+        version=1,
+        identity=Identity("fake", "nano", "A blur.", "Apache-2.0", ("made by the test",)),
+        levels=LEVELS,
+        metric=MetricRange(0.0, 0.9, 250),
+        image=ImageContract(4, 3, -1.0, 1.0, 32, tile_px, 16, TOKENS_PX),
+        graphs=graphs,
+        engines=(),
+        sample=None,
+        evidence=Evidence((), None),
+    )
+    (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
+    return manifest

@@ -1,0 +1,199 @@
+"""Image files: what is read, what is kept, what is refused."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from rcod_runtime.errors import ImageError, OutputError
+from rcod_runtime.image_io import decode_image, read_image, write_image
+
+Photo = Callable[..., np.ndarray]
+
+
+def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def deep_png(pixels: np.ndarray, size: tuple[int, int] | None = None) -> bytes:
+    """A 16-bit RGB PNG, by hand: Pillow can't write one. ``size`` is what its header claims."""
+    height, width = size or pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        crc = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + crc
+
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
+def test_modes_come_as_arrays_that_keep_what_they_hold(photo: Photo) -> None:
+    rgb = Image.fromarray(photo())
+    alpha = Image.fromarray(photo(channels=1)[:, :, 0])
+    rgba = rgb.copy()
+    rgba.putalpha(alpha)
+    cases = {
+        "grey": (rgb.convert("L"), (24, 40)),
+        "grey and alpha": (rgba.convert("LA"), (24, 40, 2)),
+        "colour": (rgb, (24, 40, 3)),
+        "alpha": (rgba, (24, 40, 4)),
+        "palette": (rgb.quantize(32), (24, 40, 3)),
+        "bilevel": (rgb.convert("1"), (24, 40)),
+    }
+    for name, (image, shape) in cases.items():
+        pixels = decode_image(encoded(image, "PNG"), name).pixels
+        assert pixels.shape == shape and pixels.dtype == np.uint8, name
+    np.testing.assert_array_equal(decode_image(encoded(rgba, "PNG"), "a").pixels[:, :, 3], alpha)
+
+
+def test_a_palette_with_transparency_becomes_rgba(photo: Photo) -> None:
+    palette = Image.fromarray(photo()).quantize(16)
+    pixels = decode_image(encoded(palette, "PNG", transparency=3), "p").pixels
+    assert pixels.shape == (24, 40, 4) and set(np.unique(pixels[:, :, 3])) == {0, 255}
+
+
+def test_cmyk_comes_as_rgb(photo: Photo) -> None:
+    rgb = np.full((16, 16, 3), (200, 40, 90), np.uint8)
+    data = encoded(Image.fromarray(rgb).convert("CMYK"), "JPEG", quality=100)
+    pixels = decode_image(data, "c.jpg").pixels
+    assert pixels.shape == (16, 16, 3)
+    assert np.abs(pixels.astype(int) - rgb).max() <= 4
+
+
+def test_exif_orientation_is_applied(photo: Photo) -> None:
+    image = photo(8, 16)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown rotated by 90 degrees clockwise
+    data = encoded(Image.fromarray(image), "PNG", exif=exif)
+    np.testing.assert_array_equal(decode_image(data, "r").pixels, np.rot90(image, -1))
+
+
+def test_16_bit_grey_keeps_its_depth(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (9, 7)).astype(np.uint16)
+    write_image(tmp_path / "g.png", values)
+    np.testing.assert_array_equal(read_image(tmp_path / "g.png").pixels, values)
+
+
+def test_16_bit_colour_keeps_its_depth_with_opencv(tmp_path: Path) -> None:
+    pytest.importorskip("cv2")
+    values = np.random.default_rng(0).integers(0, 65536, (9, 7, 3)).astype(np.uint16)
+    np.testing.assert_array_equal(decode_image(deep_png(values), "d").pixels, values)
+    for name in ("d.png", "d.tif"):
+        write_image(tmp_path / name, values)
+        np.testing.assert_array_equal(read_image(tmp_path / name).pixels, values)
+
+
+def test_16_bit_colour_without_opencv_is_read_at_8_bits_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "cv2", None)
+    values = np.full((4, 4, 3), 0x8080, np.uint16)
+    assert (decode_image(deep_png(values), "d.png").pixels == 0x80).all()
+    assert 'pip install "rcod[opencv]"' in caplog.text
+
+
+def test_a_colour_profile_survives(tmp_path: Path, photo: Photo) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    photo_in = decode_image(encoded(Image.fromarray(photo()), "PNG", icc_profile=profile), "i")
+    assert photo_in.icc == profile
+    write_image(tmp_path / "o.jpg", photo_in.pixels, photo_in.icc)
+    assert read_image(tmp_path / "o.jpg").icc == profile
+
+
+def test_of_an_animation_the_first_frame_is_taken_and_said(
+    photo: Photo, caplog: pytest.LogCaptureFixture
+) -> None:
+    frames = [Image.fromarray(photo(seed=s)) for s in range(3)]
+    data = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decode_image(data, "a.gif").pixels.shape == (24, 40, 3)
+    assert "only the first" in caplog.text
+
+
+def test_missing_folder_empty_and_foreign_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("hello, I am a picture")
+    (tmp_path / "folder.png").mkdir()
+    for name, message in {
+        "none.png": "not found",
+        "folder.png": "found a folder",
+        "empty.png": "found an empty file",
+        "text.png": "found another kind of file",
+    }.items():
+        with pytest.raises(ImageError, match=f"{name}: .*{message}"):
+            read_image(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF"])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_truncated_files_are_image_errors(photo: Photo, kind: str, share: float) -> None:
+    data = encoded(Image.fromarray(photo(64, 64)), kind)
+    try:
+        pixels = decode_image(data[: int(len(data) * share)], "cut").pixels
+    except ImageError as error:
+        assert str(error).startswith("cut: ")
+    else:  # some decoders make the best of what is there
+        assert pixels.shape[:2] == (64, 64)
+
+
+def test_too_many_pixels_are_refused_before_decoding(photo: Photo) -> None:
+    data = encoded(Image.fromarray(photo(40, 50)), "PNG")
+    with pytest.raises(ImageError, match="50 x 40 px; the limit is 0.001999 million"):
+        decode_image(data, "big", max_pixels=1999)
+    for side in (8_000, 60_000):  # over our limit; over Pillow's own
+        bomb = deep_png(np.zeros((1, 1, 3), np.uint16), (side, side))
+        with pytest.raises(ImageError, match="million pixels"):
+            decode_image(bomb, "bomb")
+
+
+def test_32_bit_and_float_images_are_refused() -> None:
+    deep = Image.fromarray(np.full((4, 4), 70000, np.int32))
+    with pytest.raises(ImageError, match="32-bit integers"):
+        decode_image(encoded(deep, "TIFF"), "i")
+    floats = Image.fromarray(np.zeros((4, 4), np.float32))
+    with pytest.raises(ImageError, match="floating point"):
+        decode_image(encoded(floats, "TIFF"), "f")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "dtype", "message"),
+    [
+        ("a.xyz", (4, 4, 3), np.uint8, "expected a name that ends in"),
+        ("a", (4, 4, 3), np.uint8, "no suffix"),
+        ("a.jpg", (4, 4, 4), np.uint8, "can't hold transparency"),
+        ("a.jpg", (4, 4), np.uint16, "can't hold 16 bits"),
+        ("none/a.png", (4, 4, 3), np.uint8, "can't be written"),
+    ],
+)
+def test_results_that_cannot_be_written_leave_nothing(
+    tmp_path: Path, name: str, shape: tuple[int, ...], dtype: type, message: str
+) -> None:
+    with pytest.raises(OutputError, match=message):
+        write_image(tmp_path / name, np.zeros(shape, dtype))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failing_disk_leaves_the_old_file_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "a.png"
+    write_image(target, np.zeros((4, 4, 3), np.uint8))
+    before = target.read_bytes()
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(OutputError, match="No space left"):
+        write_image(target, np.ones((4, 4, 3), np.uint8))
+    assert target.read_bytes() == before and list(tmp_path.iterdir()) == [target]

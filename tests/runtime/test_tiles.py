@@ -1,0 +1,91 @@
+"""Tiles: cover, weights, streaming, and blending against the untiled pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from rcod_runtime import Upscaler
+from rcod_runtime.errors import UsageError
+from rcod_runtime.resample import Resampler, upsample
+from rcod_runtime.tiles import Blender, TilePlan, pad_to, plan_axis
+
+AXES = [(1, 64, 16), (63, 64, 16), (64, 64, 16), (65, 64, 16), (130, 64, 0), (511, 128, 64)]
+
+
+@pytest.mark.parametrize(("length", "tile", "overlap"), AXES)
+def test_weights_sum_to_one_at_every_pixel(length: int, tile: int, overlap: int) -> None:
+    axis = plan_axis(length, tile, overlap, 32)
+    total = np.zeros(length)
+    for i, (start, weights) in enumerate(zip(axis.starts, axis.weights, strict=True)):
+        assert len(weights) == axis.valid(i)
+        total[start : start + len(weights)] += weights
+    np.testing.assert_allclose(total, 1.0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("length", "tile", "overlap"), AXES)
+def test_neighbours_overlap_by_at_least_what_was_asked(
+    length: int, tile: int, overlap: int
+) -> None:
+    axis = plan_axis(length, tile, overlap, 32)
+    shared = [a + axis.tile_px - b for a, b in zip(axis.starts, axis.starts[1:], strict=False)]
+    assert all(s >= overlap for s in shared)
+    assert axis.tile_px % 32 == 0
+
+
+def test_a_small_image_gets_one_small_tile() -> None:
+    axis = plan_axis(70, 512, 64, 32)
+    assert (axis.tile_px, axis.starts) == (96, (0,))
+
+
+@pytest.mark.parametrize(("tile", "overlap"), [(100, 0), (0, 0), (64, 33), (64, -1)])
+def test_tiles_the_network_cannot_take_are_refused(tile: int, overlap: int) -> None:
+    with pytest.raises(UsageError, match="expected"):
+        plan_axis(200, tile, overlap, 32)
+
+
+def test_blended_constant_tiles_give_the_constant_row_by_row() -> None:
+    plan = TilePlan(plan_axis(150, 64, 16, 32), plan_axis(90, 64, 16, 32))
+    blender = Blender(plan, 2)
+    seen = np.full((150, 90, 2), np.nan, np.float32)
+    for row in range(len(plan.y.starts)):
+        for column in range(len(plan.x.starts)):
+            blender.add(row, column, np.full((64, 64, 2), 7.0, np.float32))
+        for top, rows in blender.finish_row(row):
+            assert np.isnan(seen[top : top + len(rows)]).all(), "a row came twice"
+            seen[top : top + len(rows)] = rows
+    np.testing.assert_allclose(seen, 7.0, atol=1e-5)
+
+
+def test_upsampling_a_box_equals_the_crop_of_the_whole(photo: Callable[..., np.ndarray]) -> None:
+    image, size = photo(23, 31), (77, 101)
+    whole = upsample(image, size)
+    resampler = Resampler(image, size)
+    for top, left, height, width in [(0, 0, 77, 101), (5, 40, 32, 61), (60, 0, 17, 20)]:
+        box = resampler.box(top, left, height, width)
+        np.testing.assert_allclose(box, whole[top : top + height, left : left + width], atol=2e-3)
+
+
+def test_padding_mirrors_even_a_single_pixel() -> None:
+    assert (pad_to(np.full((1, 1, 3), 5.0, np.float32), 32, 64) == 5.0).all()
+
+
+def test_tiled_equals_untiled_on_a_network_with_a_local_receptive_field(
+    upscaler: Upscaler, photo: Callable[..., np.ndarray]
+) -> None:
+    lq = photo(48, 72)  # 192 x 288: no padding, so that both see the same image edges
+    untiled = upscaler(lq, "realism", colour_match="none", tile_px=320, overlap_px=0)
+    tiled = upscaler(lq, "realism", colour_match="none", tile_px=64, overlap_px=24)
+    difference = np.abs(tiled.astype(int) - untiled.astype(int))
+    histogram = np.bincount(difference.ravel(), minlength=4)
+    assert difference.max() <= 1, f"pixels off by 0, 1, 2, ...: {histogram[:10]}"
+
+
+@pytest.mark.parametrize("batch", [2, 3, 64])
+def test_a_batch_of_tiles_gives_the_image_of_single_tiles(
+    upscaler: Upscaler, photo: Callable[..., np.ndarray], batch: int
+) -> None:
+    lq = photo(40, 60)
+    np.testing.assert_array_equal(upscaler(lq, 0.5, batch=batch), upscaler(lq, 0.5))
