@@ -293,9 +293,13 @@ def _with_sample(
     _write(manifest, folder)
     lq = read_image(lq_path).pixels
     results = {}
+    multiple, scale = manifest.image.size_multiple, manifest.image.scale
+    whole_px = -(-max(lq.shape[:2]) * scale // multiple) * multiple  # one tile, as PyTorch sees it
     with Upscaler(folder, backend="onnxruntime") as upscaler:
         for level in info.levels:
-            results[level.name] = upscaler(lq, realism=level.name, colour_match="none")
+            results[level.name] = upscaler(
+                lq, realism=level.name, colour_match="none", tile_px=whole_px, overlap_px=0
+            )
         sr = upscaler(lq, realism=SAMPLE_REALISM)
     names = [level.name for level in info.levels]
     for a, b in zip(names, names[1:], strict=False):

@@ -1,0 +1,223 @@
+"""What every benchmark prints: a machine card, a table, and one JSON document as the last line."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rcod_runtime.errors import OutputError
+
+PACKAGES = (
+    "rcod", "numpy", "pillow", "openvino", "onnxruntime", "torch", "diffusers", "scipy",
+)  # fmt: skip
+# Instruction sets that decide how fast a graph can be on a CPU.
+CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class MachineCard:
+    """The machine and the software a figure was measured on. None where it can't be known."""
+
+    cpu: str | None
+    cpu_features: tuple[str, ...]
+    cpus_available: int
+    memory_bytes: int | None
+    gpu: str | None
+    os: str
+    python: str
+    packages: dict[str, str | None]
+    commit: str | None
+    commit_is_clean: bool | None
+    load_average_1min: float | None
+    date_utc: str
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Times of repeated runs of one thing."""
+
+    runs: int
+    median_ms: float
+    p90_ms: float
+    p99_ms: float
+    min_ms: float
+    max_ms: float
+
+
+def machine_card() -> MachineCard:
+    """Describe this machine, now. Nothing in it names the machine or its user."""
+    cpu, features = _cpu()
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain")
+    return MachineCard(
+        cpu=cpu,
+        cpu_features=features,
+        cpus_available=cpus_available(),
+        memory_bytes=_memory_bytes(),
+        gpu=_gpu(),
+        os=f"{platform.system()} {platform.machine()}",
+        python=platform.python_version(),
+        packages={name: _version(name) for name in PACKAGES},
+        commit=commit or None,
+        commit_is_clean=None if changes is None or not commit else not changes,
+        load_average_1min=round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        date_utc=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+    )
+
+
+def summarise(times_ms: Sequence[float]) -> Latency:
+    """Percentiles of at least one time; between two runs they are interpolated."""
+    median, p90, p99 = np.percentile(np.asarray(times_ms, np.float64), (50, 90, 99))
+    return Latency(
+        runs=len(times_ms),
+        median_ms=float(median),
+        p90_ms=float(p90),
+        p99_ms=float(p99),
+        min_ms=float(min(times_ms)),
+        max_ms=float(max(times_ms)),
+    )
+
+
+def cpus_available() -> int:
+    """CPUs this process may use, which can be fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def format_card(card: MachineCard) -> str:
+    """The card as lines of text."""
+    memory = "unknown" if card.memory_bytes is None else f"{card.memory_bytes / 2**30:.1f} GiB"
+    versions = ", ".join(f"{name} {v}" for name, v in card.packages.items() if v is not None)
+    commit = "unknown" if card.commit is None else card.commit[:12]
+    if card.commit_is_clean is False:
+        commit += " with changes"
+    return "\n".join(
+        (
+            f"machine   {card.cpu or 'unknown CPU'}, {card.cpus_available} CPUs, {memory}",
+            f"          {' '.join(card.cpu_features) or 'instruction sets unknown'}",
+            f"gpu       {card.gpu or 'none'}",
+            f"software  {card.os}, Python {card.python}, {versions}",
+            f"commit    {commit}, {card.date_utc}, load {card.load_average_1min}",
+        )
+    )
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns with two blanks between; the first one left-aligned, the others right-aligned."""
+    widths = [max(len(row[i]) for row in (headers, *rows)) for i in range(len(headers))]
+
+    def line(row: Sequence[str]) -> str:
+        first = row[0].ljust(widths[0])
+        rest = (cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))
+        return "  ".join((first, *rest)).rstrip()
+
+    return "\n".join((line(headers), line(["-" * width for width in widths]), *map(line, rows)))
+
+
+def document(benchmark: str, schema_version: int, card: MachineCard, **content: Any) -> str:
+    """The one-line JSON document of a benchmark; unknown, NaN and infinity become null.
+
+    Every document has ``benchmark``, ``schema_version`` and ``card``; the version goes up when a
+    field changes its meaning or goes away.
+    """
+    whole = {
+        "benchmark": benchmark,
+        "schema_version": schema_version,
+        "card": asdict(card),
+        **content,
+    }
+    return json.dumps(_plain(whole), allow_nan=False, separators=(", ", ": "))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as exc:
+        raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_can_write(path: Path) -> None:
+    """Fail before the work if ``path`` could not be written after it.
+
+    Raises:
+        OutputError: its folder is missing or not writable, or it is itself a folder.
+    """
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OutputError(f"{path}: expected a file in a folder that can be written.")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu() -> tuple[str | None, tuple[str, ...]]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or None, ()
+    fields: dict[str, str] = {}
+    for line in lines:
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip(), value.strip())
+    flags = set(fields.get("flags", fields.get("Features", "")).split())
+    return fields.get("model name"), tuple(name for name in CPU_FEATURES if name in flags)
+
+
+def _memory_bytes() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def _gpu() -> str | None:
+    query = ("nvidia-smi", "--query-gpu=name,driver_version,power.limit", "--format=csv,noheader")
+    return _output(*query) or None
+
+
+def _git(*arguments: str) -> str | None:
+    return _output("git", "-C", str(REPOSITORY), *arguments)
+
+
+def _output(*command: str) -> str | None:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,169 @@
+"""The variants that are timed against each other, opened and checked to compute the same thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks.eager import EagerPipeline
+from benchmarks.errors import BenchmarkError
+from benchmarks.graphs import graph_stages
+from benchmarks.picture import draw_picture
+from rcod_runtime import Upscaler, UsageError
+
+Image = npt.NDArray[np.uint8]
+Call = Callable[[], object]
+
+# A bundle and the checkpoint it was made from agree far better, two trainings far worse.
+SAME_MODEL_PSNR_DB = 40.0
+# PyTorch's own default, and the order that suits convolutions on CPUs better: the comparison is
+# with the faster of the two.
+EAGER_ORDERS = {"pytorch eager fp32": False, "pytorch eager fp32, NHWC": True}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One model on one image through several libraries. ``checkpoint`` None: no baseline."""
+
+    bundle: Path | None
+    checkpoint: Path | None
+    side_px: int
+    level: str
+    backends: tuple[str, ...]
+    precision: str
+    threads: int
+
+    def command_options(self) -> list[str]:
+        """The same choice as options of rcod-upscale, with the first backend."""
+        options = ["--realism", self.level, "--backend", self.backends[0]]
+        options += ["--precision", self.precision, "--threads", str(self.threads)]
+        return options if self.bundle is None else [*options, "--bundle", str(self.bundle)]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How alike the images of two variants are, 8 bit. ``psnr_db`` is inf for equal ones."""
+
+    a: str
+    b: str
+    psnr_db: float
+    max_abs_u8: int
+
+
+@dataclass(frozen=True)
+class Opened:
+    """Variants, ready: ``whole`` by name, ``stages()`` by graph and then by name."""
+
+    model: dict[str, Any]
+    whole: dict[str, Call]
+    agreements: tuple[Agreement, ...]
+    stages: Callable[[], dict[str, dict[str, Call]]]
+
+
+@contextmanager
+def open_comparison(comparison: Comparison) -> Iterator[Opened]:
+    """Load every variant and run it once.
+
+    Raises:
+        UsageError: an input size that does not fit one tile of the bundle's grid.
+        BenchmarkError: bundle and checkpoint are not the same model.
+        RcodError: what loading a bundle, a backend or a checkpoint raises.
+    """
+    lq = draw_picture(comparison.side_px, comparison.side_px)
+    whole: dict[str, Callable[[], Image]] = {}
+    with ExitStack() as stack:
+        for backend in comparison.backends:
+            upscaler = stack.enter_context(
+                Upscaler(
+                    comparison.bundle,
+                    "cpu",
+                    backend,
+                    precision=comparison.precision,
+                    threads=comparison.threads,
+                )
+            )
+            name = f"{backend} {comparison.precision}"
+            whole[name] = _runtime_call(upscaler, lq, comparison.level)
+        manifest = upscaler.manifest
+        contract = manifest.image
+        if comparison.side_px * contract.scale % contract.size_multiple:
+            step = contract.size_multiple // contract.scale
+            raise UsageError(
+                f"--size {comparison.side_px}: expected a multiple of {step} px, so that no "
+                "variant works on padding."
+            )
+        eager: dict[str, EagerPipeline] = {}
+        if comparison.checkpoint is not None:
+            for name, channels_last in EAGER_ORDERS.items():
+                eager[name] = EagerPipeline(
+                    comparison.checkpoint,
+                    contract,
+                    comparison.level,
+                    comparison.threads,
+                    channels_last,
+                )
+                whole[name] = _eager_call(eager[name], lq)
+
+        def stages() -> dict[str, dict[str, Call]]:
+            by_variant = {
+                f"{backend} {comparison.precision}": graph_stages(
+                    comparison.bundle,
+                    backend,
+                    comparison.precision,
+                    comparison.threads,
+                    lq,
+                    comparison.level,
+                )
+                for backend in comparison.backends
+            }
+            by_variant.update({name: pipeline.stages(lq) for name, pipeline in eager.items()})
+            graphs = next(iter(by_variant.values()))
+            return {
+                graph: {name: calls[graph] for name, calls in by_variant.items()}
+                for graph in graphs
+            }
+
+        model = {
+            "name": manifest.identity.name,
+            "family": manifest.identity.family,
+            "graph_sha256": {name: graph.sha256 for name, graph in manifest.graphs.items()},
+        }
+        yield Opened(model, dict(whole), _compare(whole), stages)
+
+
+def _runtime_call(upscaler: Upscaler, lq: Image, level: str) -> Callable[[], Image]:
+    tile_px = lq.shape[0] * upscaler.manifest.image.scale
+
+    def call() -> Image:
+        sr: Any = upscaler(lq, level, tile_px=tile_px, overlap_px=0)
+        return sr
+
+    return call
+
+
+def _eager_call(pipeline: EagerPipeline, lq: Image) -> Callable[[], Image]:
+    return lambda: pipeline(lq)
+
+
+def _compare(variants: dict[str, Callable[[], Image]]) -> tuple[Agreement, ...]:
+    """Every variant's image against the first one's."""
+    images = {name: call() for name, call in variants.items()}
+    first, *others = images
+    agreements = []
+    for name in others:
+        difference = images[first].astype(np.int16) - images[name].astype(np.int16)
+        error = float(np.mean(difference.astype(np.float64) ** 2))
+        psnr_db = float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
+        if psnr_db < SAME_MODEL_PSNR_DB:
+            raise BenchmarkError(
+                f"{first} and {name}: expected the same image within {SAME_MODEL_PSNR_DB:g} dB, "
+                f"found {psnr_db:.1f} dB. Give the checkpoint that the bundle was exported from."
+            )
+        agreements.append(Agreement(first, name, psnr_db, int(np.abs(difference).max())))
+    return tuple(agreements)

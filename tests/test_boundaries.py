@@ -1,0 +1,35 @@
+"""The borders between the packages, read from their import statements."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {
+    "rcod_runtime": {"rcod_train", "rcod_export", "benchmarks", "tests", "torch", "diffusers",
+                     "transformers", "peft", "onnx"},
+    "rcod_train": {"rcod_runtime", "rcod_export", "benchmarks", "tests"},
+    "rcod_export": {"benchmarks", "tests"},
+}  # fmt: skip
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names.add(node.module.split(".")[0])
+    return names
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_packages_import_only_in_the_allowed_direction(package: str) -> None:
+    files = list((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        wrong = imported(path) & FORBIDDEN[package]
+        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
