@@ -80,7 +80,7 @@ class EagerPipeline:
             tokens = self._parts.vpim(thumbnail)
             decoded = self._decode(self._denoise(self._parts.vae.encode(image), tokens))
             sr = ((decoded[0].permute(1, 2, 0) + 1.0) * 127.5).numpy()
-        pixels = np.rint(np.clip(sr, 0.0, 255.0)).astype(np.uint8)
+        pixels: Image = np.rint(np.clip(sr, 0.0, 255.0)).astype(np.uint8)
         match_colour(pixels, lq.astype(np.float32), "wavelet")
         return pixels
 
@@ -93,7 +93,8 @@ class EagerPipeline:
             z_sr = self._denoise(z_lq, tokens)
 
         def inferring(call: Callable[[], Any]) -> Callable[[], object]:
-            return self._torch.inference_mode()(call)
+            wrapped: Callable[[], object] = self._torch.inference_mode()(call)
+            return wrapped
 
         return {
             "vpim": inferring(lambda: self._parts.vpim(thumbnail)),

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from rcod_runtime.backends import Array, Session, choose
 from rcod_runtime.bundle import open_bundle
@@ -18,7 +19,7 @@ def graph_stages(
     backend_name: str,
     precision: str,
     threads: int,
-    lq: np.ndarray,
+    lq: npt.NDArray[np.uint8],
     level: str,
 ) -> dict[str, Callable[[], object]]:
     """A call for each graph, with shapes bound and inputs taken from this image.

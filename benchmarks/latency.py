@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
+from benchmarks.command import run_command
 from benchmarks.processes import (
     measure_cold_start,
     measure_import,
@@ -28,11 +29,10 @@ from benchmarks.processes import (
 )
 from benchmarks.steady import Comparison, open_comparison
 from benchmarks.timing import Progress, time_in_turns
-from rcod_runtime import RcodError, UsageError
+from rcod_runtime import UsageError
 from rcod_runtime.backends import BACKENDS, installed
 
 SCHEMA_VERSION = 1
-EXIT_INTERRUPTED = 130
 COLD_SIDE_PX = 128
 MEMORY_SIDE_PX = 1024
 PARTS = ("steady", "stages", "start", "memory")
@@ -93,21 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = build_parser().parse_args(argv)
-    try:
-        config = _config(arguments)
-        if arguments.json is not None:
-            report.check_can_write(arguments.json)
-        document = run(config)
-        if arguments.json is not None:
-            report.write_whole(arguments.json, f"{document}\n".encode())
-        print(document)
-        return 0
-    except RcodError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped; no result", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return run_command(lambda: run(_config(arguments)), arguments.json)
 
 
 def _config(arguments: argparse.Namespace) -> LatencyConfig:
@@ -135,6 +121,7 @@ def _config(arguments: argparse.Namespace) -> LatencyConfig:
 
 def run(config: LatencyConfig) -> str:
     """Measure the chosen parts, print card and tables, and return the JSON document."""
+    card = report.machine_card()
     results: dict[str, Any] = dict.fromkeys(PARTS)
     comparison = config.comparison
     model = None
@@ -162,7 +149,6 @@ def run(config: LatencyConfig) -> str:
                     stage: _timed(variants, config, stage)
                     for stage, variants in opened.stages().items()
                 }
-    card = report.machine_card()
     print(report.format_card(card))
     _print_results(config, results)
     return report.document(

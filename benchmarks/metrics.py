@@ -22,7 +22,8 @@ SSIM_C1, SSIM_C2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
 
 def luma(image: npt.NDArray[np.generic]) -> Floats:
     """Y of YCbCr, not rounded: (H, W, 3) RGB in 0..255 -> (H, W) in 16..235."""
-    return LUMA_OFFSET + image.astype(np.float64) @ LUMA_WEIGHTS / PEAK
+    y: Floats = LUMA_OFFSET + image.astype(np.float64) @ LUMA_WEIGHTS / PEAK
+    return y
 
 
 def psnr_y(sr: npt.NDArray[np.uint8], hq: npt.NDArray[np.uint8]) -> float:
@@ -64,8 +65,9 @@ def ssim_y(sr: npt.NDArray[np.uint8], hq: npt.NDArray[np.uint8]) -> float:
 def gaussian(size_px: int, sigma_px: float) -> Floats:
     """A gaussian of ``size_px`` taps that sums to 1."""
     x = np.arange(size_px) - (size_px - 1) / 2
-    taps = np.exp(-0.5 * (x / sigma_px) ** 2)
-    return taps / taps.sum()
+    taps: Floats = np.exp(-0.5 * (x / sigma_px) ** 2)
+    taps /= taps.sum()
+    return taps
 
 
 def require_scipy() -> Any:

@@ -24,6 +24,7 @@ GREY_WEIGHTS = np.array([0.299, 0.587, 0.114])
 
 PATCH_PX = 96
 SCALES = 2
+FEATURES_PER_SCALE = 18
 WINDOW_PX, WINDOW_SIGMA_PX = 7, 7 / 6
 CONTRAST_FLOOR = 1.0  # C of Eq. 1
 NEIGHBOURS = ((0, 1), (1, 0), (1, 1), (1, -1))  # right, below, and the two diagonals

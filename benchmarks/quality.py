@@ -19,7 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks import report
+from benchmarks.command import run_command
 from benchmarks.pairs import Pair, find_outputs, find_pairs, select
 from benchmarks.pristine import load_pristine
 from benchmarks.scores import (
@@ -37,11 +40,10 @@ from benchmarks.scores import (
     score_pairs,
 )
 from benchmarks.strips import Panel, draw_strip
-from rcod_runtime import RcodError, Upscaler, UsageError
+from rcod_runtime import Upscaler, UsageError
 from rcod_runtime.image_io import write_image
 
 SCHEMA_VERSION = 1
-EXIT_INTERRUPTED = 130
 
 
 @dataclass(frozen=True)
@@ -113,21 +115,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = build_parser().parse_args(argv)
-    try:
-        config = _config(arguments)
-        if arguments.json is not None:
-            report.check_can_write(arguments.json)
-        document = run(config)
-        if arguments.json is not None:
-            report.write_whole(arguments.json, f"{document}\n".encode())
-        print(document)
-        return 0
-    except RcodError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("stopped; no result", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    return run_command(lambda: run(_config(arguments)), arguments.json)
 
 
 def _config(arguments: argparse.Namespace) -> QualityConfig:
@@ -166,6 +154,7 @@ def _level(text: str) -> str | float:
 
 def run(config: QualityConfig) -> str:
     """Score everything, print card and table, and return the JSON document."""
+    card = report.machine_card()
     pairs = select(find_pairs(config.dataset), config.endings, config.limit)
     metrics = build_metrics(config.metrics, lambda: load_pristine(config.niqe_params))
     strips = {_strip_name(name, pairs) for name in config.strips}
@@ -179,7 +168,6 @@ def run(config: QualityConfig) -> str:
         }
         for method in methods
     }
-    card = report.machine_card()
     print(report.format_card(card))
     print(f"dataset   {config.dataset.name}, {len(pairs)} pairs")
     if model is not None:
@@ -252,7 +240,7 @@ def _methods(
 
 def _level_method(upscaler: Upscaler, level: str | float) -> Method:
     def upscaled(pair: Pair, lq: Image, hq: Image) -> Image:
-        sr: Any = upscaler(lq, level, scale_of(pair, lq, hq))
+        sr: Image = upscaler(lq, level, scale_of(pair, lq, hq)).astype(np.uint8, copy=False)
         return sr
 
     return Method(str(level), "model", upscaled)

@@ -16,13 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from rcod_runtime.errors import OutputError
-
 PACKAGES = (
     "rcod", "numpy", "pillow", "openvino", "onnxruntime", "torch", "diffusers", "scipy",
 )  # fmt: skip
 # Instruction sets that decide how fast a graph can be on a CPU.
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16")
+BUSY = 0.5  # load per CPU, before the benchmark starts, that other work must be behind
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
@@ -104,13 +103,17 @@ def format_card(card: MachineCard) -> str:
     commit = "unknown" if card.commit is None else card.commit[:12]
     if card.commit_is_clean is False:
         commit += " with changes"
+    busy = (
+        card.load_average_1min is not None and card.load_average_1min > BUSY * card.cpus_available
+    )
+    note = " (other work competes: don't quote times)" if busy else ""
     return "\n".join(
         (
             f"machine   {card.cpu or 'unknown CPU'}, {card.cpus_available} CPUs, {memory}",
             f"          {' '.join(card.cpu_features) or 'instruction sets unknown'}",
             f"gpu       {card.gpu or 'none'}",
             f"software  {card.os}, Python {card.python}, {versions}",
-            f"commit    {commit}, {card.date_utc}, load {card.load_average_1min}",
+            f"commit    {commit}, {card.date_utc}, load {card.load_average_1min}{note}",
         )
     )
 
@@ -142,40 +145,13 @@ def document(benchmark: str, schema_version: int, card: MachineCard, **content: 
     return json.dumps(_plain(whole), allow_nan=False, separators=(", ", ": "))
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OutputError: it can't be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as exc:
-        raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def check_can_write(path: Path) -> None:
-    """Fail before the work if ``path`` could not be written after it.
-
-    Raises:
-        OutputError: its folder is missing or not writable, or it is itself a folder.
-    """
-    folder = path.absolute().parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise OutputError(f"{path}: expected a file in a folder that can be written.")
-
-
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
+    if isinstance(value, float):
+        return float(f"{value:.9g}") if math.isfinite(value) else None
     return value
 
 

@@ -104,7 +104,7 @@ def scale_of(pair: Pair, lq: Image, hq: Image) -> float:
     Raises:
         DatasetError: it isn't the same for both sides.
     """
-    scale = hq.shape[0] / lq.shape[0]
+    scale = float(hq.shape[0] / lq.shape[0])
     if round(lq.shape[1] * scale) != hq.shape[1]:
         raise DatasetError(
             f"{pair.hq}: expected {pair.lq.name} enlarged by one factor, found "

@@ -141,7 +141,7 @@ def _runtime_call(upscaler: Upscaler, lq: Image, level: str) -> Callable[[], Ima
     tile_px = lq.shape[0] * upscaler.manifest.image.scale
 
     def call() -> Image:
-        sr: Any = upscaler(lq, level, tile_px=tile_px, overlap_px=0)
+        sr: Image = upscaler(lq, level, tile_px=tile_px, overlap_px=0).astype(np.uint8, copy=False)
         return sr
 
     return call

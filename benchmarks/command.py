@@ -1,0 +1,60 @@
+"""The end of every benchmark: errors become exit codes, the result its last line and a file."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from rcod_runtime.errors import OutputError, RcodError
+
+EXIT_INTERRUPTED = 130
+
+
+def run_command(work: Callable[[], str], json_file: Path | None) -> int:
+    """Do ``work``, print the document it returns, write it to ``json_file``; return the exit code.
+
+    An error goes to stderr in one message, and neither line nor file is written.
+    """
+    try:
+        if json_file is not None:
+            check_can_write(json_file)
+        document = work()
+        if json_file is not None:
+            write_whole(json_file, f"{document}\n".encode())
+        print(document)
+        return 0
+    except RcodError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped; no result", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def check_can_write(path: Path) -> None:
+    """Fail before the work if ``path`` could not be written after it.
+
+    Raises:
+        OutputError: its folder is missing or not writable, or it is itself a folder.
+    """
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise OutputError(f"{path}: expected a file name in a folder that can be written.")
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_bytes(data)
+        partial.replace(path)
+    except OSError as exc:
+        raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,119 @@
+"""The latency benchmark through its command, on a model too small to say anything about speed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.errors import CommandFailed
+from benchmarks.latency import main
+from benchmarks.processes import measure_peak_memory, write_photo
+from rcod_train.checkpoint import save_merged
+from tests.export.conftest import tiny_info, tiny_parts
+
+FAST = ("--size", "16", "--runs", "2", "--warmup", "1", "--start-runs", "1", "--threads", "1")
+PYTORCH = {"pytorch eager fp32", "pytorch eager fp32, NHWC"}
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards() -> Any:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def test_backends_and_pytorch_are_timed_side_by_side(
+    tiny_bundle: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ("--bundle", str(tiny_bundle), "--checkpoint", str(tiny_checkpoint))
+    code = main([*model, *FAST, "--parts", "steady", "stages"])
+    printed = capsys.readouterr()
+    assert code == 0, printed.err
+    assert "no files, no loading, no compiling" in printed.out
+    document = json.loads(printed.out.splitlines()[-1])
+    assert (document["benchmark"], document["schema_version"]) == ("latency", 1)
+    assert document["card"]["packages"]["torch"]
+    assert document["config"]["threads"] == 1
+    assert set(document["stages"]) == {"vpim", "encoder", "denoiser", "decoder"}
+    variants = {"openvino fp32", "onnxruntime fp32", *PYTORCH}
+    for part in (document["steady"], *document["stages"].values()):
+        assert set(part["latency"]) == variants
+        assert all(latency["runs"] == 2 for latency in part["latency"].values())
+        ratios = part["times_as_fast_as_pytorch"]
+        # The baseline is the faster of PyTorch's two memory orders.
+        assert max(ratios[name] for name in PYTORCH) == pytest.approx(1.0)
+    for agreement in document["steady"]["agreement"]:
+        assert agreement["max_abs_u8"] <= 1
+    assert document["start"] is None
+    assert document["memory"] is None
+
+
+def test_without_a_checkpoint_the_ratio_is_unknown(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = ("--parts", "steady", "--backends", "openvino")
+    assert main(["--bundle", str(tiny_bundle), *FAST, *chosen]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["steady"]["times_as_fast_as_pytorch"] == {"openvino fp32": None}
+
+
+def test_new_processes_are_timed_and_import_nothing_heavy(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tmp_path / "r.json"
+    chosen = ("--parts", "start", "--json", str(result))
+    assert main(["--bundle", str(tiny_bundle), *FAST, *chosen]) == 0
+    capsys.readouterr()
+    start = json.loads(result.read_text())["start"]
+    assert start["heavy_modules"] == []
+    assert start["first_command_ms"] == start["command"]["median_ms"]
+    assert start["import_package"]["median_ms"] <= start["import_upscaler"]["median_ms"]
+
+
+def test_peak_memory_is_that_of_the_command_alone(tiny_bundle: Path, tmp_path: Path) -> None:
+    held = bytearray(600_000_000)  # the parent's memory must not count
+    held[::4096] = b"x" * len(held[::4096])
+    peak = measure_peak_memory(write_photo(tmp_path, 16), ("--bundle", str(tiny_bundle)))
+    assert 20e6 < peak.peak_bytes < 600e6
+    assert held
+
+
+def test_a_command_that_fails_is_an_error_with_its_words(tmp_path: Path) -> None:
+    with pytest.raises(CommandFailed, match=r"found 4: .*no_bundle"):
+        measure_peak_memory(write_photo(tmp_path, 16), ("--bundle", str(tmp_path / "no_bundle")))
+
+
+def test_another_model_is_not_compared(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_merged(tmp_path / "other", tiny_parts(seed=1), tiny_info())
+    model = ("--bundle", str(tiny_bundle), "--checkpoint", str(tmp_path / "other"))
+    assert main([*model, *FAST, "--parts", "steady"]) == 11
+    assert "checkpoint that the bundle was exported from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (("--size", "17"), 2, "--size 17: expected a multiple of 8 px"),
+        (("--runs", "0"), 2, "--runs 0"),
+        (("--level", "no_such"), 2, "no_such"),
+        (("--checkpoint", "no_such"), 11, "no_such"),
+    ],
+)
+def test_arguments_that_cannot_be_used_are_named(
+    tiny_bundle: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    code: int,
+    said: str,
+) -> None:
+    found = main(["--bundle", str(tiny_bundle), *FAST, "--parts", "steady", *arguments])
+    printed = capsys.readouterr()
+    assert found == code
+    assert said in printed.err
+    assert printed.out == ""

@@ -1,0 +1,35 @@
+"""Variants take turns, and warm-ups don't count."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from benchmarks.errors import BenchmarkError
+from benchmarks.timing import time_in_turns
+
+
+def test_every_round_calls_every_variant_once_in_changing_order() -> None:
+    calls: list[str] = []
+    variants = {name: lambda name=name: calls.append(name) for name in "abc"}
+    done: list[int] = []
+    times = time_in_turns(variants, runs=6, warmup=2, progress=done.append)
+    rounds = [tuple(calls[i : i + 3]) for i in range(0, len(calls), 3)]
+    assert len(rounds) == 8
+    assert all(set(each) == set("abc") for each in rounds)
+    assert len(set(rounds)) > 1
+    assert {name: len(values) for name, values in times.items()} == {"a": 6, "b": 6, "c": 6}
+    assert sum(done) == 24
+
+
+def test_warm_up_is_left_out_and_time_is_in_milliseconds() -> None:
+    delays = iter([0.2, 0.02, 0.02])
+    (times,) = time_in_turns({"a": lambda: time.sleep(next(delays))}, runs=2, warmup=1).values()
+    assert len(times) == 2
+    assert all(19 < ms < 190 for ms in times), times
+
+
+def test_no_runs_is_an_error() -> None:
+    with pytest.raises(BenchmarkError, match="runs >= 1"):
+        time_in_turns({"a": lambda: None}, runs=0, warmup=0)
