@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -180,7 +181,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """A stage checkpoint; only tensors and plain values are unpickled."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError) as exc:
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as exc:
         raise CheckpointError(f"{path}: not a whole checkpoint ({exc}). Delete it.") from exc
     if not isinstance(state, dict):
         raise CheckpointError(f"{path}: expected a checkpoint of rcod-train, found {type(state)}.")

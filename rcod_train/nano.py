@@ -16,7 +16,7 @@ from rcod_train.config import LoopConfig, TrainConfig
 from rcod_train.data import Batch, PhotoBatches, batches, find_photos
 from rcod_train.grouping import Grouping
 from rcod_train.loop import run_stage
-from rcod_train.network import build_nano
+from rcod_train.network import build_nano, seeded
 from rcod_train.perceptual import load_lpips
 from rcod_train.precision import Autocast, resolve_precision
 from rcod_train.stages.base import BaseStage, measure_scaling_factor
@@ -82,7 +82,8 @@ def train_nano(
     )
     log.info("metric M: M_min %.4f, M_max %.4f", m_min, m_max)
     grouping = Grouping(m_min, m_max, config.rcod.n, config.rcod.k)
-    rcod = RcodStage(parts, config.rcod, grouping, autocast, perceptual)
+    with seeded(config.seed):  # its LoRA matrices
+        rcod = RcodStage(parts, config.rcod, grouping, autocast, perceptual)
     run(rcod, batches_of(config.rcod, "rcod", heavy))
     run(MemStage(rcod, config.mem), batches_of(config.mem, "mem", heavy))
 

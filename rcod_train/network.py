@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +25,17 @@ class Parts:
     mem: Mem | None = None
 
 
-def build_nano(seed: int) -> Parts:
-    """nano's parts with random weights: 29 GMAC for one 512x512 image, 18 M parameters."""
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Modules made inside get weights that depend on the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        yield
+
+
+def build_nano(seed: int) -> Parts:
+    """nano's parts with random weights: 29 GMAC for one 512x512 image, 18 M parameters."""
+    with seeded(seed):
         vae = NanoVae()
         unet = UNet2DConditionModel(
             sample_size=64,

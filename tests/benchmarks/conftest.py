@@ -10,9 +10,6 @@ import pytest
 from PIL import Image
 
 from benchmarks.picture import draw_picture
-from tests.export.conftest import tiny_bundle, tiny_checkpoint, tiny_config
-
-__all__ = ["dataset", "realsr", "tiny_bundle", "tiny_checkpoint", "tiny_config"]
 
 NAMES = ("one_005_LR4", "two_007_LR4", "ten_010_LR4")
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -13,7 +13,7 @@ from benchmarks.errors import CommandFailed
 from benchmarks.latency import main
 from benchmarks.processes import measure_peak_memory, write_photo
 from rcod_train.checkpoint import save_merged
-from tests.export.conftest import tiny_info, tiny_parts
+from tests.tiny import tiny_info, tiny_parts
 
 FAST = ("--size", "16", "--runs", "2", "--warmup", "1", "--start-runs", "1", "--threads", "1")
 PYTORCH = {"pytorch eager fp32", "pytorch eager fp32, NHWC"}

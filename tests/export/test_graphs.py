@@ -16,7 +16,7 @@ from rcod_export.bundle import denoise
 from rcod_export.graphs import DenoiserGraph
 from rcod_export.onnx_file import store_as_fp16
 from rcod_train.checkpoint import load_merged
-from tests.export.conftest import tiny_info, tiny_parts
+from tests.tiny import tiny_info, tiny_parts
 
 
 def session(bundle: Path, graph: str) -> onnxruntime.InferenceSession:

@@ -1,15 +1,11 @@
-"""A checkpoint of nano's classes at a tiny geometry, and the bundle made from it once."""
+"""A model of nano's classes at a tiny geometry."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from rcod_export.bundle import ExportConfig, build_bundle
-from rcod_train.checkpoint import CheckpointInfo, levels_of, save_merged
+from rcod_train.checkpoint import CheckpointInfo, levels_of
 from rcod_train.grouping import Grouping
 from rcod_train.models.mem import Mem
 from rcod_train.models.vae import NanoVae
@@ -50,24 +46,3 @@ def tiny_info(**changes: object) -> CheckpointInfo:
         "training": {},
     }
     return CheckpointInfo(**{**fields, **changes})  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
-    save_merged(folder, tiny_parts(), tiny_info())
-    return folder
-
-
-@pytest.fixture(scope="session")
-def tiny_config() -> ExportConfig:
-    return ExportConfig(tile_px=64, overlap_px=16)
-
-
-@pytest.fixture(scope="session")
-def tiny_bundle(
-    tiny_checkpoint: Path, tiny_config: ExportConfig, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    out = tmp_path_factory.mktemp("bundle") / "tiny"
-    build_bundle(tiny_checkpoint, out, tiny_config)
-    return out

@@ -1,0 +1,32 @@
+"""A tiny checkpoint and the bundle made from it, once for all tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rcod_export.bundle import ExportConfig, build_bundle
+from rcod_train.checkpoint import save_merged
+from tests.tiny import tiny_info, tiny_parts
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint") / "tiny"
+    save_merged(folder, tiny_parts(), tiny_info())
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_config() -> ExportConfig:
+    return ExportConfig(tile_px=64, overlap_px=16)
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(
+    tiny_checkpoint: Path, tiny_config: ExportConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    out = tmp_path_factory.mktemp("bundle") / "tiny"
+    build_bundle(tiny_checkpoint, out, tiny_config)
+    return out

@@ -1,0 +1,19 @@
+"""Photos to train on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks.picture import draw_picture
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for i in range(4):
+        Image.fromarray(np.roll(draw_picture(128, 160), 37 * i, axis=1)).save(folder / f"{i}.png")
+    return folder

@@ -1,0 +1,81 @@
+"""``--set`` and the commands' arguments."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from rcod_train.config import TrainConfig, with_overrides
+from rcod_train.errors import ConfigError, TrainError
+from rcod_train.main import main
+from rcod_train.perceptual import load_lpips
+from rcod_train.precision import resolve_precision
+
+CONFIG = TrainConfig(data=("photos",), out="run")
+
+
+def test_a_value_is_read_by_the_type_of_its_field() -> None:
+    config = with_overrides(
+        CONFIG, ["rcod.steps=7", "rcod.vsd_weight=0", "rcod.train_decoder=false", "precision=fp32"]
+    )
+    assert (config.rcod.steps, config.rcod.vsd_weight) == (7, 0.0)
+    assert config.rcod.train_decoder is False and config.precision == "fp32"
+    assert config.vae == CONFIG.vae
+
+
+@pytest.mark.parametrize(
+    ("assignment", "words"),
+    [
+        ("rcod.steps", "expected FIELD=VALUE"),
+        ("rcod.stepz=1", "unknown field 'stepz'; expected one of"),
+        ("colour=red", "unknown field 'colour'"),
+        ("rcod=1", "'rcod' is a group"),
+        ("seed.a=1", "'seed' has no field 'a'"),
+        ("rcod.steps=many", "expected a value of type int"),
+        ("rcod.vsd_weight=x", "expected a value of type float"),
+        ("rcod.train_decoder=1", "expected a value of type bool"),
+    ],
+)
+def test_a_wrong_assignment_is_named(assignment: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        with_overrides(CONFIG, [assignment])
+
+
+def test_the_resolved_configuration_is_written(tmp_path: Path) -> None:
+    CONFIG.write(tmp_path / "config.json")
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["rcod"]["steps"] == CONFIG.rcod.steps and saved["seed"] == 0
+
+
+def test_precision_is_one_of_three() -> None:
+    assert resolve_precision("fp32") == "fp32"
+    assert resolve_precision("auto") in ("fp32", "bf16")
+    with pytest.raises(ConfigError, match="expected auto, fp32 or bf16"):
+        resolve_precision("fp8")
+
+
+def test_missing_lpips_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lpips", None)
+    with pytest.raises(TrainError, match=r'pip install "rcod\[lpips\]"'):
+        load_lpips()
+
+
+@pytest.mark.parametrize(
+    ("extra", "code", "words"),
+    [
+        ([], 9, "DataError: .*expected a folder of photos"),
+        (["--set", "rcod.stepz=1"], 2, "ConfigError: .*unknown field"),
+    ],
+)
+def test_the_command_prints_one_line_and_its_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], code: int, words: str
+) -> None:
+    argv = ["nano", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out"), *extra]
+    assert main(argv) == code
+    error = capsys.readouterr().err
+    assert re.search(words, error) and "Traceback" not in error
+    assert not (tmp_path / "out").exists()

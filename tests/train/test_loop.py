@@ -1,0 +1,191 @@
+"""The training loop on a stage of one parameter: checkpoints, resuming, stopping, refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+import rcod_train.loop
+from rcod_train.config import LoopConfig
+from rcod_train.errors import CheckpointError, Interrupted, TrainError
+from rcod_train.loop import Update, read_checkpoint, run_stage
+
+CONFIG = LoopConfig(steps=6, checkpoint_steps=2, learning_rate=0.1, warmup_steps=1)
+
+
+class Line:
+    """Fits w to noise of the step's generator; counts its steps in the extra state."""
+
+    name = "line"
+
+    def __init__(self, config: LoopConfig = CONFIG) -> None:
+        self.config, self.seen = config, 0
+        self.w = Parameter(torch.ones(3))
+        self.groups = {"line": [({"w": self.w}, config.learning_rate)]}
+
+    def updates(self, batch: Any, generator: torch.Generator) -> Iterator[Update]:
+        self.seen += 1
+        loss = (self.w - torch.randn(3, generator=generator) - batch).square().sum()
+        yield Update("line", loss, {"seen": float(self.seen)})
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        self.seen = state["seen"]
+
+
+def numbers(first: int) -> range:
+    return range(first, CONFIG.steps)
+
+
+def finished(folder: Path) -> Line:
+    stage = Line()
+    run_stage(stage, numbers, folder, seed=5, resume=False)
+    return stage
+
+
+def test_the_two_newest_checkpoints_are_kept_and_the_log_has_every_step(tmp_path: Path) -> None:
+    finished(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "losses.jsonl", "step-0000004.pt", "step-0000006.pt",
+    ]  # fmt: skip
+    rows = [json.loads(row) for row in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(6))
+    assert all(row.keys() > {"line_loss", "line_grad_norm", "seen", "step_s"} for row in rows)
+
+
+def test_the_result_is_the_average_over_steps(tmp_path: Path) -> None:
+    stage = finished(tmp_path)
+    state = read_checkpoint(tmp_path / "step-0000006.pt")
+    assert torch.equal(stage.w.detach(), state["ema"]["line.w"])
+    assert not torch.equal(state["ema"]["line.w"], state["parameters"]["line.w"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_resumed_run_ends_bit_for_bit_equal(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    expected = finished(tmp_path / "whole")
+
+    def signalled(first: int) -> Iterator[int]:
+        for i in numbers(first):
+            if i == 2:
+                os.kill(os.getpid(), number)
+            yield i
+
+    with pytest.raises(Interrupted, match="stopped at step 3 of 6.*--resume") as caught:
+        run_stage(Line(), signalled, tmp_path / "cut", seed=5, resume=False)
+    assert caught.value.exit_code == 130
+    assert signal.getsignal(number) is not None  # the handlers of before are back
+    resumed = Line()
+    run_stage(resumed, numbers, tmp_path / "cut", seed=5, resume=True)
+    assert torch.equal(resumed.w, expected.w) and resumed.seen == expected.seen
+
+
+def test_a_killed_run_resumes_from_its_last_checkpoint_and_the_log_has_no_step_twice(
+    tmp_path: Path,
+) -> None:
+    expected = finished(tmp_path / "whole")
+
+    def dying(first: int) -> Iterator[int]:
+        yield from range(first, 5)
+        raise KeyError("the worker died")
+
+    with pytest.raises(KeyError):
+        run_stage(Line(), dying, tmp_path / "cut", seed=5, resume=False)
+    log = tmp_path / "cut" / "losses.jsonl"
+    with log.open("a") as file:
+        file.write('{"step": 5, "line_')  # cut off while writing
+    resumed = Line()
+    run_stage(resumed, numbers, tmp_path / "cut", seed=5, resume=True)
+    assert torch.equal(resumed.w, expected.w)
+    assert [json.loads(row)["step"] for row in log.read_text().splitlines()] == list(range(6))
+
+
+def test_a_finished_stage_only_loads_its_weights(tmp_path: Path) -> None:
+    expected = finished(tmp_path)
+    again = Line()
+
+    def unused(first: int) -> range:
+        raise AssertionError("no batches are needed")
+
+    run_stage(again, unused, tmp_path, seed=5, resume=True)
+    assert torch.equal(again.w, expected.w)
+
+
+def test_an_earlier_run_is_not_overwritten(tmp_path: Path) -> None:
+    finished(tmp_path)
+    with pytest.raises(CheckpointError, match="Add --resume"):
+        finished(tmp_path)
+
+
+def test_a_run_of_other_settings_is_not_continued(tmp_path: Path) -> None:
+    finished(tmp_path)
+    other = Line(dataclasses.replace(CONFIG, learning_rate=0.2))
+    with pytest.raises(CheckpointError, match="learning_rate: 0.1 there, 0.2 here"):
+        run_stage(other, numbers, tmp_path, seed=5, resume=True)
+    with pytest.raises(CheckpointError, match="another seed"):
+        run_stage(Line(), numbers, tmp_path, seed=6, resume=True)
+
+
+def test_a_longer_run_of_the_same_settings_is_continued(tmp_path: Path) -> None:
+    finished(tmp_path)
+    longer = Line(dataclasses.replace(CONFIG, steps=8))
+    run_stage(longer, lambda first: range(first, 8), tmp_path, seed=5, resume=True)
+    assert longer.seen == 8
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tmp_path: Path) -> None:
+    def poisoned(first: int) -> Iterator[float]:
+        yield from (0.0, 0.0, float("nan"))
+
+    with pytest.raises(TrainError, match="stage line, step 2: the line loss is nan"):
+        run_stage(Line(), poisoned, tmp_path, seed=0, resume=False)
+    assert read_checkpoint(tmp_path / "step-0000002.pt")["step"] == 2
+
+
+def test_a_cut_off_checkpoint_is_named(tmp_path: Path) -> None:
+    finished(tmp_path)
+    newest = tmp_path / "step-0000006.pt"
+    newest.write_bytes(newest.read_bytes()[:-300])
+    with pytest.raises(CheckpointError, match="step-0000006.pt: not a whole checkpoint"):
+        run_stage(Line(), numbers, tmp_path, seed=5, resume=True)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (os.mkdir, (str(tmp_path / "owned"),))
+
+    torch.save(Evil(), tmp_path / "step-0000001.pt")
+    with pytest.raises(CheckpointError):
+        read_checkpoint(tmp_path / "step-0000001.pt")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, saves = torch.save, []
+
+    def full_at_the_second(state: Any, file: Any) -> None:
+        saves.append(state)
+        real(state, file)
+        if len(saves) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(rcod_train.loop.torch, "save", full_at_the_second)
+    with pytest.raises(TrainError, match=r"No space left on device.*--resume"):
+        finished(tmp_path)
+    assert [p.name for p in sorted(tmp_path.glob("step*"))] == ["step-0000002.pt"]
+    assert read_checkpoint(tmp_path / "step-0000002.pt")["step"] == 2

@@ -1,0 +1,115 @@
+"""``rcod-train nano`` from photos to a merged checkpoint, at the real network and few steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rcod_train.checkpoint import load_merged
+
+SETTINGS = [
+    "vae.steps=3", "base.steps=3", "rcod.steps=4", "mem.steps=3", "rcod.metric_samples=4",
+    *(f"{stage}.{field}" for stage in ("vae", "base", "rcod", "mem")
+      for field in ("crop_px=64", "context_px=96", "photos_per_batch=1", "crops_per_photo=2",
+                    "checkpoint_steps=2", "warmup_steps=2")),
+]  # fmt: skip
+
+
+def command(photos: Path, out: Path, *extra: str) -> list[str]:
+    argv = [sys.executable, "-m", "rcod_train.main", "nano", "--data", str(photos)]
+    argv += ["--out", str(out), "--threads", "1", "--workers", "0", "--source", "drawn by the test"]
+    for setting in SETTINGS:
+        argv += ["--set", setting]
+    return [*argv, *extra]
+
+
+@pytest.fixture(scope="module")
+def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole")
+    done = subprocess.run(command(photos, out), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(out / "checkpoint")
+    return out
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    files = sorted((run / "checkpoint").rglob("*.safetensors"))
+    assert len(files) == 4
+    return {f"{f.parent.name}.{k}": v for f in files for k, v in load_file(f).items()}
+
+
+def test_the_checkpoint_is_whole_and_says_how_it_came_about(whole: Path) -> None:
+    parts, info = load_merged(whole / "checkpoint")
+    assert parts.mem is not None and parts.vae.config.scaling_factor > 0
+    assert [level.timestep for level in info.levels] == [250, 500, 750]
+    assert -1 <= info.m_min < info.m_max <= 1 and info.k == 250
+    assert info.sources == ("drawn by the test",)
+    assert info.training["rcod"]["steps"] == 4 and info.training["photos"] == 4
+    assert str(whole) not in (whole / "checkpoint" / "rcod.json").read_text()
+
+
+def test_every_stage_logs_its_losses(whole: Path) -> None:
+    for stage, keys in {
+        "vae": {"vae_loss", "psnr_db"},
+        "base": {"base_loss"},
+        "rcod": {"generator_loss", "regulariser_loss", "l1", "vsd", "latent", "share_0", "m"},
+        "mem": {"mem_loss", "mean_abs_error"},
+    }.items():
+        rows = [
+            json.loads(row) for row in (whole / stage / "losses.jsonl").read_text().splitlines()
+        ]
+        assert [row["step"] for row in rows] == list(range(len(rows))) and len(rows) >= 3
+        assert keys <= rows[-1].keys()
+        assert "lpips" not in rows[-1]
+
+
+def test_a_killed_and_resumed_run_ends_bit_for_bit_equal(
+    whole: Path, photos: Path, tmp_path: Path
+) -> None:
+    """SIGKILL in the RCOD stage after its first checkpoint: nothing of the process is saved."""
+    process = subprocess.Popen(
+        command(photos, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    checkpoint = tmp_path / "rcod" / "step-0000002.pt"
+    deadline = time.monotonic() + 240
+    while not checkpoint.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "checkpoint").exists()
+    done = subprocess.run(command(photos, tmp_path, "--resume"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "stage rcod: resumed at step" in done.stderr
+    expected, found = weights(whole), weights(tmp_path)
+    assert expected.keys() == found.keys()
+    assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_sigterm_saves_and_exits_with_130(photos: Path, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(photos, tmp_path, "--set", "vae.steps=100000"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    log = tmp_path / "vae" / "losses.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "state saved" in error and "Traceback" not in error
+    assert len(list((tmp_path / "vae").glob("step-*.pt"))) >= 1
