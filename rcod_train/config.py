@@ -73,8 +73,10 @@ class RcodStageConfig(LoopConfig):
     lpips_weight: float = 2.0
     gradient_weight: float = 1.0
     latent_weight: float = 0.05
-    vsd_weight: float = 0.1
+    vsd_weight: float = 1.0
     guidance: float = 2.0
+    adversarial_weight: float = 0.1  # of the last level; an earlier one has its share t / nk
+    discriminator_learning_rate: float = 1e-3
     train_decoder: bool = True
     decoder_learning_rate: float = 2e-4
 

@@ -1,4 +1,7 @@
-"""Stage 3: the paper's method. LoRA on the base, LDG, one step, VSD with DAS, VPIM."""
+"""Stage 3: the paper's method. LoRA on the base, LDG, one step, VSD with DAS, VPIM.
+
+Beside VSD an adversarial loss, as S3Diff has it: nano's base is too small to teach fine texture.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from rcod_train.data import Batch, to_unit
 from rcod_train.errors import TrainError
 from rcod_train.grouping import Grouping, cosine_metric, sample_regulariser_t
 from rcod_train.loop import Update
+from rcod_train.models.discriminator import Discriminator, adversarial_loss, hinge_loss
 from rcod_train.network import Parts, predict_eps
 from rcod_train.precision import Autocast
 from rcod_train.schedule import alpha_sigma_of, one_step
@@ -74,12 +78,16 @@ class RcodStage:
         if config.train_decoder:
             decoder = {f"decoder.{n}": p for n, p in self.vae.decoder_parameters().items()}
             members.append((decoder, config.decoder_learning_rate))
+        self.discriminator = Discriminator() if config.adversarial_weight else None
         self.groups = {
             "generator": members,
             "regulariser": [
                 (self.unet.parameters_of("regulariser"), config.regulariser_learning_rate)
             ],
         }
+        if self.discriminator is not None:
+            named = dict(self.discriminator.named_parameters())
+            self.groups["discriminator"] = [(named, config.discriminator_learning_rate)]
 
     def metric_and_latent(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """M (B,) of Eq. 6 and z_hq (B, C, h, w), both from the encoder without its LoRA."""
@@ -123,6 +131,15 @@ class RcodStage:
 
         return vsd_gradient(z_sr.detach(), t_r, eps, fake, real)
 
+    def realism_term(self, sr: Tensor, t: Tensor) -> Tensor:
+        """-D(sr), each sample by its share t / nk of the weight: more realism, less fidelity."""
+        assert self.discriminator is not None
+        self.discriminator.requires_grad_(False)
+        with self.autocast():
+            scores = self.discriminator(sr)
+        self.discriminator.requires_grad_(True)
+        return (adversarial_loss(scores) * t / self.grouping.timesteps[-1]).mean()
+
     def updates(self, batch: Batch, generator: torch.Generator) -> Iterator[Update]:
         c = self.config
         m, z_hq = self.metric_and_latent(batch)
@@ -141,6 +158,8 @@ class RcodStage:
         if c.vsd_weight:
             direction = self.regulariser_direction(z_sr, t, tokens, generator)
             terms["vsd"] = c.vsd_weight * vsd_loss(z_sr, direction)
+        if self.discriminator is not None:
+            terms["adversarial"] = c.adversarial_weight * self.realism_term(sr, t)
         figures = {name: term.detach() for name, term in terms.items()}
         error = (sr.detach().clamp(-1, 1) - hq).square().mean((1, 2, 3))
         figures["psnr_db"] = (-10 * torch.log10(error / 4)).mean()
@@ -154,10 +173,21 @@ class RcodStage:
                 loss = eps_loss(self.parts, z_sr.detach(), tokens, generator, self.autocast)
                 yield Update("regulariser", loss, {})
 
+        if self.discriminator is not None:
+            with self.autocast():
+                scores = self.discriminator(hq), self.discriminator(sr.detach())
+            yield Update("discriminator", hinge_loss(*scores), {})
+
     def extra_state(self) -> dict[str, Any]:
-        return {"m_min": self.grouping.m_min, "m_max": self.grouping.m_max}
+        state: dict[str, Any] = {"m_min": self.grouping.m_min, "m_max": self.grouping.m_max}
+        if self.discriminator is not None:  # the vectors of the spectral norm
+            state["discriminator_buffers"] = dict(self.discriminator.named_buffers())
+        return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
+        if self.discriminator is not None:
+            for name, buffer in self.discriminator.named_buffers():
+                buffer.copy_(state["discriminator_buffers"][name])
         self.grouping = Grouping(state["m_min"], state["m_max"], self.grouping.n, self.grouping.k)
 
     def merge(self) -> Parts:

@@ -1,0 +1,112 @@
+"""The RCOD stage at a tiny geometry: which update moves what."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from rcod_train.config import RcodStageConfig
+from rcod_train.data import Batch
+from rcod_train.errors import TrainError
+from rcod_train.grouping import Grouping
+from rcod_train.models.discriminator import adversarial_loss, hinge_loss
+from rcod_train.precision import Autocast
+from rcod_train.stages.base import measure_scaling_factor
+from rcod_train.stages.rcod import RcodStage, measure_metric_range
+from tests.tiny import tiny_parts
+
+CONFIG = RcodStageConfig(rank_unet=2, rank_vae=2, rank_regulariser=2)
+
+
+def stage(config: RcodStageConfig = CONFIG) -> RcodStage:
+    return RcodStage(tiny_parts(), config, Grouping(0.2, 0.9), Autocast("fp32"))
+
+
+def batch(seed: int = 0) -> Batch:
+    torch.manual_seed(seed)
+
+    def image(side: int) -> torch.Tensor:
+        return torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+
+    return Batch(image(64), image(64), image(32), image(32))
+
+
+def test_each_update_reaches_the_parameters_of_its_own_group() -> None:
+    rcod = stage()
+    seen = []
+    for update in rcod.updates(batch(), torch.Generator().manual_seed(0)):
+        for members in rcod.groups.values():
+            for named, _ in members:
+                for parameter in named.values():
+                    parameter.grad = None
+        update.loss.backward()
+        touched = {
+            group
+            for group, members in rcod.groups.items()
+            for named, _ in members
+            if any(p.grad is not None and p.grad.abs().max() > 0 for p in named.values())
+        }
+        assert touched == {update.group}
+        seen.append(update.group)
+    assert seen == ["generator", "regulariser", "discriminator"]
+
+
+def test_no_parameter_is_in_two_groups_and_the_base_is_in_none() -> None:
+    rcod = stage()
+    ids = [id(p) for m in rcod.groups.values() for named, _ in m for p in named.values()]
+    assert len(ids) == len(set(ids))
+    frozen = [
+        p for n, p in rcod.parts.unet.named_parameters() if "lora" not in n and "conv_in" not in n
+    ]
+    assert frozen and not {id(p) for p in frozen} & set(ids)
+    assert not {id(p) for p in rcod.parts.vpim.encoder.parameters()} & set(ids)
+
+
+def test_without_vsd_and_adversary_only_the_generator_is_trained() -> None:
+    rcod = stage(dataclasses.replace(CONFIG, vsd_weight=0.0, adversarial_weight=0.0))
+    updates = list(rcod.updates(batch(), torch.Generator()))
+    assert [u.group for u in updates] == ["generator"]
+    assert not {"vsd", "adversarial"} & updates[0].figures.keys()
+
+
+def test_the_adversarial_weight_grows_with_the_level() -> None:
+    rcod = stage()
+    assert rcod.discriminator is not None
+    sr = torch.rand(1, 3, 64, 64)
+    rcod.discriminator.eval()  # holds the spectral norm still
+    terms = [rcod.realism_term(sr, torch.tensor([t])).item() for t in (250, 500, 750)]
+    assert terms == pytest.approx([terms[2] / 3, 2 * terms[2] / 3, terms[2]])
+    assert all(p.requires_grad for p in rcod.discriminator.parameters())
+
+
+def test_hinge_and_adversarial_loss_by_hand() -> None:
+    """Real 0.5 and 2: (0.5 + 0) / 2; fake -0.5 and 1: (0.5 + 2) / 2; a second scale at 0: 2."""
+    real = [torch.tensor([0.5, 2.0]).view(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)]
+    fake = [torch.tensor([-0.5, 1.0]).view(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)]
+    assert hinge_loss(real, fake).item() == pytest.approx((0.25 + 1.25 + 2.0) / 2)
+    assert adversarial_loss(fake).tolist() == pytest.approx([0.25, -0.5])
+
+
+def test_the_metric_range_is_a_quantile_and_its_mirror() -> None:
+    batches = [batch(seed) for seed in range(8)]
+    low, high = measure_metric_range(tiny_parts(), iter(batches), 16, 0.25)
+    all_low, all_high = measure_metric_range(tiny_parts(), iter(batches), 16, 0.0)
+    assert -1 <= all_low < low < high < all_high <= 1
+
+
+def test_a_metric_that_never_varies_is_an_error() -> None:
+    flat = Batch(*(torch.full((2, 3, 64, 64), 9, dtype=torch.uint8) for _ in range(4)))
+    with pytest.raises(TrainError, match="is the autoencoder trained"):
+        measure_metric_range(tiny_parts(), iter([flat]), 2, 0.02)
+
+
+def test_the_scaling_factor_makes_unit_variance() -> None:
+    parts = tiny_parts()
+    batches = [batch(seed) for seed in range(2)]
+    factor = measure_scaling_factor(parts, batches)
+    parts.vae.register_to_config(scaling_factor=factor)
+    with torch.no_grad():
+        z = torch.cat([parts.vae.encode(b.hq.float() / 127.5 - 1) for b in batches])
+    assert z.std().item() == pytest.approx(1.0, abs=1e-4)
