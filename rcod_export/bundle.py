@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import logging
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +47,7 @@ from rcod_runtime.manifest import (
 )
 from rcod_runtime.manifest import Tensor as TensorSpec
 from rcod_train.checkpoint import CheckpointInfo, load_merged
+from rcod_train.files import written_whole
 from rcod_train.network import Parts, predict_eps
 from rcod_train.schedule import one_step
 
@@ -92,7 +92,7 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
         raise OutputError(f"{out}: exists and is not a bundle. Choose another -o.")
     parts, info = load_merged(checkpoint)
     reference = copy.deepcopy(parts)  # the denoiser's graph takes its U-Net over
-    with _sibling(out) as folder:
+    with _written_whole(out) as folder:
         (folder / "onnx").mkdir()
         graphs, parity = {}, []
         for spec in _graph_specs(parts, info):
@@ -360,22 +360,11 @@ def _write(manifest: Manifest, folder: Path) -> None:
 
 
 @contextmanager
-def _sibling(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` that takes its place at the end, or vanishes."""
+def _written_whole(out: Path) -> Iterator[Path]:
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        with written_whole(out) as folder:
+            yield folder
     except OSError as exc:
-        raise OutputError(f"{out}: can't be written ({exc.strerror}). Choose another -o.") from exc
-    try:
-        yield folder
-        folder.chmod(0o755)
-        old = folder.with_name(folder.name + "-old")
-        if out.exists():
-            out.rename(old)
-        folder.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as exc:
-        raise OutputError(f"{out}: could not be written ({exc.strerror or exc}).") from exc
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        raise OutputError(
+            f"{out}: could not be written ({exc.strerror or exc}). Free space or choose another -o."
+        ) from exc

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.modeling_utils import ModelMixin
 
 from rcod_train.errors import CheckpointError
+from rcod_train.files import written_whole
 from rcod_train.grouping import Grouping
 from rcod_train.models.mem import Mem
 from rcod_train.models.vae import NanoVae
@@ -79,26 +78,19 @@ def save_merged(folder: Path, parts: Parts, info: CheckpointInfo) -> None:
     Weights are stored in fp16. What is loaded again is these rounded weights, in fp32, so that
     everything downstream compares with what really ships.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        for name in PART_TYPES:
-            module = getattr(parts, name)
-            if module is not None:
-                _rounded(module).save_pretrained(partial / name, safe_serialization=True)
-        text = json.dumps(dataclasses.asdict(info), indent=1) + "\n"
-        (partial / "rcod.json").write_text(text, encoding="utf-8")
-        partial.chmod(0o755)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.replace(folder)
+        with written_whole(folder) as partial:
+            for name in PART_TYPES:
+                module = getattr(parts, name)
+                if module is not None:
+                    _rounded(module).save_pretrained(partial / name, safe_serialization=True)
+            text = json.dumps(dataclasses.asdict(info), indent=1) + "\n"
+            (partial / "rcod.json").write_text(text, encoding="utf-8")
     except OSError as exc:
         raise CheckpointError(
             f"{folder}: the checkpoint could not be written ({exc.strerror or exc}). "
             "Free space or choose another --out."
         ) from exc
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _rounded(module: ModelMixin) -> ModelMixin:

@@ -1,0 +1,50 @@
+"""Folders are written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rcod_train.files import written_whole
+
+
+def write(target: Path, text: str) -> None:
+    with written_whole(target) as folder:
+        (folder / "a.txt").write_text(text)
+
+
+def test_a_folder_takes_the_place_of_an_earlier_one(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "target"
+    write(target, "first")
+    write(target, "second")
+    assert (target / "a.txt").read_text() == "second"
+    assert [p.name for p in target.parent.iterdir()] == ["target"]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_an_error_leaves_the_earlier_one(tmp_path: Path, error: type[BaseException]) -> None:
+    write(tmp_path / "target", "first")
+    with pytest.raises(error), written_whole(tmp_path / "target") as folder:
+        (folder / "a.txt").write_text("half")
+        raise error
+    assert (tmp_path / "target" / "a.txt").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+def test_a_failing_rename_brings_the_earlier_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "target", "first")
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if target.name == "target" and not self.name.endswith("-old"):
+            raise OSError(28, "No space left on device")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(OSError, match="No space"):
+        write(tmp_path / "target", "second")
+    assert (tmp_path / "target" / "a.txt").read_text() == "first"
+    assert [p.name for p in tmp_path.iterdir()] == ["target"]
