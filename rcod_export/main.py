@@ -1,9 +1,11 @@
 """Export RCOD checkpoints.
 
   rcod-export bundle CHECKPOINT -o BUNDLE    ONNX graphs, compared with PyTorch, and a manifest
+  rcod-export engines BUNDLE --sm 89 120     TensorRT engines of its graphs, into the bundle
 
-The bundle's path goes to stdout. Exit codes: 0 done, 2 wrong arguments, 6 output not writable,
-8 the export or its comparison with PyTorch failed, 9 the checkpoint can't be read.
+The bundle's path goes to stdout. Exit codes: 0 done, 2 wrong arguments, 4 the bundle is damaged,
+6 output not writable, 8 the export, its comparison with PyTorch or a builder failed, 9 the
+checkpoint can't be read, 130 stopped; engines that were done are kept.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from rcod_runtime.errors import RcodError
 from rcod_train.errors import RcodTrainError
@@ -38,14 +41,57 @@ def build_parser() -> argparse.ArgumentParser:
     bundle.add_argument(
         "--sample", type=Path, metavar="PNG", help="photo for the bundle's self-test"
     )
+    _add_engines(commands)
     return parser
+
+
+def _add_engines(commands: Any) -> None:
+    engines = commands.add_parser(
+        "engines",
+        help="TensorRT engines of a bundle's graphs",
+        description="Build what is missing or out of date. Engines for RTX GPUs need no GPU here; "
+        "those of --target tensorrt are built on the GPU they are for.",
+    )
+    add = engines.add_argument
+    add("bundle", type=Path, help="folder that rcod-export wrote")
+    add("--target", choices=("tensorrt", "tensorrt-rtx"), default="tensorrt-rtx")
+    add(
+        "--sm",
+        nargs="+",
+        type=int,
+        default=[89, 120],
+        metavar="SM",
+        help="compute capabilities of the RTX GPUs (default: 89 120)",
+    )
+    add("--tile", type=int, metavar="PX", help="tile side (default: the bundle's)")
+    add(
+        "--batch",
+        nargs=2,
+        type=int,
+        default=[1, 4],
+        metavar=("MIN", "MAX"),
+        help="tiles in one call; tuned for MAX (default: 1 4)",
+    )
+    add("--workspace", type=float, default=4.0, metavar="GIB", help="default: %(default)s")
+    add("--optimization-level", type=int, choices=range(6), help="default: the builder's")
+    add(
+        "--hardware-compatibility",
+        choices=("none", "ampere-plus", "same-compute-capability"),
+        default="none",
+        help="tensorrt: let engines run on other GPUs too, slower (default: %(default)s)",
+    )
+    add("--detailed", action="store_true", help="keep layer details in the engine for profilers")
+    add("--timeout", type=float, default=3600.0, metavar="S", help="per engine (default: 3600)")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``rcod-export``; returns the exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        return _bundle(arguments)
+        return _COMMANDS[arguments.command](arguments)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
     except (RcodError, RcodTrainError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
@@ -77,6 +123,38 @@ def _bundle(arguments: argparse.Namespace) -> int:
     print(f"sample against PyTorch {psnr:.1f} dB, graphs {size / 1e6:.1f} MB", file=sys.stderr)
     print(arguments.out)
     return 0
+
+
+def _engines(arguments: argparse.Namespace) -> int:
+    import logging
+
+    from rcod_export.engines import EngineConfig, build_engines
+
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("rcod_export").setLevel(logging.INFO)
+    config = EngineConfig(
+        target=arguments.target,
+        sms=tuple(sorted(set(arguments.sm))),
+        tile_px=arguments.tile,
+        batch=tuple(arguments.batch),
+        workspace_bytes=int(arguments.workspace * 2**30),
+        optimization_level=arguments.optimization_level,
+        hardware_compatibility=arguments.hardware_compatibility,
+        detailed=arguments.detailed,
+        timeout_s=arguments.timeout,
+    )
+    manifest = build_engines(arguments.bundle, config)
+    for engine in manifest.engines:
+        print(
+            f"{engine.file:<60} {engine.bytes / 1e6:8.1f} MB, "
+            f"scratch {engine.scratch_bytes / 1e6:.1f} MB",
+            file=sys.stderr,
+        )
+    print(arguments.bundle)
+    return 0
+
+
+_COMMANDS = {"bundle": _bundle, "engines": _engines}
 
 
 if __name__ == "__main__":

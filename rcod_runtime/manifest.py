@@ -153,6 +153,17 @@ class Tensor(_Checked):
             if not good:
                 raise ManifestError(f"shape[{index}]", "a length or the name of an axis", side)
 
+    def sized(self, batch: int, height: int, width: int) -> tuple[int, ...]:
+        """The shape with numbers for its axes: batch, height and width, or parts of them."""
+        sides = {"batch": batch, "height": height, "width": width}
+        shape = []
+        for axis in self.shape:
+            name, _, divisor = (axis if isinstance(axis, str) else "").partition("/")
+            if name and name not in sides:
+                raise ManifestError("shape", f"the axes {', '.join(sides)}", axis)
+            shape.append(sides[name] // int(divisor or 1) if isinstance(axis, str) else axis)
+        return tuple(shape)
+
 
 @dataclass(frozen=True)
 class Graph(_Checked):
@@ -181,7 +192,8 @@ class Graph(_Checked):
 
 @dataclass(frozen=True)
 class Engine(_Checked):
-    """A TensorRT engine of one graph. ``profile``: input -> (min, opt, max) shape."""
+    """A TensorRT engine of one graph. ``profile``: input -> (min, opt, max) shape; ``options``:
+    settings of the builder that differ from its defaults."""
 
     file: str
     sha256: str
@@ -193,6 +205,7 @@ class Engine(_Checked):
     os: str
     profile: dict[str, tuple[tuple[int, ...], ...]]
     precision: Precision
+    options: dict[str, str]
     onnx_sha256: str
     scratch_bytes: int
 
@@ -208,7 +221,7 @@ class Engine(_Checked):
             rising = same and all(0 < a <= b <= c for a, b, c in zip(*shapes, strict=True))
             if not rising:
                 raise ManifestError(f"profile.{name}", "min <= opt <= max shapes", shapes)
-        self.require("scratch_bytes", self.scratch_bytes >= 0, "a number of at least 0")
+        self.require("scratch_bytes", self.scratch_bytes >= -1, "a number, or -1: not known")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from rcod_runtime.arrays import Prepared, prepare_image, restore_layout
 from rcod_runtime.backends import Array, Session, Shapes, choose
 from rcod_runtime.bundle import Bundle, open_bundle
 from rcod_runtime.colour import COLOUR_MATCHES, ColourMatch, match_colour
-from rcod_runtime.errors import BackendError, NonFiniteOutput, UsageError
+from rcod_runtime.errors import NonFiniteOutput, UsageError
 from rcod_runtime.levels import ADAPTIVE, adaptive_level, level_weights
 from rcod_runtime.manifest import GRAPHS, Manifest
 from rcod_runtime.resample import Resampler, resize_for_tokens
@@ -194,24 +194,10 @@ class Upscaler:
         self._bound = shapes
 
     def _shapes(self, batch: int, tile_hw: tuple[int, int]) -> dict[str, Any]:
-        """Input shapes of every graph, from the manifest's symbolic ones."""
-        sides = dict(zip(("height", "width"), tile_hw, strict=True))
-
-        def resolved(axis: int | str, rows: int) -> int:
-            if isinstance(axis, int):
-                return axis
-            if axis == "batch":
-                return rows
-            name, _, divisor = axis.partition("/")
-            if name not in sides:
-                raise BackendError(f'axis "{axis}": expected batch, height or width.')
-            return sides[name] // int(divisor or 1)
-
+        """Input shapes of every graph; the tokens are the image's, so their graph runs once."""
         return {
             name: {
-                tensor.name: tuple(
-                    resolved(axis, 1 if name == "vpim" else batch) for axis in tensor.shape
-                )
+                tensor.name: tensor.sized(1 if name == "vpim" else batch, *tile_hw)
                 for tensor in graph.inputs
             }
             for name, graph in self.manifest.graphs.items()

@@ -1,0 +1,292 @@
+"""TensorRT engines of a bundle: built when something changed, each written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from tqdm import tqdm
+
+from rcod_export.trt_build import (
+    BuildRefused,
+    Job,
+    Shapes,
+    load_library,
+    operating_system,
+    sm_here,
+)
+from rcod_runtime.bundle import Bundle, open_bundle
+from rcod_runtime.errors import ExportError, OutputError, UsageError
+from rcod_runtime.manifest import MANIFEST_FILE, Engine, Graph, Manifest, sha256_file
+
+log = logging.getLogger(__name__)
+
+LOG_LINES_SHOWN = 8
+
+
+def cache_folder() -> Path:
+    """Logs and timing caches of builds; they belong to this machine, not into the bundle."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "rcod"
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What to build for. ``tile_px`` None is the bundle's; ``batch`` is smallest and largest."""
+
+    target: str = "tensorrt-rtx"
+    sms: tuple[int, ...] = ()
+    tile_px: int | None = None
+    batch: tuple[int, int] = (1, 4)
+    workspace_bytes: int = 4 * 2**30
+    optimization_level: int | None = None
+    hardware_compatibility: str = "none"
+    detailed: bool = False
+    timeout_s: float = 3600.0
+    cache: Path = field(default_factory=cache_folder)
+
+    @property
+    def options(self) -> dict[str, str]:
+        """Settings that change what comes out and differ from the builder's defaults."""
+        options = {}
+        if self.optimization_level is not None:
+            options["optimization_level"] = str(self.optimization_level)
+        if self.hardware_compatibility != "none":
+            options["hardware_compatibility"] = self.hardware_compatibility
+        if self.detailed:
+            options["profiling_verbosity"] = "detailed"
+        return options
+
+
+def build_engines(folder: Path, config: EngineConfig) -> Manifest:
+    """Build the engines of a bundle that are missing or out of date, and enter them.
+
+    Every engine is entered into the manifest as soon as it is whole, so an interrupted run goes on
+    where it stopped.
+
+    Raises:
+        BundleError: the bundle is not whole.
+        ExportError: the library is missing, refuses a graph, crashes, or takes too long.
+        OutputError: the bundle can't be written.
+        UsageError: a setting that can't be used.
+    """
+    bundle = open_bundle(folder)
+    try:
+        version = str(load_library(config.target).__version__)
+        sms = config.sms if config.target == "tensorrt-rtx" else (sm_here(),)
+    except BuildRefused as exc:
+        raise ExportError(str(exc)) from exc
+    config = dataclasses.replace(config, sms=sms)
+    _check(bundle, config)
+    manifest = bundle.manifest
+    with tqdm(
+        manifest.graphs.items(), desc=config.target, unit="engine", dynamic_ncols=True
+    ) as bar:
+        for name, graph in bar:
+            wanted = _wanted(manifest, name, graph, config, version)
+            reason = _out_of_date(bundle.folder, manifest, wanted)
+            if reason is None:
+                log.info("%s: up to date", wanted.file)
+                continue
+            log.info("%s: building, %s", wanted.file, reason)
+            engine = _build(bundle, wanted, config, bar)
+            manifest = _entered(manifest, engine)
+            _write_manifest(bundle.folder, manifest)
+    return manifest
+
+
+def _check(bundle: Bundle, config: EngineConfig) -> None:
+    low, high = config.batch
+    if not 1 <= low <= high <= 64:
+        raise UsageError(f"batch {low} {high}: expected 1 <= smallest <= largest <= 64.")
+    if not config.sms:
+        raise UsageError("target tensorrt-rtx: expected at least one --sm, e.g. --sm 89 120.")
+    multiple = bundle.manifest.image.size_multiple
+    if config.tile_px is not None and (config.tile_px < multiple or config.tile_px % multiple):
+        raise UsageError(f"tile {config.tile_px} px: expected a multiple of {multiple}.")
+
+
+def _wanted(
+    manifest: Manifest, name: str, graph: Graph, config: EngineConfig, version: str
+) -> Engine:
+    """The manifest's entry of an engine as it should be; hash and sizes come with the build."""
+    tile = config.tile_px or manifest.image.tile_px
+    low, high = (1, 1) if name == "vpim" else config.batch
+    profile: Shapes = {
+        tensor.name: tuple(tensor.sized(batch, tile, tile) for batch in (low, high, high))
+        for tensor in graph.inputs
+    }
+    for_sms = "-".join(f"sm{sm}" for sm in config.sms)
+    return Engine(
+        file=f"engines/{config.target}/{for_sms}/{tile}px/{name}.engine",
+        sha256="0" * 64,
+        bytes=1,
+        graph=name,
+        target=cast(Any, config.target),  # the manifest checks it
+        version=version,
+        sm=config.sms,
+        os=operating_system(),
+        profile=profile,
+        precision=graph.precision,
+        options=config.options,
+        onnx_sha256=graph.sha256,
+        scratch_bytes=-1,
+    )
+
+
+def _out_of_date(folder: Path, manifest: Manifest, wanted: Engine) -> str | None:
+    """Why the engine must be built, or None."""
+    present = next((e for e in manifest.engines if e.file == wanted.file), None)
+    if present is None:
+        return "it is new"
+    measured = ("sha256", "bytes", "scratch_bytes")
+    for name in (f.name for f in dataclasses.fields(Engine) if f.name not in measured):
+        before, now = getattr(present, name), getattr(wanted, name)
+        if before != now:
+            return f"{name} was {before}, is {now}"
+    path = folder / present.file
+    if not path.is_file():
+        return "its file is missing"
+    if sha256_file(path) != present.sha256:
+        return "its file was changed"
+    return None
+
+
+def _build(bundle: Bundle, wanted: Engine, config: EngineConfig, bar: Any) -> Engine:
+    path = bundle.folder / wanted.file
+    partial = path.with_suffix(".partial")
+    timing = None
+    if config.target == "tensorrt":  # the RTX builder compiles without timing
+        timing = config.cache / "timing" / f"{wanted.version}-sm{wanted.sm[0]}.bin"
+    job = Job(
+        target=wanted.target,
+        onnx=str(bundle.graph_path(wanted.graph)),
+        out=str(partial),
+        profile=wanted.profile,
+        sms=wanted.sm,
+        workspace_bytes=config.workspace_bytes,
+        optimization_level=config.optimization_level,
+        hardware_compatibility=config.hardware_compatibility,
+        detailed=config.detailed,
+        timing_cache=None if timing is None else str(timing),
+    )
+    log_file = config.cache / "logs" / f"{bundle.manifest.identity.name}-{wanted.graph}.log"
+    try:
+        for parent in filter(None, (path.parent, log_file.parent, timing and timing.parent)):
+            parent.mkdir(parents=True, exist_ok=True)
+        result = _run(job, log_file, config.timeout_s, bar)
+        engine = dataclasses.replace(
+            wanted,
+            sha256=sha256_file(partial),
+            bytes=partial.stat().st_size,
+            scratch_bytes=result["scratch_bytes"],
+        )
+        partial.replace(path)
+    except OSError as exc:
+        raise OutputError(
+            f"{path}: could not be written ({exc.strerror or exc}). Free space, then run again: "
+            "engines that are done are kept."
+        ) from exc
+    finally:
+        partial.unlink(missing_ok=True)
+    return engine
+
+
+def _run(job: Job, log_file: Path, timeout_s: float, bar: Any) -> dict[str, Any]:
+    """The build in its own process, with its log in ``log_file``."""
+    name = Path(job.onnx).name
+    answer: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as temporary, log_file.open("wb") as errors:
+        spec = Path(temporary) / "job.json"
+        spec.write_text(json.dumps(dataclasses.asdict(job)), encoding="utf-8")
+        command = [sys.executable, "-m", "rcod_export.trt_build", str(spec)]
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, start_new_session=True
+        )
+        with _killed_at_the_end(process, timeout_s) as timed_out:
+            assert process.stdout is not None
+            for line in process.stdout:
+                answer = _parsed(line) or answer
+                if "phase" in answer:
+                    where = f"{answer['phase']} {answer['step']}/{answer['steps']}"
+                    bar.set_postfix_str(f"{name}: {where}", refresh=False)
+                    bar.update(0)
+            code = process.wait()
+    if timed_out.is_set():
+        raise ExportError(
+            f"{name}: not built within {timeout_s:g} s. Give more with --timeout. Log: {log_file}"
+        )
+    if "error" in answer:
+        raise ExportError(f"{answer['error']}{_tail(log_file)}")
+    if code != 0 or "result" not in answer:
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        raise ExportError(f"{name}: the builder died ({how}).{_tail(log_file)}")
+    result: dict[str, Any] = answer["result"]
+    return result
+
+
+@contextlib.contextmanager
+def _killed_at_the_end(
+    process: subprocess.Popen[str], timeout_s: float
+) -> Iterator[threading.Event]:
+    """No process is left behind: not after Ctrl-C, not after the time limit."""
+    timed_out = threading.Event()
+
+    def stop() -> None:
+        timed_out.set()
+        process.kill()
+
+    timer = threading.Timer(timeout_s, stop)
+    timer.start()
+    try:
+        yield timed_out
+    finally:
+        timer.cancel()
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    """A line of the protocol; libraries print other things to stdout too."""
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _tail(log_file: Path) -> str:
+    lines = log_file.read_text(encoding="utf-8", errors="replace").splitlines()
+    shown = "".join(f"\n    {line}" for line in lines[-LOG_LINES_SHOWN:])
+    return f" Log: {log_file}, it ends:{shown or ' (it is empty)'}"
+
+
+def _entered(manifest: Manifest, engine: Engine) -> Manifest:
+    others = tuple(e for e in manifest.engines if e.file != engine.file)
+    engines = tuple(sorted((*others, engine), key=lambda e: e.file))
+    return dataclasses.replace(manifest, engines=engines)
+
+
+def _write_manifest(folder: Path, manifest: Manifest) -> None:
+    path = folder / MANIFEST_FILE
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(manifest.to_json(), encoding="utf-8")
+        partial.replace(path)
+    except OSError as exc:
+        partial.unlink(missing_ok=True)
+        raise OutputError(f"{path}: could not be written ({exc.strerror or exc}).") from exc

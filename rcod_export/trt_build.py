@@ -1,0 +1,236 @@
+"""Builds one engine in a process of its own, so that a builder's crash or hang stays in it.
+
+Run as ``python -m rcod_export.trt_build JOB.json``. JSON lines go to stdout: progress, at the end a
+result or an error. The builder's log goes to stderr.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import platform
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+INSTALL_LINES = {
+    "tensorrt": 'pip install "rcod[tensorrt]"',
+    "tensorrt-rtx": 'pip install "rcod[tensorrt-rtx]"',
+}
+Shapes = dict[str, tuple[tuple[int, ...], ...]]
+ACTIVATION_LINE = "Total Activation Memory: "  # the builder says it; no API does without a GPU
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to build. ``profile``: input -> (min, opt, max) shape; ``sms`` are for RTX engines."""
+
+    target: str
+    onnx: str
+    out: str
+    profile: Shapes
+    sms: tuple[int, ...]
+    workspace_bytes: int
+    optimization_level: int | None
+    hardware_compatibility: str
+    detailed: bool
+    timing_cache: str | None
+
+
+class BuildRefused(Exception):
+    """The library refused something; the message says what."""
+
+
+def load_library(target: str) -> Any:
+    """The module of a target: tensorrt (10, 11) or tensorrt_rtx.
+
+    Raises:
+        BuildRefused: not installed; says the pip line.
+    """
+    try:
+        return importlib.import_module(MODULES[target])
+    except ImportError as exc:
+        raise BuildRefused(
+            f"target {target}: the package {MODULES[target]} is missing or can't be loaded "
+            f"({exc}). {INSTALL_LINES[target]}"
+        ) from exc
+
+
+def operating_system() -> str:
+    """The platform an engine is tied to, e.g. linux-x86_64."""
+    return f"{platform.system().lower()}-{platform.machine().lower()}"
+
+
+def build(job: Job) -> dict[str, Any]:
+    """Build the engine and write it to ``job.out``.
+
+    Returns:
+        ``version`` of the library, ``sm`` the engine is for, ``scratch_bytes`` or -1.
+
+    Raises:
+        BuildRefused: the library refuses the graph or a setting.
+    """
+    trt = load_library(job.target)
+    log = _logger(trt)
+    builder = trt.Builder(log)
+    network = builder.create_network(_network_flags(trt))
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(job.onnx):
+        errors = [parser.get_error(i) for i in range(parser.num_errors)]
+        named = "; ".join(
+            f"op {e.node_operator() or '?'}, node {e.node_name() or e.node()}: {e.desc()}"
+            for e in errors
+        )
+        raise BuildRefused(f"{Path(job.onnx).name}: the ONNX parser refused it: {named}")
+    config = builder.create_builder_config()
+    sms = _configure(trt, builder, network, config, job)
+    cache = None
+    if job.timing_cache is not None:
+        path = Path(job.timing_cache)
+        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
+        _require(cache is not None and config.set_timing_cache(cache, False), "the timing cache")
+    serialized = builder.build_serialized_network(network, config)
+    _require(serialized is not None, f"building {Path(job.onnx).name}")
+    Path(job.out).write_bytes(serialized)
+    if cache is not None:
+        Path(job.timing_cache or "").write_bytes(config.get_timing_cache().serialize())
+    return {"version": trt.__version__, "sm": sms, "scratch_bytes": log.activation_bytes}
+
+
+def _configure(trt: Any, builder: Any, network: Any, config: Any, job: Job) -> list[int]:
+    profile = builder.create_optimization_profile()
+    inputs = {network.get_input(i).name for i in range(network.num_inputs)}
+    if inputs != set(job.profile):
+        raise BuildRefused(
+            f"{Path(job.onnx).name}: expected inputs {sorted(job.profile)}, found {sorted(inputs)}"
+        )
+    for name, shapes in job.profile.items():
+        _accepted(profile.set_shape(name, *shapes), f"shapes {shapes} of input {name}")
+    _require(config.add_optimization_profile(profile) >= 0, "the optimisation profile")
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, job.workspace_bytes)
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default; fp32 would not be fp32
+    config.profiling_verbosity = (
+        trt.ProfilingVerbosity.DETAILED if job.detailed else trt.ProfilingVerbosity.LAYER_NAMES_ONLY
+    )
+    if job.optimization_level is not None:
+        config.builder_optimization_level = job.optimization_level
+    if job.hardware_compatibility != "none":
+        levels = trt.HardwareCompatibilityLevel
+        config.hardware_compatibility_level = {
+            "ampere-plus": levels.AMPERE_PLUS,
+            "same-compute-capability": levels.SAME_COMPUTE_CAPABILITY,
+        }[job.hardware_compatibility]
+    config.progress_monitor = _progress(trt)
+    if job.target != "tensorrt-rtx":
+        return [sm_here()]
+    config.num_compute_capabilities = len(job.sms)
+    for index, sm in enumerate(job.sms):
+        capability = getattr(trt.ComputeCapability, f"SM{sm}", None)
+        if capability is None:
+            known = [n for n in trt.ComputeCapability.__members__ if n.startswith("SM")]
+            raise BuildRefused(f"sm {sm}: {job.target} builds for {', '.join(known)}")
+        _accepted(config.set_compute_capability(capability, index), f"sm {sm}")
+    return list(job.sms)
+
+
+def _network_flags(trt: Any) -> int:
+    """Strongly typed: the only typing both majors share, and version 11's only one."""
+    flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
+    return 0 if flag is None else 1 << int(flag)
+
+
+def sm_here() -> int:
+    """Compute capability of the GPU that tensorrt builds on and for."""
+    from cuda.bindings import runtime
+
+    error, device = runtime.cudaGetDevice()
+    if int(error) != 0:
+        raise BuildRefused(
+            f"target tensorrt builds on the GPU it builds for, and there is none here ({error}). "
+            "Run it there, or choose --target tensorrt-rtx."
+        )
+    attribute = runtime.cudaDeviceAttr
+    values = [
+        runtime.cudaDeviceGetAttribute(name, device)[1]
+        for name in (
+            attribute.cudaDevAttrComputeCapabilityMajor,
+            attribute.cudaDevAttrComputeCapabilityMinor,
+        )
+    ]
+    return int(10 * values[0] + values[1])
+
+
+def _accepted(answer: bool | None, what: str) -> None:
+    """Calls that answer None on success in one version and True in another."""
+    _require(answer is not False, what)
+
+
+def _require(good: bool, what: str) -> None:
+    if not good:
+        raise BuildRefused(f"{what}: refused by the builder; its log says why")
+
+
+def _logger(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        """The builder's messages to stderr, and the activation memory out of them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.activation_bytes = -1
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.INFO:
+                sys.stderr.write(f"{severity.name}: {message}\n")
+                sys.stderr.flush()
+            if message.startswith(ACTIVATION_LINE):
+                self.activation_bytes = int(message[len(ACTIVATION_LINE) :].split()[0])
+
+    return Log()
+
+
+def _progress(trt: Any) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Phases of the build to stdout."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self.steps[phase_name] = num_steps
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            say(phase=phase_name, step=step + 1, steps=self.steps.get(phase_name, 0))
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            self.steps.pop(phase_name, None)
+
+    return Monitor()
+
+
+def say(**line: Any) -> None:
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
+
+
+def main(path: str) -> int:
+    raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    names = {field.name for field in dataclasses.fields(Job)}
+    job = Job(**{name: raw[name] for name in names})
+    try:
+        say(result=build(job))
+    except BuildRefused as exc:
+        say(error=str(exc))
+        return 1
+    except OSError as exc:
+        say(error=f"{job.out}: could not be written ({exc.strerror or exc}). Free space.")
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
