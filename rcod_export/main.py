@@ -2,10 +2,13 @@
 
   rcod-export bundle CHECKPOINT -o BUNDLE    ONNX graphs, compared with PyTorch, and a manifest
   rcod-export engines BUNDLE --sm 89 120     TensorRT engines of its graphs, into the bundle
+  rcod-export inspect BUNDLE                 what its graphs are made of and cost
+  rcod-export verify BUNDLE                  check files, sample and engines again
 
-The bundle's path goes to stdout. Exit codes: 0 done, 2 wrong arguments, 4 the bundle is damaged,
-6 output not writable, 8 the export, its comparison with PyTorch or a builder failed, 9 the
-checkpoint can't be read, 130 stopped; engines that were done are kept.
+The bundle's path, or the report, goes to stdout. Exit codes: 0 done, 2 wrong arguments, 4 the
+bundle is damaged, 5 a backend fails its self-test, 6 output not writable, 8 the export, its
+comparison with PyTorch or a builder failed, 9 the checkpoint can't be read, 130 stopped; engines
+that were done are kept.
 """
 
 from __future__ import annotations
@@ -42,6 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--sample", type=Path, metavar="PNG", help="photo for the bundle's self-test"
     )
     _add_engines(commands)
+    for name, summary in (
+        ("inspect", "what a bundle's graphs are made of and cost"),
+        ("verify", "check a bundle's files, sample and engines again"),
+    ):
+        report = commands.add_parser(name, help=summary)
+        report.add_argument("bundle", type=Path, help="folder that rcod-export wrote")
     return parser
 
 
@@ -154,7 +163,16 @@ def _engines(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"bundle": _bundle, "engines": _engines}
+def _report(arguments: argparse.Namespace) -> int:
+    from rcod_export.inspect import inspect_bundle, verify_bundle
+
+    lines = {"inspect": inspect_bundle, "verify": verify_bundle}[arguments.command]
+    for line in lines(arguments.bundle):
+        print(line)
+    return 0
+
+
+_COMMANDS = {"bundle": _bundle, "engines": _engines, "inspect": _report, "verify": _report}
 
 
 if __name__ == "__main__":

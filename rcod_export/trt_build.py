@@ -143,21 +143,26 @@ def _network_flags(trt: Any) -> int:
 
 
 def sm_here() -> int:
-    """Compute capability of the GPU that tensorrt builds on and for."""
-    from cuda.bindings import runtime
+    """Compute capability of this machine's GPU, e.g. 89.
 
+    Raises:
+        BuildRefused: no GPU, no driver, or no cuda-bindings.
+    """
+    try:
+        from cuda.bindings import runtime
+    except ImportError as exc:
+        raise BuildRefused(
+            f"cuda-bindings is missing ({exc}). {INSTALL_LINES['tensorrt']}"
+        ) from exc
     error, device = runtime.cudaGetDevice()
     if int(error) != 0:
-        raise BuildRefused(
-            f"target tensorrt builds on the GPU it builds for, and there is none here ({error}). "
-            "Run it there, or choose --target tensorrt-rtx."
-        )
-    attribute = runtime.cudaDeviceAttr
+        raise BuildRefused(f"no GPU answers here ({error.name})")
+    names = runtime.cudaDeviceAttr
     values = [
         runtime.cudaDeviceGetAttribute(name, device)[1]
         for name in (
-            attribute.cudaDevAttrComputeCapabilityMajor,
-            attribute.cudaDevAttrComputeCapabilityMinor,
+            names.cudaDevAttrComputeCapabilityMajor,
+            names.cudaDevAttrComputeCapabilityMinor,
         )
     ]
     return int(10 * values[0] + values[1])

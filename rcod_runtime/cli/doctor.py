@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import platform
 import sys
-import time
 from pathlib import Path
 
 from rcod_runtime.errors import BackendError, RcodError
@@ -48,6 +47,7 @@ def examine(folder: Path | None) -> None:
     """
     from rcod_runtime.backends import BACKENDS, installed
     from rcod_runtime.bundle import open_bundle
+    from rcod_runtime.selftest import self_test
 
     print(f"python {platform.python_version()}, {platform.system()} {platform.machine()}")
     bundle = open_bundle(folder)
@@ -61,40 +61,8 @@ def examine(folder: Path | None) -> None:
     if not usable:
         raise BackendError("no backend is installed. pip install rcod")
     for name in usable:
-        print(f"backend {name}: {_self_test(bundle.folder, name)}")
+        print(f"backend {name}: {self_test(bundle.folder, name)}")
     print(f"used by default: {usable[0]}")
-
-
-def _self_test(folder: Path, backend: str) -> str:
-    import numpy as np
-
-    from rcod_runtime.image_io import read_image
-    from rcod_runtime.manifest import sha256_file
-    from rcod_runtime.upscaler import Upscaler
-
-    with Upscaler(folder, backend=backend) as upscaler:
-        sample = upscaler.manifest.sample
-        if sample is None:
-            return f"{upscaler.backend}, loads; the bundle has no sample to test on"
-        files = {sample.lq: sample.lq_sha256, sample.sr: sample.sr_sha256}
-        for name, digest in files.items():
-            if sha256_file(folder / name) != digest:
-                raise BackendError(f"{folder / name}: the self-test's file was changed.")
-        lq, sr = (read_image(folder / name).pixels for name in files)
-        upscaler(lq, realism=sample.realism)
-        started = time.perf_counter()
-        found = upscaler(lq, realism=sample.realism)
-        elapsed_ms = (time.perf_counter() - started) * 1e3
-        worst = int(np.abs(found.astype(np.int32) - sr.astype(np.int32)).max())
-        if worst > sample.max_abs_diff_u8:
-            raise BackendError(
-                f"backend {backend}: the sample's image differs by {worst} of 255, "
-                f"expected at most {sample.max_abs_diff_u8}."
-            )
-        size = f"{lq.shape[1]}x{lq.shape[0]} -> {sr.shape[1]}x{sr.shape[0]}"
-        return (
-            f"{upscaler.backend}, self-test passed ({size} in {elapsed_ms:.0f} ms, off by {worst})"
-        )
 
 
 if __name__ == "__main__":
