@@ -27,10 +27,10 @@ from benchmarks.processes import (
     measure_peak_memory,
     write_photo,
 )
-from benchmarks.steady import Comparison, open_comparison
+from benchmarks.steady import EAGER, Comparison, open_comparison
 from benchmarks.timing import Progress, time_in_turns
 from rcod_runtime import UsageError
-from rcod_runtime.backends import BACKENDS, installed
+from rcod_runtime.backends import BACKENDS, BackendName, installed, precisions
 
 SCHEMA_VERSION = 1
 COLD_SIDE_PX = 128
@@ -80,7 +80,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="openvino, onnxruntime (default: those installed)",
     )
-    add("--precision", choices=("fp32", "bf16"), default="fp32", help="of the backends")
+    add(
+        "--precision",
+        nargs="+",
+        choices=("fp32", "bf16"),
+        help="of the backends (default: all they have on this machine)",
+    )
     add("--threads", type=int, metavar="N", help="of every variant (default: all CPUs)")
     add("--runs", type=int, default=30, metavar="N", help="timed runs each (%(default)s)")
     add("--warmup", type=int, default=5, metavar="N", help="untimed runs each (%(default)s)")
@@ -108,8 +113,7 @@ def _config(arguments: argparse.Namespace) -> LatencyConfig:
             checkpoint=arguments.checkpoint,
             side_px=arguments.size,
             level=arguments.level,
-            backends=tuple(arguments.backends or filter(installed, BACKENDS)),
-            precision=arguments.precision,
+            variants=_variants(arguments.backends, arguments.precision),
             threads=arguments.threads or report.cpus_available(),
         ),
         runs=arguments.runs,
@@ -117,6 +121,20 @@ def _config(arguments: argparse.Namespace) -> LatencyConfig:
         start_runs=arguments.start_runs,
         parts=tuple(part for part in PARTS if part in arguments.parts),
     )
+
+
+def _variants(
+    backends: Sequence[BackendName] | None, wanted: Sequence[str] | None
+) -> tuple[tuple[str, str], ...]:
+    variants = tuple(
+        (name, precision)
+        for name in backends or filter(installed, BACKENDS)
+        for precision in precisions(name)
+        if wanted is None or precision in wanted
+    )
+    if not variants:
+        raise UsageError(f"--precision {' '.join(wanted or ())}: no backend has it here.")
+    return variants
 
 
 def run(config: LatencyConfig) -> str:
@@ -157,7 +175,6 @@ def run(config: LatencyConfig) -> str:
         card,
         config={
             "level": comparison.level,
-            "precision": comparison.precision,
             "threads": comparison.threads,
             "warmup": config.warmup,
         },
@@ -183,15 +200,15 @@ def _start(config: LatencyConfig, folder: Path) -> dict[str, Any]:
 
 
 def _timed(variants: Mapping[str, Any], config: LatencyConfig, title: str) -> dict[str, Any]:
-    """Latencies of variants, and how many times as fast as the fastest PyTorch one each is."""
+    """Latencies of variants, and how many times as fast as PyTorch as it comes each is."""
     with _progress(title, len(variants) * (config.runs + config.warmup)) as progress:
         times = time_in_turns(variants, config.runs, config.warmup, progress)
     latencies = {name: report.summarise(values) for name, values in times.items()}
-    eager = [value.median_ms for name, value in latencies.items() if name.startswith("pytorch")]
+    eager = latencies.get(EAGER)
     return {
         "latency": {name: asdict(latency) for name, latency in latencies.items()},
         "times_as_fast_as_pytorch": {
-            name: min(eager) / latency.median_ms if eager else None
+            name: eager.median_ms / latency.median_ms if eager else None
             for name, latency in latencies.items()
         },
     }

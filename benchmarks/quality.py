@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="names, adaptive, or numbers in 0..1 (default: all levels of the bundle)",
     )
     add("--backend", choices=("auto", "openvino", "onnxruntime"), default="auto")
-    add("--precision", choices=("fp32", "bf16"), default="fp32")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     add("--threads", type=int, default=0, metavar="N", help="compute threads (default: all)")
     add(
         "--outputs",

@@ -22,9 +22,9 @@ Call = Callable[[], object]
 
 # A bundle and the checkpoint it was made from agree far better, two trainings far worse.
 SAME_MODEL_PSNR_DB = 40.0
-# PyTorch's own default, and the order that suits convolutions on CPUs better: the comparison is
-# with the faster of the two.
-EAGER_ORDERS = {"pytorch eager fp32": False, "pytorch eager fp32, NHWC": True}
+# PyTorch's own memory order, which ratios are to, and the one that suits convolutions on CPUs.
+EAGER = "pytorch eager fp32"
+EAGER_ORDERS = {EAGER: False, f"{EAGER}, NHWC": True}
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,13 @@ class Comparison:
     checkpoint: Path | None
     side_px: int
     level: str
-    backends: tuple[str, ...]
-    precision: str
+    variants: tuple[tuple[str, str], ...]  # backend and precision; the first one is the reference
     threads: int
 
     def command_options(self) -> list[str]:
-        """The same choice as options of rcod-upscale, with the first backend."""
-        options = ["--realism", self.level, "--backend", self.backends[0]]
-        options += ["--precision", self.precision, "--threads", str(self.threads)]
+        """The same choice as options of rcod-upscale, in the precision it takes by itself."""
+        options = ["--realism", self.level, "--backend", self.variants[0][0]]
+        options += ["--threads", str(self.threads)]
         return options if self.bundle is None else [*options, "--bundle", str(self.bundle)]
 
 
@@ -78,18 +77,17 @@ def open_comparison(comparison: Comparison) -> Iterator[Opened]:
     lq = draw_picture(comparison.side_px, comparison.side_px)
     whole: dict[str, Callable[[], Image]] = {}
     with ExitStack() as stack:
-        for backend in comparison.backends:
+        for backend, precision in comparison.variants:
             upscaler = stack.enter_context(
                 Upscaler(
                     comparison.bundle,
                     "cpu",
                     backend,
-                    precision=comparison.precision,
+                    precision=precision,
                     threads=comparison.threads,
                 )
             )
-            name = f"{backend} {comparison.precision}"
-            whole[name] = _runtime_call(upscaler, lq, comparison.level)
+            whole[f"{backend} {precision}"] = _runtime_call(upscaler, lq, comparison.level)
         manifest = upscaler.manifest
         contract = manifest.image
         if comparison.side_px * contract.scale % contract.size_multiple:
@@ -112,15 +110,15 @@ def open_comparison(comparison: Comparison) -> Iterator[Opened]:
 
         def stages() -> dict[str, dict[str, Call]]:
             by_variant = {
-                f"{backend} {comparison.precision}": graph_stages(
+                f"{backend} {precision}": graph_stages(
                     comparison.bundle,
                     backend,
-                    comparison.precision,
+                    precision,
                     comparison.threads,
                     lq,
                     comparison.level,
                 )
-                for backend in comparison.backends
+                for backend, precision in comparison.variants
             }
             by_variant.update({name: pipeline.stages(lq) for name, pipeline in eager.items()})
             graphs = next(iter(by_variant.values()))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rcod_export.cost import GPUS, Cost, measure_cost
 from rcod_export.trt_build import BuildRefused, load_library, operating_system, sm_here
-from rcod_runtime.backends import BACKENDS, installed
+from rcod_runtime.backends import BACKENDS, installed, precisions
 from rcod_runtime.bundle import Bundle, open_bundle
 from rcod_runtime.errors import HashMismatch
 from rcod_runtime.manifest import Engine, Precision, sha256_file
@@ -77,8 +77,8 @@ def verify_bundle(folder: Path) -> Iterator[str]:
     if bundle.manifest.engines:
         yield f"{len(bundle.manifest.engines)} engines: files are whole"
     for name in BACKENDS:
-        if installed(name):
-            yield f"backend {name}: {self_test(bundle.folder, name)}"
+        for precision in precisions(name) if installed(name) else ():
+            yield f"backend {name}: {self_test(bundle.folder, name, precision)}"
     yield from _loadable(bundle)
 
 

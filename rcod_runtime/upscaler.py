@@ -44,8 +44,8 @@ class Upscaler:
         bundle: folder of a bundle; None is the embedded model.
         device: ``auto`` or ``cpu``.
         backend: ``auto``, ``openvino`` or ``onnxruntime``.
-        precision: ``fp32``, or ``bf16`` (openvino, on processors that compute it natively):
-            faster, and a few grey levels off.
+        precision: ``fp32``; ``bf16`` (openvino, on processors that compute it natively), twice as
+            fast and a few grey levels off; or ``auto``, bf16 where that is so, otherwise fp32.
         threads: compute threads, 0 for the backend's choice.
 
     Raises:
@@ -60,7 +60,7 @@ class Upscaler:
         device: str = "auto",
         backend: str = "auto",
         *,
-        precision: str = "fp32",
+        precision: str = "auto",
         threads: int = 0,
     ) -> None:
         self._bundle: Bundle = open_bundle(bundle)
@@ -72,7 +72,7 @@ class Upscaler:
         self._bound: Shapes = {}
         self._lock = threading.Lock()
         self._closed = False
-        log.info("backend %s %s, %s", self._backend.name, self._backend.version, precision)
+        log.info("backend %s", self.backend)
 
     @property
     def manifest(self) -> Manifest:

@@ -68,6 +68,7 @@ class RcodStageConfig(LoopConfig):
     k: int = 250
     metric_samples: int = 512
     metric_quantile: float = 0.02  # M_min and M_max are this quantile and its mirror
+    any_level: float = 0.3  # share of samples whose level is drawn from all, and not by Eq. 5
     heavy_share: float = 0.5  # of "osediff" degradations, the rest "s3diff"
     l1_weight: float = 1.0
     lpips_weight: float = 2.0

@@ -42,6 +42,19 @@ class Grouping:
         return (self.k * (self.n - group)).clamp(self.k, self.n * self.k).long()
 
 
+def sample_levels(
+    t: Tensor, timesteps: tuple[int, ...], share: float, generator: torch.Generator
+) -> Tensor:
+    """Replace a ``share`` of t (B,) by levels drawn uniformly from ``timesteps``.
+
+    Not in the paper: without it the last level never sees a good photo in training, and a user who
+    asks for realism on one gets noise from a small network.
+    """
+    drawn = torch.randint(0, len(timesteps), t.shape, generator=generator)
+    replaced = torch.rand(t.shape, generator=generator) < share
+    return torch.where(replaced, torch.tensor(timesteps)[drawn], t)
+
+
 def sample_regulariser_t(t: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Eq. 7: t_r uniform among the integers of [max(20, t - k), min(980, t + k)]; t (B,) int64."""
     low = (t - k).clamp(min=20)

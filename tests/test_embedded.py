@@ -32,7 +32,7 @@ def test_its_card_names_the_data_and_the_limits() -> None:
 
 def test_doctor_passes_on_both_backends(capsys: pytest.CaptureFixture[str]) -> None:
     assert doctor.main([]) == 0
-    assert capsys.readouterr().out.count("self-test passed") == 2
+    assert capsys.readouterr().out.count("self-test passed") >= 2
 
 
 def test_the_readmes_first_command_works(tmp_path: Path) -> None:

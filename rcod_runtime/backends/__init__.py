@@ -16,7 +16,7 @@ Array = npt.NDArray[np.float32]
 Shapes = Mapping[str, tuple[int, ...]]
 BackendName = Literal["openvino", "onnxruntime"]
 BACKENDS: tuple[BackendName, ...] = ("openvino", "onnxruntime")  # in the order of preference
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16")
 
 
 class Session(Protocol):
@@ -52,12 +52,22 @@ def installed(name: BackendName) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
+def precisions(name: BackendName) -> tuple[str, ...]:
+    """What an installed backend computes in on this machine; the last one is what auto takes."""
+    if name == "openvino":
+        from rcod_runtime.backends.openvino_backend import has_native_bf16
+
+        return ("fp32", "bf16") if has_native_bf16() else ("fp32",)
+    return ("fp32",)
+
+
 def choose(name: str, device: str, precision: str, threads: int) -> Backend:
     """The backend to use; ``auto`` is the first one installed.
 
     Args:
         device: ``auto`` or ``cpu``.
-        precision: fp32, or bf16 for processors that compute it natively.
+        precision: ``fp32``, ``bf16`` (openvino, on processors that compute it natively), or
+            ``auto``: bf16 where that is so, otherwise fp32.
         threads: compute threads, 0 for the library's choice.
 
     Raises:
@@ -72,10 +82,16 @@ def choose(name: str, device: str, precision: str, threads: int) -> Backend:
         raise UsageError(f"backend {name!r}: expected auto or one of {', '.join(BACKENDS)}.")
     available = [b for b in BACKENDS if installed(b)]
     chosen = next(iter(available), None) if name == "auto" else name
-    if chosen not in available:
+    if chosen is None or chosen not in available:
         line = "pip install rcod" if chosen != "onnxruntime" else 'pip install "rcod[onnxruntime]"'
         missing = chosen or " or ".join(BACKENDS)
         raise BackendError(f"backend {missing}: not installed. {line}")
+    precision = precisions(chosen)[-1] if precision == "auto" else precision
+    if precision not in precisions(chosen):
+        raise UsageError(
+            f"precision {precision}: the backend {chosen} computes in "
+            f"{' and '.join(precisions(chosen))} on this machine. Choose one of these, or auto."
+        )
     if chosen == "openvino":
         from rcod_runtime.backends.openvino_backend import OpenVinoBackend
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import onnxruntime as ort
 
 from rcod_runtime.backends import Array, Shapes
-from rcod_runtime.errors import BackendError, UsageError
+from rcod_runtime.errors import BackendError
 
 
 class OnnxRuntimeBackend:
@@ -17,11 +17,6 @@ class OnnxRuntimeBackend:
     name = "onnxruntime"
 
     def __init__(self, precision: str, threads: int) -> None:
-        if precision != "fp32":
-            raise UsageError(
-                f"precision {precision}: the onnxruntime backend computes in fp32 on the CPU. "
-                "Use --backend openvino."
-            )
         self.version = str(ort.__version__)
         self.precision = precision
         self._options = ort.SessionOptions()

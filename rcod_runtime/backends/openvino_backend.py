@@ -16,11 +16,15 @@ from rcod_runtime.errors import BackendError
 MAX_BOUND_SHAPES = 4  # compiled variants kept for each graph
 
 
+def has_native_bf16() -> bool:
+    """Whether the processor multiplies bf16 (AVX512_BF16, AMX, Arm's BF16)."""
+    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
 class OpenVinoBackend:
     """Compiles each graph for each shape it is bound to.
 
-    Precision is set explicitly: left to itself OpenVINO computes in bf16 where the processor can,
-    and the same bundle would give other images on other machines.
+    Precision is always set: what OpenVINO would choose by itself is not written anywhere.
     """
 
     name = "openvino"

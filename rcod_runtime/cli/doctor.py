@@ -45,7 +45,7 @@ def examine(folder: Path | None) -> None:
         BundleError: the bundle is damaged.
         BackendError: no backend runs it, or one gives another image than the bundle's sample.
     """
-    from rcod_runtime.backends import BACKENDS, installed
+    from rcod_runtime.backends import BACKENDS, installed, precisions
     from rcod_runtime.bundle import open_bundle
     from rcod_runtime.selftest import self_test
 
@@ -61,8 +61,9 @@ def examine(folder: Path | None) -> None:
     if not usable:
         raise BackendError("no backend is installed. pip install rcod")
     for name in usable:
-        print(f"backend {name}: {self_test(bundle.folder, name)}")
-    print(f"used by default: {usable[0]}")
+        for precision in precisions(name):
+            print(f"backend {name}: {self_test(bundle.folder, name, precision)}")
+    print(f"used by default: {usable[0]} {precisions(usable[0])[-1]}")
 
 
 if __name__ == "__main__":

@@ -56,9 +56,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--backend", choices=("auto", "openvino", "onnxruntime"), default="auto")
     add(
         "--precision",
-        choices=("fp32", "bf16"),
-        default="fp32",
-        help="bf16: faster where the processor has it, a few levels off (default: %(default)s)",
+        choices=("auto", "fp32", "bf16"),
+        default="auto",
+        help="bf16 is faster and a few grey levels off; auto: where the processor has it "
+        "(default: %(default)s)",
     )
     add("--tile", type=int, metavar="PX", help="side of a tile in the result (default: bundle's)")
     add("--overlap", type=int, metavar="PX", help="overlap of tiles (default: bundle's)")

@@ -16,7 +16,7 @@ from rcod_train.adapters import SwitchedUnet, SwitchedVae
 from rcod_train.config import RcodStageConfig
 from rcod_train.data import Batch, to_unit
 from rcod_train.errors import TrainError
-from rcod_train.grouping import Grouping, cosine_metric, sample_regulariser_t
+from rcod_train.grouping import Grouping, cosine_metric, sample_levels, sample_regulariser_t
 from rcod_train.loop import Update
 from rcod_train.models.discriminator import Discriminator, adversarial_loss, hinge_loss
 from rcod_train.network import Parts, predict_eps
@@ -143,7 +143,8 @@ class RcodStage:
     def updates(self, batch: Batch, generator: torch.Generator) -> Iterator[Update]:
         c = self.config
         m, z_hq = self.metric_and_latent(batch)
-        t = self.grouping.timestep(m)
+        levels = self.grouping.timesteps
+        t = sample_levels(self.grouping.timestep(m), levels, c.any_level, generator)
         tokens = self.base_tokens(batch)
         hq = to_unit(batch.hq)
 
@@ -164,7 +165,7 @@ class RcodStage:
         error = (sr.detach().clamp(-1, 1) - hq).square().mean((1, 2, 3))
         figures["psnr_db"] = (-10 * torch.log10(error / 4)).mean()
         figures["m"] = m.mean()
-        for k, timestep in enumerate(self.grouping.timesteps):
+        for k, timestep in enumerate(levels):
             figures[f"share_{k}"] = (t == timestep).float().mean()
         yield Update("generator", sum(terms.values(), torch.zeros(())), figures)
 

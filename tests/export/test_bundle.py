@@ -50,7 +50,7 @@ def test_the_runtime_gives_the_bundles_sample_again(tiny_bundle: Path) -> None:
     sample = read_manifest(tiny_bundle / "manifest.json").sample
     assert sample is not None
     lq, sr = (read_image(tiny_bundle / path).pixels for path in (sample.lq, sample.sr))
-    with Upscaler(tiny_bundle) as upscaler:
+    with Upscaler(tiny_bundle, precision="fp32") as upscaler:
         found = upscaler(lq, realism=sample.realism)
     assert np.abs(found.astype(int) - sr.astype(int)).max() <= sample.max_abs_diff_u8
 

@@ -83,7 +83,7 @@ def test_inspect_speaks_of_every_graph(tiny_bundle: Path) -> None:
 
 def test_verify_tests_the_sample(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tiny_bundle)]) == 0
-    assert capsys.readouterr().out.count("self-test passed") == 2
+    assert capsys.readouterr().out.count("self-test passed") >= 2
 
 
 @pytest.fixture

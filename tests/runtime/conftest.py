@@ -26,7 +26,7 @@ def own_bundle(bundle: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session", params=["openvino", "onnxruntime"])
 def upscaler(request: pytest.FixtureRequest, bundle: Path) -> Iterator[Upscaler]:
-    with Upscaler(bundle, backend=request.param) as opened:
+    with Upscaler(bundle, backend=request.param, precision="fp32") as opened:
         yield opened
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from rcod_runtime import Upscaler
+from rcod_runtime.backends import precisions
 from rcod_runtime.errors import BackendError, NonFiniteOutput, UsageError
 from rcod_runtime.levels import adaptive_level, level_weights
 from rcod_runtime.manifest import MetricRange
@@ -195,8 +196,29 @@ def test_the_same_input_gives_the_same_bytes(upscaler: Upscaler, photo: Photo) -
 
 def test_backends_agree(bundle: Path, photo: Photo) -> None:
     lq = photo(50, 70)
-    with Upscaler(bundle, backend="openvino") as a, Upscaler(bundle, backend="onnxruntime") as b:
+    with (
+        Upscaler(bundle, backend="openvino", precision="fp32") as a,
+        Upscaler(bundle, backend="onnxruntime") as b,
+    ):
         assert np.abs(a(lq, 0.4).astype(int) - b(lq, 0.4).astype(int)).max() <= 1
+
+
+def test_auto_is_bf16_where_the_processor_has_it(
+    bundle: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = "rcod_runtime.backends.openvino_backend.has_native_bf16"
+    monkeypatch.setattr(native, lambda: False)
+    with Upscaler(bundle, backend="openvino") as plain:
+        assert plain.backend.endswith("fp32")
+        expected = plain(photo())
+    with pytest.raises(UsageError, match="precision bf16: .* computes in fp32 on this machine"):
+        Upscaler(bundle, backend="openvino", precision="bf16")
+    monkeypatch.undo()
+    if precisions("openvino")[-1] != "bf16":
+        pytest.skip("this processor has no bf16")
+    with Upscaler(bundle, backend="openvino") as half:
+        assert half.backend.endswith("bf16")
+        assert np.abs(half(photo()).astype(int) - expected.astype(int)).max() <= 8
 
 
 def test_threads_share_an_upscaler(upscaler: Upscaler, photo: Photo) -> None:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rcod_train.grouping import Grouping, cosine_metric, sample_regulariser_t
+from rcod_train.grouping import Grouping, cosine_metric, sample_levels, sample_regulariser_t
 from rcod_train.schedule import add_noise, alpha_bar, alpha_sigma, one_step
 from rcod_train.vsd import guided, vsd_gradient, vsd_loss
 
@@ -100,6 +100,14 @@ def test_eq_7_is_drawn_for_each_sample_from_its_own_t() -> None:
     t = torch.tensor([250, 750]).repeat(500)
     draws = sample_regulariser_t(t, 100, torch.Generator().manual_seed(0))
     assert ((draws - t).abs() <= 100).all() and draws.dtype == torch.int64
+
+
+def test_a_share_of_the_levels_is_drawn_from_all() -> None:
+    t = torch.full((30_000,), 250)
+    draws = sample_levels(t, (250, 500, 750), 0.3, torch.Generator().manual_seed(1))
+    shares = [(draws == level).double().mean().item() for level in (250, 500, 750)]
+    assert shares == pytest.approx([0.8, 0.1, 0.1], abs=0.01)
+    assert torch.equal(sample_levels(t, (250, 500, 750), 0.0, torch.Generator()), t)
 
 
 def test_the_vsd_gradient_is_the_difference_of_both_estimates_over_w() -> None:
