@@ -119,7 +119,7 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
 
 
 def _graph_specs(parts: Parts, info: CheckpointInfo) -> Iterator[_Exported]:
-    c, side = int(parts.vae.config.latent_channels), int(parts.vpim.config.tokens_px)
+    c, side = int(parts.vae.config.latent_channels), parts.vpim.tokens_px
     factor, n = parts.vae.factor, len(info.levels)
     step = 2 ** (len(parts.unet.config.block_out_channels) - 1)  # of the latent's sides
     batch, h, w = Dim("batch", min=1, max=64), Dim("h", min=1, max=128), Dim("w", min=1, max=128)
@@ -210,7 +210,7 @@ def _export(spec: _Exported, folder: Path, opset: int) -> Graph:
 def _compare(name: str, path: Path, reference: Parts, info: CheckpointInfo) -> Iterator[Parity]:
     """ONNX Runtime against the checkpoint's plain modules, on inputs the export did not see."""
     generator = torch.Generator().manual_seed(1)
-    c, side = int(reference.vae.config.latent_channels), int(reference.vpim.config.tokens_px)
+    c, side = int(reference.vae.config.latent_channels), reference.vpim.tokens_px
     factor = reference.vae.factor
     step = 2 ** (len(reference.unet.config.block_out_channels) - 1)
     h, w = 6 * step, 8 * step
@@ -279,7 +279,7 @@ def _image_contract(parts: Parts, config: ExportConfig) -> ImageContract:
         size_multiple=multiple,
         tile_px=config.tile_px,
         overlap_px=config.overlap_px,
-        tokens_px=int(parts.vpim.config.tokens_px),
+        tokens_px=parts.vpim.tokens_px,
     )
 
 

@@ -9,13 +9,14 @@ from torch import Tensor, nn
 
 from rcod_train.checkpoint import CheckpointLevel
 from rcod_train.models.mem import Mem
+from rcod_train.models.sd import SdVae
 from rcod_train.models.vae import NanoVae
 
 
 class EncoderGraph(nn.Module):
     """image (B, 3, H, W) in [-1, 1] -> z_lq (B, C, H/8, W/8) and, with a MEM, m_l (B,)."""
 
-    def __init__(self, vae: NanoVae, mem: Mem | None) -> None:
+    def __init__(self, vae: NanoVae | SdVae, mem: Mem | None) -> None:
         super().__init__()
         self.vae, self.mem = vae, mem
 
@@ -27,7 +28,7 @@ class EncoderGraph(nn.Module):
 class DecoderGraph(nn.Module):
     """z_sr (B, C, h, w) -> image (B, 3, H, W), clamped to [-1, 1]."""
 
-    def __init__(self, vae: NanoVae) -> None:
+    def __init__(self, vae: NanoVae | SdVae) -> None:
         super().__init__()
         self.vae = vae
 

@@ -13,15 +13,15 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn import Parameter
 
+from rcod_train.models.sd import SdVae
 from rcod_train.models.vae import NanoVae
 
 Role = Literal["base", "generator", "regulariser"]
 
-# OSEDiff's list. conv_in is not adapted: the generator trains a copy of it in full.
-UNET_TARGETS = [
-    "to_q", "to_k", "to_v", "to_out.0", "conv", "conv1", "conv2", "conv_shortcut", "conv_out",
-    "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2",
-]  # fmt: skip
+# OSEDiff's lists. The generator trains a copy of the U-Net's conv_in in full too.
+CONVOLUTIONS = ["conv", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut"]
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+UNET_TARGETS = [*CONVOLUTIONS, *ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 
 
 def _lora(rank: int, targets: list[str] | str) -> LoraConfig:
@@ -38,8 +38,8 @@ class SwitchedUnet:
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
             unet.add_adapter(_lora(rank_regulariser, UNET_TARGETS), adapter_name="regulariser")
         self.unet = unet
-        self.conv_in_base = unet.conv_in
-        self.conv_in_generator = copy.deepcopy(unet.conv_in).requires_grad_(True)
+        self.conv_in_base = unet.conv_in.base_layer
+        self.conv_in_generator = copy.deepcopy(self.conv_in_base).requires_grad_(True)
         self.role: Role = "base"
         self._switch("generator")
 
@@ -49,7 +49,8 @@ class SwitchedUnet:
         else:
             self.unet.enable_adapters()
             self.unet.set_adapter(role)
-        self.unet.conv_in = self.conv_in_generator if role == "generator" else self.conv_in_base
+        own = self.conv_in_generator if role == "generator" else self.conv_in_base
+        self.unet.conv_in.base_layer = own
         self.role = role
 
     @contextmanager
@@ -79,19 +80,23 @@ class SwitchedUnet:
 
 
 class SwitchedVae:
-    """The autoencoder with a LoRA on its encoder; the decoder is trained in full or not at all."""
+    """The autoencoder with a LoRA on its encoder (every convolution and projection, and what
+    follows it up to the latent); the decoder is trained in full or not at all."""
 
-    def __init__(self, vae: NanoVae, rank: int, train_decoder: bool) -> None:
+    def __init__(self, vae: NanoVae | SdVae, rank: int, train_decoder: bool) -> None:
         vae.requires_grad_(False)
-        convolutions = [
-            f"encoder.{name}" for name, m in vae.encoder.named_modules() if isinstance(m, nn.Conv2d)
+        targets = [
+            name
+            for name, module in vae.named_modules()
+            if isinstance(module, (nn.Conv2d, nn.Linear))
+            and (name.startswith("encoder.") or name == "quant_conv")
         ]
-        vae.add_adapter(_lora(rank, convolutions), adapter_name="generator")
+        vae.add_adapter(_lora(rank, targets), adapter_name="generator")
         vae.decoder.requires_grad_(train_decoder)
         self.vae = vae
 
     @contextmanager
-    def base(self) -> Iterator[NanoVae]:
+    def base(self) -> Iterator[NanoVae | SdVae]:
         """The encoder without its LoRA."""
         self.vae.disable_adapters()
         try:
@@ -105,7 +110,7 @@ class SwitchedVae:
     def decoder_parameters(self) -> dict[str, Parameter]:
         return {n: p for n, p in self.vae.decoder.named_parameters() if p.requires_grad}
 
-    def merge(self) -> NanoVae:
+    def merge(self) -> NanoVae | SdVae:
         self.vae.fuse_lora(adapter_names=["generator"])
         self.vae.unload_lora()
         return self.vae

@@ -20,6 +20,7 @@ from rcod_train.errors import CheckpointError
 from rcod_train.files import written_whole
 from rcod_train.grouping import Grouping
 from rcod_train.models.mem import Mem
+from rcod_train.models.sd import ClipVpim, SdVae
 from rcod_train.models.vae import NanoVae
 from rcod_train.models.vpim import Vpim
 from rcod_train.network import Parts
@@ -32,9 +33,11 @@ LEVEL_NAMES = {
     3: ("fidelity", "neutral", "realism"),
     4: ("fidelity", "neutral", "realism", "extreme"),
 }
-PART_TYPES: dict[str, type[ModelMixin]] = {
-    "vae": NanoVae, "unet": UNet2DConditionModel, "vpim": Vpim, "mem": Mem,
-}  # fmt: skip
+PARTS = ("vae", "unet", "vpim", "mem")
+FAMILIES: dict[str, tuple[type[ModelMixin], ...]] = {
+    "nano": (NanoVae, UNet2DConditionModel, Vpim, Mem),
+    "rcod-o": (SdVae, UNet2DConditionModel, ClipVpim, Mem),
+}
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def save_merged(folder: Path, parts: Parts, info: CheckpointInfo) -> None:
     """
     try:
         with written_whole(folder) as partial:
-            for name in PART_TYPES:
+            for name in PARTS:
                 module = getattr(parts, name)
                 if module is not None:
                     _rounded(module).save_pretrained(partial / name, safe_serialization=True)
@@ -109,7 +112,11 @@ def load_merged(folder: str | Path) -> tuple[Parts, CheckpointInfo]:
     folder = Path(folder)
     info = _read_info(folder / "rcod.json")
     modules: dict[str, Any] = {}
-    for name, kind in PART_TYPES.items():
+    if info.family not in FAMILIES:
+        raise CheckpointError(
+            f'{folder}: "family": expected one of {", ".join(FAMILIES)}, found {info.family!r}.'
+        )
+    for name, kind in zip(PARTS, FAMILIES[info.family], strict=True):
         if not (folder / name).is_dir():
             if name == "mem":
                 continue

@@ -1,6 +1,7 @@
 """Train RCOD models.
 
   rcod-train nano --data DIR --out DIR    from photos to a merged checkpoint in DIR/checkpoint
+  rcod-train import-official FILE --base DIR --clip DIR --out DIR    published rcod_o.pkl
 
 Progress goes to stderr, the path of the checkpoint to stdout. Exit codes: 0 done, 2 wrong
 arguments, 9 the training could not go on (the message says why), 130 stopped by a signal with
@@ -11,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
+from typing import Any
 
 from rcod_train.errors import RcodTrainError
 
@@ -19,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="rcod-train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="family", required=True, metavar="FAMILY")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     nano = commands.add_parser("nano", help="the small model, from scratch, on CPU or GPU-less CI")
     nano.add_argument("--data", nargs="+", required=True, metavar="DIR", help="folders of photos")
     nano.add_argument(
@@ -55,14 +58,27 @@ def build_parser() -> argparse.ArgumentParser:
         dest="overrides",
         help="any field of the configuration, e.g. rcod.steps=500 (see rcod_train/config.py)",
     )
+    _add_import(commands)
     return parser
+
+
+def _add_import(commands: Any) -> None:
+    official = commands.add_parser(
+        "import-official", help="published weights of RCOD_O to a merged checkpoint"
+    )
+    add = official.add_argument
+    add("file", type=Path, help="rcod_o.pkl; read without running any code in it")
+    add("--base", required=True, metavar="DIR", help="Stable Diffusion 2.1-base: folder or hub id")
+    add("--clip", required=True, metavar="DIR", help="CLIP ViT-L/14: folder or hub id")
+    add("--out", type=Path, required=True, metavar="DIR", help="the merged checkpoint")
+    add("--name", default="rcod-o", help="name of the model (default: %(default)s)")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``rcod-train``; returns the exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        return _run_nano(arguments)
+        return _COMMANDS[arguments.command](arguments)
     except RcodTrainError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
@@ -91,6 +107,22 @@ def _run_nano(arguments: argparse.Namespace) -> int:
     )
     print(checkpoint)
     return 0
+
+
+def _import_official(arguments: argparse.Namespace) -> int:
+    from rcod_train.bases import load_base
+    from rcod_train.checkpoint import save_merged
+    from rcod_train.official import merge_official, official_info, read_official
+
+    raw = read_official(arguments.file)
+    parts = load_base(arguments.base, arguments.clip)
+    merge_official(raw, parts, str(arguments.file))
+    save_merged(arguments.out, parts, official_info(arguments.name))
+    print(arguments.out)
+    return 0
+
+
+_COMMANDS = {"nano": _run_nano, "import-official": _import_official}
 
 
 if __name__ == "__main__":

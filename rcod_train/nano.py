@@ -49,7 +49,7 @@ def train_nano(
     out.mkdir(parents=True, exist_ok=True)
     config.write(out / "config.json")
     parts = build_nano(config.seed)
-    tokens_px = int(parts.vpim.config.tokens_px)
+    tokens_px = parts.vpim.tokens_px
 
     def batches_of(
         stage_config: LoopConfig, stream: str, heavy_share: float | None

@@ -11,17 +11,22 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from rcod_train.models.mem import Mem
+from rcod_train.models.sd import ClipVpim, SdVae
 from rcod_train.models.vae import NanoVae
 from rcod_train.models.vpim import Vpim
 
 
 @dataclass
 class Parts:
-    """The modules of one model. ``vae`` works on scaled latents; ``mem`` may be absent."""
+    """The modules of one model. ``vae`` works on scaled latents; ``mem`` may be absent.
 
-    vae: NanoVae
+    Both kinds of VAE have ``encode``, ``decode``, ``factor``; both kinds of VPIM turn an image of
+    ``tokens_px`` into tokens.
+    """
+
+    vae: NanoVae | SdVae
     unet: UNet2DConditionModel
-    vpim: Vpim
+    vpim: Vpim | ClipVpim
     mem: Mem | None = None
 
 

@@ -52,6 +52,11 @@ class Vpim(ModelMixin, ConfigMixin):
         self.encoder = NanoVisualEncoder(width, blocks)
         self.align = nn.Linear(width, cross_attention_dim)
 
+    @property
+    def tokens_px(self) -> int:
+        """S, the side of the image that is looked at."""
+        return int(self.config.tokens_px)
+
     def forward(self, image: Tensor) -> Tensor:
         """image (B, 3, S, S) in [-1, 1], S = tokens_px -> tokens (B, N, cross_attention_dim)."""
         return self.align(self.encoder(image))

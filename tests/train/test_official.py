@@ -1,0 +1,241 @@
+"""``rcod-train import-official``: files of the published layout, written here by PEFT itself."""
+
+from __future__ import annotations
+
+import os
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from peft import LoraConfig
+from torch import nn
+
+from rcod_train.bases import load_base
+from rcod_train.checkpoint import load_merged
+from rcod_train.errors import CheckpointError, DataError
+from rcod_train.main import main
+from rcod_train.official import merge_official, read_official
+from tests.tiny_sd import save_base
+
+RANK = 4
+UNET_NAMES = (
+    "to_k", "to_q", "to_v", "to_out.0", "conv", "conv1", "conv2", "conv_in", "conv_shortcut",
+    "conv_out", "proj_out", "proj_in", "ff.net.2", "ff.net.0.proj",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    save_base(folder)
+    return folder
+
+
+class Published:
+    """The networks of the published inference: base weights with PEFT's adapters on them."""
+
+    def __init__(self, base: Path) -> None:
+        torch.manual_seed(11)
+        self.unet = UNet2DConditionModel.from_pretrained(base / "sd", subfolder="unet")
+        self.vae = AutoencoderKL.from_pretrained(base / "sd", subfolder="vae")
+        self.align = nn.Linear(20, 24)
+        named = [n for n, m in self.unet.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+        chosen = [n for n in named if n.endswith(UNET_NAMES) and "time_emb" not in n]
+        down = [n for n in chosen if n.startswith(("down_blocks", "conv_in"))]
+        up = [n for n in chosen if n.startswith(("up_blocks", "conv_out"))]
+        others = [n for n in chosen if n not in down and n not in up]
+        encoder = [
+            n
+            for n, m in self.vae.named_modules()
+            if isinstance(m, (nn.Conv2d, nn.Linear)) and n.startswith(("encoder.", "quant_conv"))
+        ]
+        self.lists = {
+            "unet_lora_encoder_modules": down,
+            "unet_lora_decoder_modules": up,
+            "unet_lora_others_modules": others,
+            "vae_lora_encoder_modules": encoder,
+        }
+        for name, modules in (("encoder", down), ("decoder", up), ("others", others)):
+            self.unet.add_adapter(lora(modules), adapter_name=f"default_{name}")
+        self.unet.set_adapter(["default_encoder", "default_decoder", "default_others"])
+        self.vae.add_adapter(lora(encoder), adapter_name="default_encoder")
+        with torch.no_grad():
+            for network in (self.unet, self.vae):
+                for name, parameter in network.named_parameters():
+                    if "lora" in name or name.startswith("conv_in.base_layer"):
+                        parameter.add_(0.05 * torch.randn_like(parameter))
+
+    def file(self) -> dict[str, Any]:
+        return {
+            **self.lists,
+            "rank_unet": RANK,
+            "rank_vae": RANK,
+            "state_dict_unet": {
+                k: v for k, v in self.unet.state_dict().items() if "lora" in k or "conv_in" in k
+            },
+            "state_dict_vae": {k: v for k, v in self.vae.state_dict().items() if "lora" in k},
+            "state_dict_proj": dict(self.align.state_dict()),
+        }
+
+
+def lora(modules: list[str]) -> LoraConfig:
+    return LoraConfig(r=RANK, init_lora_weights="gaussian", target_modules=modules)
+
+
+@pytest.fixture(scope="module")
+def published(base: Path) -> Published:
+    with warnings.catch_warnings():  # several adapters are what the published code has
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")
+        return Published(base)
+
+
+@pytest.fixture
+def raw(published: Published) -> dict[str, Any]:
+    return {
+        key: dict(value) if isinstance(value, dict) else value
+        for key, value in published.file().items()
+    }
+
+
+def command(file: Path, base: Path, out: Path) -> list[str]:
+    sources = ["--base", str(base / "sd"), "--clip", str(base / "clip")]
+    return ["import-official", str(file), *sources, "--out", str(out)]
+
+
+@torch.no_grad()
+def test_the_merged_networks_compute_what_the_adapters_do(
+    base: Path, published: Published, raw: dict[str, Any]
+) -> None:
+    parts = load_base(str(base / "sd"), str(base / "clip"))
+    merge_official(raw, parts, "rcod_o.pkl")
+    torch.manual_seed(0)
+    z, t, tokens = torch.randn(2, 4, 16, 16), torch.tensor([249, 749]), torch.randn(2, 5, 24)
+    expected = published.unet(z, t, encoder_hidden_states=tokens).sample
+    found = parts.unet(z, t, encoder_hidden_states=tokens).sample
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    image = torch.randn(2, 3, 64, 64)
+    posterior = published.vae.encode(image).latent_dist
+    scale = published.vae.config.scaling_factor
+    z_lq = parts.vae.encode(image)
+    torch.testing.assert_close(z_lq, posterior.mean * scale, atol=1e-5, rtol=1e-5)
+    decoded = published.vae.decode(z_lq / scale).sample
+    torch.testing.assert_close(parts.vae.decode(z_lq), decoded, atol=1e-5, rtol=1e-5)
+    thumbnail = torch.randn(2, 3, 28, 28)
+    states = parts.vpim.encoder(thumbnail).last_hidden_state
+    torch.testing.assert_close(parts.vpim(thumbnail), published.align(states))
+
+
+def test_the_command_writes_a_checkpoint_with_the_published_constants(
+    base: Path, raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(raw, tmp_path / "rcod_o.pkl")
+    assert main(command(tmp_path / "rcod_o.pkl", base, tmp_path / "out")) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "out")
+    parts, info = load_merged(tmp_path / "out")
+    assert info.family == "rcod-o" and parts.mem is None
+    assert [(x.name, x.timestep) for x in info.levels] == [
+        ("fidelity", 249), ("neutral", 499), ("realism", 749),
+    ]  # fmt: skip
+    assert all(x.alpha**2 == pytest.approx(0.7537) for x in info.levels)
+    assert all(x.alpha**2 + x.sigma**2 == pytest.approx(1.0) for x in info.levels)
+
+
+def test_eq_5_with_the_imported_range_gives_the_published_bins(
+    base: Path, raw: dict[str, Any], tmp_path: Path
+) -> None:
+    from rcod_train.grouping import Grouping
+    from rcod_train.official import M_MAX, M_MIN, K
+
+    grouping = Grouping(M_MIN, M_MAX, 3, K)
+    m = torch.tensor([-0.5, 0.49, 0.51, 0.69, 0.71, 1.0], dtype=torch.float64)
+    assert grouping.timestep(m).tolist() == [750, 750, 500, 500, 250, 250]
+
+
+def damaged(raw: dict[str, Any], how: str) -> dict[str, Any]:
+    first = raw["unet_lora_encoder_modules"][1]
+    key = f"{first}.lora_A.default_encoder.weight"
+    if how == "field":
+        del raw["rank_unet"]
+        raw["colour"] = 1
+    elif how == "keys":
+        raw["state_dict_unet"]["extra.lora_A"] = raw["state_dict_unet"].pop(key)
+    elif how == "rank":
+        raw["rank_unet"] = 8
+    elif how == "shape":
+        raw["state_dict_unet"][key] = torch.zeros(RANK, 7)
+    elif how == "module":
+        raw["unet_lora_others_modules"] = ["nowhere"]
+        raw["state_dict_unet"] = {
+            k: v for k, v in raw["state_dict_unet"].items() if "default_others" not in k
+        }
+        for side in "AB":
+            raw["state_dict_unet"][f"nowhere.lora_{side}.default_others.weight"] = torch.zeros(4, 4)
+    elif how == "conv_in":
+        raw["state_dict_unet"]["conv_in.base_layer.bias"] = torch.zeros(3)
+    elif how == "proj":
+        raw["state_dict_proj"]["weight"] = torch.zeros(3, 3)
+    elif how == "not tensors":
+        raw["state_dict_vae"] = {"a": 1}
+    return raw
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("field", r"missing fields \['rank_unet'\], unexpected fields \['colour'\]"),
+        ("keys", r"1 keys missing \['.*lora_A.*1 unexpected \['extra.lora_A'\]"),
+        ("rank", 'expected "rank_unet" 8, found matrices of rank 4'),
+        ("shape", "the matrices make .* the base model has"),
+        ("module", "the base model has no module nowhere"),
+        ("conv_in", r"conv_in.bias: expected \(16,\) as in the base model, found \(3,\)"),
+        ("proj", '"state_dict_proj": expected'),
+        ("not tensors", '"state_dict_vae": expected a dict of tensors'),
+    ],
+)
+def test_a_file_that_does_not_fit_is_named_and_nothing_is_written(
+    base: Path,
+    raw: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    how: str,
+    words: str,
+) -> None:
+    torch.save(damaged(raw, how), tmp_path / "rcod_o.pkl")
+    assert main(command(tmp_path / "rcod_o.pkl", base, tmp_path / "out")) == 9
+    assert re.search(words, capsys.readouterr().err)
+    assert [p.name for p in tmp_path.iterdir()] == ["rcod_o.pkl"]
+
+
+class Evil:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.folder / "owned"),))
+
+
+def test_a_pickle_that_is_not_a_dict_of_tensors_is_refused(tmp_path: Path) -> None:
+    torch.save(Evil(tmp_path), tmp_path / "evil.pkl")
+    with pytest.raises(CheckpointError, match="not a whole file of tensors"):
+        read_official(tmp_path / "evil.pkl")
+    assert not (tmp_path / "owned").exists()
+    torch.save([1, 2], tmp_path / "list.pkl")
+    with pytest.raises(CheckpointError, match="expected a dict, found list"):
+        read_official(tmp_path / "list.pkl")
+    (tmp_path / "cut.pkl").write_bytes((tmp_path / "list.pkl").read_bytes()[:50])
+    with pytest.raises(CheckpointError, match="not a whole file"):
+        read_official(tmp_path / "cut.pkl")
+    with pytest.raises(CheckpointError, match="not found"):
+        read_official(tmp_path / "none.pkl")
+
+
+@pytest.mark.parametrize("missing", ["sd", "clip"])
+def test_a_missing_base_names_layout_and_hub_id(base: Path, tmp_path: Path, missing: str) -> None:
+    folders = {"sd": str(base / "sd"), "clip": str(base / "clip")}
+    folders[missing] = str(tmp_path)
+    with pytest.raises(DataError, match="Give a local folder with .*config.json.* hub id such as"):
+        load_base(folders["sd"], folders["clip"])
