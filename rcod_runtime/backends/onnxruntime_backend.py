@@ -22,6 +22,9 @@ class OnnxRuntimeBackend:
         self._options = ort.SessionOptions()
         self._options.log_severity_level = 3
         self._options.intra_op_num_threads = threads
+        # Four sessions, one after another: the threads of one that has run must not spin on while
+        # the next one computes (1.8 times as fast on two cores).
+        self._options.add_session_config_entry("session.force_spinning_stop", "1")
 
     def load(self, path: Path) -> OnnxRuntimeSession:
         try:
