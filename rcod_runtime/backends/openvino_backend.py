@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,9 +17,20 @@ from rcod_runtime.errors import BackendError
 MAX_BOUND_SHAPES = 4  # compiled variants kept for each graph
 
 
+@functools.cache
+def shared_core() -> ov.Core:
+    """The one Core of this process; it lives as long as the process.
+
+    A Core's CPU plugin puts a signal stack of its own under the thread that loads it. Two Cores
+    that end in the order they began leave that thread with a freed one, and the next signal
+    (Ctrl-C) kills the process.
+    """
+    return ov.Core()
+
+
 def has_native_bf16() -> bool:
     """Whether the processor multiplies bf16 (AVX512_BF16, AMX, Arm's BF16)."""
-    return "BF16" in ov.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 class OpenVinoBackend:
@@ -32,7 +44,7 @@ class OpenVinoBackend:
     def __init__(self, precision: str, threads: int) -> None:
         self.version = str(ov.get_version())
         self.precision = precision
-        self._core = ov.Core()
+        self._core = shared_core()
         self._config: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import textwrap
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -288,6 +291,34 @@ def test_unknown_backends_devices_and_precisions_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match="expected"):
         Upscaler(bundle, **options)  # type: ignore[arg-type]
+
+
+def test_ctrl_c_after_models_were_closed_does_not_crash_the_process(bundle: Path) -> None:
+    """Two OpenVINO cores that ended in the order they began left a freed signal stack behind."""
+    code = f"""
+        import gc, os, signal, time
+        from pathlib import Path
+        from rcod_runtime.backends.openvino_backend import OpenVinoBackend
+
+        def opened():
+            session = OpenVinoBackend("fp32", 1).load(Path({str(bundle)!r}) / "onnx/vpim.onnx")
+            session.bind({{"image": (1, 3, 16, 16)}})
+            return session
+
+        first, second = opened(), opened()
+        del first
+        gc.collect()
+        del second
+        gc.collect()
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            print("interrupted")
+    """
+    command = [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.strip()) == (0, "interrupted"), done.stderr
 
 
 def test_a_missing_backend_says_the_pip_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
