@@ -141,7 +141,7 @@ def _wanted(
         profile=profile,
         precision=graph.precision,
         options=config.options,
-        onnx_sha256=graph.sha256,
+        onnx_sha256=graph.content_sha256,
         scratch_bytes=-1,
     )
 

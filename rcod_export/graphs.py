@@ -1,39 +1,86 @@
-"""The tensor programs that ship: one wrapper module for each graph of a bundle."""
+"""The tensor programs that ship: one wrapper module for each graph of a bundle.
+
+Inputs and outputs are fp32 whatever the precision inside: bf16 is no type of numpy, and they are
+small beside what happens between them. A wrapper takes its modules over and converts them.
+"""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from rcod_train.checkpoint import CheckpointLevel
+from rcod_runtime.manifest import Precision
+from rcod_train.checkpoint import CheckpointInfo, CheckpointLevel
 from rcod_train.models.mem import Mem
 from rcod_train.models.sd import SdVae
 from rcod_train.models.vae import NanoVae
 
+DTYPES = {
+    Precision.FP32: torch.float32,
+    Precision.FP16: torch.float16,
+    Precision.BF16: torch.bfloat16,
+}
+
+
+def _converted(module: Any, dtype: torch.dtype) -> Any:
+    """The module itself in another precision; diffusers' own method warns of it."""
+    return nn.Module.to(module, dtype)
+
 
 class EncoderGraph(nn.Module):
-    """image (B, 3, H, W) in [-1, 1] -> z_lq (B, C, H/8, W/8) and, with a MEM, m_l (B,)."""
+    """image (B, 3, H, W) in [-1, 1] -> z_lq (B, C, H/8, W/8); with a MEM also m_l (B,) and
+    adaptive (B, n), the weights of the level that Eq. 5 gives for m_l."""
 
-    def __init__(self, vae: NanoVae | SdVae, mem: Mem | None) -> None:
+    def __init__(
+        self, vae: NanoVae | SdVae, mem: Mem | None, info: CheckpointInfo, dtype: torch.dtype
+    ) -> None:
         super().__init__()
-        self.vae, self.mem = vae, mem
+        self.vae, self.mem, self.dtype = _converted(vae, dtype), mem, dtype
+        self.n, self.m_min, self.m_max = len(info.levels), info.m_min, info.m_max
 
-    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        z_lq = self.vae.encode(image)
-        return z_lq if self.mem is None else (z_lq, self.mem(z_lq))
+    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        z_lq: Tensor = self.vae.encode(image.to(self.dtype)).float()
+        if self.mem is None:
+            return z_lq
+        m_l = self.mem(z_lq)
+        return z_lq, m_l, self.adaptive(m_l)
+
+    def adaptive(self, m_l: Tensor) -> Tensor:
+        """Eq. 5, t = k (n - floor(n (M - M_min) / (M_max - M_min))), as one-hot weights (B, n).
+
+        The group is clamped to the levels there are: M = M_max would give t = 0.
+        """
+        group = torch.floor(self.n * (m_l - self.m_min) / (self.m_max - self.m_min))
+        index = (self.n - group).clamp(1, self.n) - 1  # (B,)
+        return (index[:, None] == torch.arange(self.n, device=m_l.device)).float()
+
+
+class VpimGraph(nn.Module):
+    """image (B, 3, S, S) in [-1, 1] -> tokens (B, N, D)."""
+
+    def __init__(self, vpim: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.vpim, self.dtype = _converted(vpim, dtype), dtype
+
+    def forward(self, image: Tensor) -> Tensor:
+        tokens: Tensor = self.vpim(image.to(self.dtype)).float()
+        return tokens
 
 
 class DecoderGraph(nn.Module):
     """z_sr (B, C, h, w) -> image (B, 3, H, W), clamped to [-1, 1]."""
 
-    def __init__(self, vae: NanoVae | SdVae) -> None:
+    def __init__(self, vae: NanoVae | SdVae, dtype: torch.dtype) -> None:
         super().__init__()
-        self.vae = vae
+        self.vae, self.dtype = _converted(vae, dtype), dtype
 
     def forward(self, z_sr: Tensor) -> Tensor:
-        return self.vae.decode(z_sr).clamp(-1.0, 1.0)
+        image: Tensor = self.vae.decode(z_sr.to(self.dtype)).float().clamp(-1.0, 1.0)
+        return image
 
 
 class _TableColumns(nn.Module):
@@ -50,6 +97,8 @@ class _TableColumns(nn.Module):
 class DenoiserGraph(nn.Module):
     """z_lq (B, C, h, w), tokens (B, N, D), level (B, n) -> z_sr (B, C, h, w).
 
+    With one level there is no input ``level``: the row and the constants are part of the graph.
+
     ``level`` weighs the rows of a table that holds, for every level, what the U-Net makes of its
     timestep (each residual block's projected time embedding) and the alpha_t and sigma_t of Eq. 3.
     One-hot is a level, in between is a mix. The sinusoid, the timestep MLP and the projections are
@@ -59,7 +108,12 @@ class DenoiserGraph(nn.Module):
     table: Tensor
     constants: Tensor
 
-    def __init__(self, unet: UNet2DConditionModel, levels: tuple[CheckpointLevel, ...]) -> None:
+    def __init__(
+        self,
+        unet: UNet2DConditionModel,
+        levels: tuple[CheckpointLevel, ...],
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
         timesteps = torch.tensor([level.timestep for level in levels])
         with torch.no_grad():
@@ -78,17 +132,21 @@ class DenoiserGraph(nn.Module):
             start = stop
         unet.time_embedding = _Passed()
         unet.get_time_embed = lambda sample, timestep: timestep
-        self.unet = unet
+        self.unet, self.dtype = _converted(unet, dtype), dtype
         self.register_buffer("table", torch.cat(columns, dim=1))  # (n, sum of C_block)
         constants = [[level.alpha, level.sigma] for level in levels]
         self.register_buffer("constants", torch.tensor(constants, dtype=torch.float32))  # (n, 2)
 
-    def forward(self, z_lq: Tensor, tokens: Tensor, level: Tensor) -> Tensor:
-        row = level @ self.table  # (B, sum of C_block)
-        eps = self.unet(z_lq, row, encoder_hidden_states=tokens, return_dict=False)[0]
-        alpha, sigma = (level @ self.constants).view(-1, 2, 1, 1, 1).unbind(1)  # (B, 1, 1, 1) each
+    def forward(self, z_lq: Tensor, tokens: Tensor, level: Tensor | None = None) -> Tensor:
+        if level is None:
+            row, constants = self.table, self.constants
+        else:
+            row, constants = level @ self.table, level @ self.constants
+        z, row, tokens = (x.to(self.dtype) for x in (z_lq, row, tokens))
+        eps = self.unet(z, row, encoder_hidden_states=tokens, return_dict=False)[0]
+        alpha, sigma = constants.view(-1, 2, 1, 1, 1).unbind(1)  # (B, 1, 1, 1) each
         # Eq. 3 in fp32: sigma/alpha is 4.1 at t = 750 and amplifies every rounding of eps.
-        z_sr: Tensor = (z_lq.float() - sigma * eps.float()) / alpha
+        z_sr: Tensor = (z_lq - sigma * eps.float()) / alpha
         return z_sr
 
 

@@ -33,7 +33,20 @@ def build_parser() -> argparse.ArgumentParser:
     bundle.add_argument("checkpoint", type=Path, help="folder that rcod-train wrote")
     bundle.add_argument("-o", "--out", type=Path, required=True, metavar="BUNDLE")
     bundle.add_argument(
-        "--opset", type=int, choices=(20, 23), default=20, help="default: %(default)s"
+        "--precision",
+        choices=("fp32", "fp16", "bf16"),
+        default="fp32",
+        help="of the arithmetic; what must stay fp32 does (default: %(default)s)",
+    )
+    bundle.add_argument(
+        "--opset",
+        type=int,
+        choices=(20, 23),
+        help="23 has GroupNormalization and Attention as operators (TensorRT 10.14 and later); "
+        "default: 20, for bf16 23",
+    )
+    bundle.add_argument(
+        "--fold-level", metavar="NAME", help="bake one level into the denoiser, drop the others"
     )
     bundle.add_argument(
         "--tile", type=int, default=512, metavar="PX", help="tile side (default: %(default)s)"
@@ -110,11 +123,14 @@ def _bundle(arguments: argparse.Namespace) -> int:
     import logging
 
     from rcod_export.bundle import DEFAULT_SAMPLE, ExportConfig, build_bundle
+    from rcod_runtime.manifest import Precision
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("rcod_export").setLevel(logging.INFO)
     config = ExportConfig(
+        precision=Precision(arguments.precision),
         opset=arguments.opset,
+        fold_level=arguments.fold_level,
         tile_px=arguments.tile,
         overlap_px=arguments.overlap,
         sample=arguments.sample or DEFAULT_SAMPLE,
@@ -127,7 +143,7 @@ def _bundle(arguments: argparse.Namespace) -> int:
             f"cosine {row.cosine:.8f}",
             file=sys.stderr,
         )
-    size = sum(graph.bytes for graph in manifest.graphs.values())
+    size = sum(path.stat().st_size for path in (arguments.out / "onnx").iterdir())
     psnr = manifest.evidence.sample_psnr_db
     print(f"sample against PyTorch {psnr:.1f} dB, graphs {size / 1e6:.1f} MB", file=sys.stderr)
     print(arguments.out)

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
-from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from rcod_runtime.errors import ExportError
 
 MIN_ELEMENTS = 256  # below it a Cast node costs more than the bytes it saves
+MAX_INLINE_BYTES = 256 * 2**20  # more weights go into a file beside; protobuf ends at 2 GB
 
 
 def export_onnx(
@@ -28,12 +29,15 @@ def export_onnx(
     dynamic_shapes: Mapping[str, Mapping[int, Any]],
     opset: int,
     path: Path,
-) -> None:
+) -> tuple[str, ...]:
     """Export with torch's dynamo exporter, store weights as fp16 where that loses nothing, check.
 
     Args:
         inputs: example inputs by name; names and order are the graph's.
         dynamic_shapes: input name -> {axis: torch.export.Dim}.
+
+    Returns:
+        Names of files beside ``path`` that hold weights (external data), none for small graphs.
 
     Raises:
         ExportError: the exporter or the ONNX checker refuses the graph.
@@ -52,16 +56,27 @@ def export_onnx(
                 verbose=False,
             )
         assert program is not None
-        model = program.model_proto
+        model = program.model
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as exc:
         raise ExportError(f"{path.name}: the ONNX exporter refused the graph: {exc}") from exc
     _strip_metadata(model)
     store_as_fp16(model)
+    data_files = _write(model, path)
     try:
-        onnx.checker.check_model(model, full_check=True)
-    except onnx.checker.ValidationError as exc:
+        onnx.checker.check_model(path, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as exc:
         raise ExportError(f"{path.name}: the ONNX checker refused the graph: {exc}") from exc
-    path.write_bytes(model.SerializeToString(deterministic=True))
+    return data_files
+
+
+def _write(model: ir.Model, path: Path) -> tuple[str, ...]:
+    weights = [value.const_value for value in model.graph.initializers.values()]
+    if sum(tensor.nbytes for tensor in weights if tensor is not None) <= MAX_INLINE_BYTES:
+        path.write_bytes(ir.to_proto(model).SerializeToString(deterministic=True))
+        return ()
+    data = f"{path.name}.data"
+    ir.save(model, path, external_data=data)
+    return (data,)
 
 
 @contextlib.contextmanager
@@ -78,41 +93,51 @@ def _quiet() -> Any:
         logger.setLevel(level)
 
 
-def _strip_metadata(model: onnx.ModelProto) -> None:
+def _strip_metadata(model: ir.Model) -> None:
     """Drop stack traces and source paths: they name the exporting machine and vary with it."""
-    del model.metadata_props[:]
     graph = model.graph
-    del graph.metadata_props[:]
-    for node in graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for value in (*graph.value_info, *graph.input, *graph.output, *graph.initializer):
-        if hasattr(value, "metadata_props"):
-            del value.metadata_props[:]
-        value.doc_string = ""
+    values = [*graph.inputs, *graph.initializers.values()]
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        values += node.outputs
+    for value in values:
+        value.metadata_props.clear()
+        value.doc_string = None
+    graph.metadata_props.clear()
+    model.metadata_props.clear()
 
 
-def store_as_fp16(model: onnx.ModelProto) -> int:
+def store_as_fp16(model: ir.Model) -> int:
     """Store fp32 weights that fp16 holds exactly as fp16 + Cast; returns how many.
 
     Arithmetic stays fp32 and the values stay the same bit by bit (merged checkpoints are rounded to
     fp16); runtimes fold the Cast when they load the graph. Halves the file.
     """
+    graph = model.graph
     casts = []
-    for tensor in model.graph.initializer:
-        if tensor.data_type != TensorProto.FLOAT:
+    for name, value in list(graph.initializers.items()):
+        tensor = value.const_value
+        if tensor is None or tensor.dtype != ir.DataType.FLOAT or tensor.size < MIN_ELEMENTS:
             continue
-        values = numpy_helper.to_array(tensor)
+        values = tensor.numpy()
         with np.errstate(over="ignore"):
             halves = values.astype(np.float16)
-        if values.size < MIN_ELEMENTS or not np.array_equal(halves.astype(np.float32), values):
+        if not np.array_equal(halves.astype(np.float32), values):
             continue
-        name = tensor.name
-        tensor.CopyFrom(numpy_helper.from_array(halves, f"{name}.fp16"))
-        casts.append(
-            helper.make_node("Cast", [f"{name}.fp16"], [name], f"{name}.cast", to=TensorProto.FLOAT)
+        stored = ir.Value(
+            name=f"{name}.fp16",
+            shape=value.shape,
+            type=ir.TensorType(ir.DataType.FLOAT16),
+            const_value=ir.Tensor(halves, name=f"{name}.fp16"),
         )
-    nodes = [*casts, *model.graph.node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+        cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT}, name=f"{name}.cast")
+        result = cast.outputs[0]
+        result.name, result.shape, result.type = name, value.shape, value.type
+        ir.convenience.replace_all_uses_with(value, result)
+        del graph.initializers[name]
+        graph.register_initializer(stored)
+        casts.append(cast)
+    if casts:
+        graph.insert_before(graph[0], casts)
     return len(casts)

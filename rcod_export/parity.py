@@ -1,7 +1,8 @@
-"""PyTorch against ONNX Runtime, graph by graph and level by level."""
+"""PyTorch in fp32 against exported graphs, graph by graph, level by level, and whole images."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,49 +10,88 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rcod_export.reference import Case
 from rcod_runtime.errors import ParityError
-from rcod_runtime.manifest import Parity, Precision
+from rcod_runtime.manifest import GRAPHS, Parity, Precision
 
 Array = npt.NDArray[np.float32]
+Images = Mapping[str, npt.NDArray[np.uint8]]
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What a graph in fp32 may differ from PyTorch in fp32."""
+    """What a graph may differ from PyTorch in fp32."""
 
     max_abs: float
     cosine: float
 
 
-# Both sides sum the same products in fp32 in another order. Latents are about unit size, images
-# in [-1, 1]; an image passes more layers at more pixels, so its largest deviation is larger.
+# fp32: both sides sum the same products in another order. Latents are about unit size, images in
+# [-1, 1]; an image passes more layers at more pixels, so its largest deviation is larger.
+# fp16 and bf16 round every value to 11 and 8 bits: an error that grows with the depth.
 LIMITS = {
-    "encoder": Limit(max_abs=3e-4, cosine=0.99999),
-    "vpim": Limit(max_abs=1e-4, cosine=0.99999),
-    "denoiser": Limit(max_abs=1e-4, cosine=0.99999),
-    "decoder": Limit(max_abs=3e-4, cosine=0.99999),
+    Precision.FP32: {
+        "encoder": Limit(max_abs=3e-4, cosine=0.99999),
+        "vpim": Limit(max_abs=1e-4, cosine=0.99999),
+        "denoiser": Limit(max_abs=1e-4, cosine=0.99999),
+        "decoder": Limit(max_abs=3e-4, cosine=0.99999),
+    },
+    Precision.FP16: dict.fromkeys(GRAPHS, Limit(max_abs=1e-2, cosine=0.9999)),
+    Precision.BF16: dict.fromkeys(GRAPHS, Limit(max_abs=1e-1, cosine=0.999)),
 }
-# Eq. 3 multiplies the U-Net's deviation by sigma/alpha, so the denoiser's limit grows with it.
-MIN_SAMPLE_PSNR_DB = 40.0  # whole image, 8 bit, ONNX against PyTorch
+# Whole image, 8 bit, graphs against PyTorch.
+MIN_SAMPLE_PSNR_DB = {Precision.FP32: 40.0, Precision.FP16: 40.0, Precision.BF16: 35.0}
+MAX_MEAN_SHIFT_U8 = 0.5  # of a channel's mean: no colour shift
 MAX_LEVELS_PSNR_DB = 60.0  # two levels closer than this are the same level: a wrongly folded t
 
 
-def limit_of(graph: str, amplification: float = 1.0) -> Limit:
-    """The limit of a graph; ``amplification`` is sigma/alpha of the level, for the denoiser."""
-    limit = LIMITS[graph]
+def limit_of(graph: str, precision: Precision, amplification: float = 1.0) -> Limit:
+    """The limit of a graph. Eq. 3 enlarges the U-Net's deviation by ``amplification``, sigma/alpha
+    of the level, and the denoiser's limit grows with it."""
+    limit = LIMITS[precision][graph]
     return Limit(limit.max_abs * max(1.0, amplification), limit.cosine)
 
 
-def run_onnx(path: Path, feeds: dict[str, Array]) -> dict[str, Array]:
+def run_onnx(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
     """Run an ONNX file on ONNX Runtime's CPU provider -> outputs by name."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, feeds), strict=True))
+    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
-def measure(graph: str, level: str | None, reference: Array, found: Array, limit: Limit) -> Parity:
+def run_openvino(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
+    """Run an ONNX file on OpenVINO, products in bf16 where the processor has them."""
+    from rcod_runtime.backends.openvino_backend import OpenVinoBackend, has_native_bf16
+
+    session = OpenVinoBackend("bf16" if has_native_bf16() else "fp32", 0).load(path)
+    session.bind({name: value.shape for name, value in feeds.items()})
+    return {name: value.copy() for name, value in session.run(feeds).items()}
+
+
+def compare(case: Case, path: Path, precision: Precision) -> Iterator[Parity]:
+    """A graph's outputs against the case's; the first output names the graph's row, others theirs.
+
+    Raises:
+        ParityError: a limit is passed.
+    """
+    run = run_openvino if precision is Precision.BF16 else run_onnx
+    found = run(path, case.feeds)
+    limit = limit_of(case.graph, precision, case.amplification)
+    for index, (name, expected) in enumerate(case.expected.items()):
+        label = case.level if index == 0 else name
+        yield measure(case.graph, label, precision, expected, found[name], limit)
+
+
+def measure(
+    graph: str,
+    level: str | None,
+    precision: Precision,
+    reference: Array,
+    found: Array,
+    limit: Limit,
+) -> Parity:
     """Compare two arrays of one shape.
 
     Raises:
@@ -75,12 +115,48 @@ def measure(graph: str, level: str | None, reference: Array, found: Array, limit
     return Parity(
         graph=graph,
         level=level,
-        precision=Precision.FP32,
+        precision=precision,
         max_abs=max_abs,
         cosine=cosine,
         limit_max_abs=limit.max_abs,
         limit_cosine=limit.cosine,
     )
+
+
+def check_levels_differ(images: Images) -> None:
+    """Raises ParityError where two neighbouring levels give nearly the same image."""
+    names = list(images)
+    for a, b in zip(names, names[1:], strict=False):
+        closeness = psnr_u8(images[a], images[b])
+        if closeness > MAX_LEVELS_PSNR_DB:
+            raise ParityError(
+                f"levels {a} and {b} give nearly the same image ({closeness:.1f} dB, limit "
+                f"{MAX_LEVELS_PSNR_DB}): the timestep does not reach the U-Net. Train longer, or "
+                "check the level table."
+            )
+
+
+def check_sample(reference: Images, found: Images, precision: Precision) -> float:
+    """The lowest PSNR of the levels' images against PyTorch's, in dB.
+
+    Raises:
+        ParityError: it is under the limit, or a channel's mean is shifted.
+    """
+    lowest = MIN_SAMPLE_PSNR_DB[precision]
+    worst = min(psnr_u8(reference[name], image) for name, image in found.items())
+    if worst < lowest:
+        raise ParityError(
+            f"sample image: {precision.value} graphs against PyTorch {worst:.1f} dB, expected at "
+            f"least {lowest}. The bundle was not written."
+        )
+    for name, image in found.items():
+        shift = np.abs(image.mean((0, 1)) - reference[name].mean((0, 1))).max()
+        if shift > MAX_MEAN_SHIFT_U8:
+            raise ParityError(
+                f"sample image, level {name}: a channel's mean is shifted by {shift:.2f} of 255, "
+                f"expected at most {MAX_MEAN_SHIFT_U8}. The bundle was not written."
+            )
+    return worst
 
 
 def psnr_u8(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> float:

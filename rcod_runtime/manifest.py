@@ -36,6 +36,8 @@ _OUTPUTS = {
     "denoiser": {"z_sr"},
     "decoder": {"image"},
 }
+# With a MEM: its estimate of M, and the weights of the level that Eq. 5 gives for it.
+_ESTIMATES = {"m_l", "adaptive"}
 
 
 class Precision(str, Enum):
@@ -189,11 +191,20 @@ class Graph(_Checked):
         self.require_range("bytes", 1, 2**31)  # protobuf ends there
         self.require_range("opset", 17, 64)
 
+    @property
+    def content_sha256(self) -> str:
+        """Of the graph with its weights: the file's, or of all its files' where it has several."""
+        if not self.data_files:
+            return self.sha256
+        digests = [self.sha256, *(self.data_files[name] for name in sorted(self.data_files))]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Engine(_Checked):
     """A TensorRT engine of one graph. ``profile``: input -> (min, opt, max) shape; ``options``:
-    settings of the builder that differ from its defaults."""
+    settings of the builder that differ from its defaults; ``onnx_sha256``: the content_sha256 of
+    the graph it was built from."""
 
     file: str
     sha256: str
@@ -297,30 +308,34 @@ class Manifest(_Checked):
         for name, graph in self.graphs.items():
             self._check_tensors(name, graph)
         for index, engine in enumerate(self.engines):
-            if engine.onnx_sha256 != self.graphs[engine.graph].sha256:
+            graph = self.graphs[engine.graph]
+            if engine.onnx_sha256 != graph.content_sha256:
                 raise ManifestError(
                     f"engines[{index}].onnx_sha256",
-                    f"{self.graphs[engine.graph].sha256} of {self.graphs[engine.graph].file}",
+                    f"{graph.content_sha256} of {graph.file}",
                     engine.onnx_sha256,
                     remedy="Build the engines again: rcod-export engines BUNDLE.",
                 )
 
     def _check_tensors(self, name: str, graph: Graph) -> None:
         inputs = {tensor.name: tensor for tensor in graph.inputs}
-        outputs = {tensor.name for tensor in graph.outputs}
-        if set(inputs) != _INPUTS[name]:
-            expected = ", ".join(sorted(_INPUTS[name]))
-            raise ManifestError(f"graphs.{name}.inputs", expected, sorted(inputs))
-        optional = {"m_l"} if name == "encoder" else set()
-        if not _OUTPUTS[name] <= outputs <= _OUTPUTS[name] | optional:
+        outputs = {tensor.name: tensor for tensor in graph.outputs}
+        folded = name == "denoiser" and len(self.levels) == 1  # nothing to choose
+        wanted = _INPUTS[name] - ({"level"} if folded else set())
+        if set(inputs) != wanted:
+            raise ManifestError(f"graphs.{name}.inputs", ", ".join(sorted(wanted)), sorted(inputs))
+        optional = _ESTIMATES if name == "encoder" else set()
+        if set(outputs) not in (_OUTPUTS[name], _OUTPUTS[name] | optional):
             expected = ", ".join(sorted(_OUTPUTS[name]))
-            raise ManifestError(f"graphs.{name}.outputs", expected, sorted(outputs))
-        if name == "denoiser" and inputs["level"].shape[-1] != len(self.levels):
-            raise ManifestError(
-                "graphs.denoiser.inputs",
-                f'"level" with {len(self.levels)} weights, one for each level',
-                inputs["level"].shape,
-            )
+            more = f", or with {', '.join(sorted(optional))}" if optional else ""
+            raise ManifestError(f"graphs.{name}.outputs", expected + more, sorted(outputs))
+        for tensor in (inputs.get("level"), outputs.get("adaptive")):
+            if tensor is not None and tensor.shape[-1] != len(self.levels):
+                raise ManifestError(
+                    f"graphs.{name}",
+                    f'"{tensor.name}" with {len(self.levels)} weights, one for each level',
+                    tensor.shape,
+                )
 
     @property
     def has_metric_estimator(self) -> bool:

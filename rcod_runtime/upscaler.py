@@ -170,7 +170,7 @@ class Upscaler:
             plan_axis(side, tile_px, overlap_px, contract.size_multiple) for side in (height, width)
         )
         job = _Job(self, prepared, TilePlan(y, x), batch)
-        if weights is None:
+        if weights is None and job.plan.count > 1:  # one tile: the graphs choose by themselves
             weights = job.adaptive_weights()
         direct = out.ndim == 3 and out.shape[2] == 3
         sr = out if direct else np.empty((height, width, 3), image.dtype)
@@ -214,8 +214,10 @@ class _Job:
         self.resampler = Resampler(image.lq, (plan.y.length_px, plan.x.length_px))
         self.tokens: Array | None = None
 
-    def run(self, sr: Pixels, weights: Array, realism: str, progress: Progress | None) -> None:
-        """All tiles into ``sr`` (H, W, 3), uint8 or uint16."""
+    def run(
+        self, sr: Pixels, weights: Array | None, realism: str, progress: Progress | None
+    ) -> None:
+        """All tiles into ``sr`` (H, W, 3), uint8 or uint16; weights None: the encoder's choice."""
         plan = self.plan
         gain = np.iinfo(sr.dtype).max / 255.0
         blender = Blender(plan, 3)
@@ -277,7 +279,7 @@ class _Job:
             self.tokens = np.repeat(tokens, self.batch, axis=0)
 
     def _upscaled(
-        self, row: int, columns: list[int], weights: Array, realism: str
+        self, row: int, columns: list[int], weights: Array | None, realism: str
     ) -> list[npt.NDArray[np.float32]]:
         """Tiles as (h, w, 3) float32 in 0..255."""
         image = self._tiles(row, columns)
@@ -288,10 +290,14 @@ class _Job:
                 raise UsageError("this Upscaler was closed while it ran.")
             self._prepare()
             assert self.tokens is not None
-            z_lq = upscaler._run("encoder", {"image": image})["z_lq"]
+            encoded = upscaler._run("encoder", {"image": image})
+            z_lq = encoded["z_lq"]
             _check_finite(z_lq, "encoder", realism, where)
-            level = np.repeat(weights[None], self.batch, axis=0)
-            feeds = {"z_lq": z_lq, "tokens": self.tokens, "level": level}
+            feeds = {"z_lq": z_lq, "tokens": self.tokens}
+            if weights is None:
+                feeds["level"] = encoded["adaptive"]
+            elif len(weights) > 1:
+                feeds["level"] = np.repeat(weights[None], self.batch, axis=0)
             z_sr = upscaler._run("denoiser", feeds)["z_sr"]
             _check_finite(z_sr, "denoiser", realism, where)
             decoded = upscaler._run("decoder", {"z_sr": z_sr})["image"]

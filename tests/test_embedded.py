@@ -55,8 +55,8 @@ def test_it_is_trained_and_its_levels_differ_in_order() -> None:
 
 def test_it_computes_what_the_committed_checkpoint_does() -> None:
     torch = pytest.importorskip("torch")
-    from rcod_export.bundle import denoise
     from rcod_export.parity import run_onnx
+    from rcod_export.reference import denoise
     from rcod_train.checkpoint import load_merged
 
     parts, info = load_merged(CHECKPOINT)

@@ -9,17 +9,19 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto
 
-import rcod_export.parity
+import rcod_export.onnx_file
 from rcod_export.bundle import ExportConfig, build_bundle
 from rcod_export.main import main
-from rcod_export.parity import Limit, measure
+from rcod_export.parity import LIMITS, Limit, measure
 from rcod_runtime import Upscaler
-from rcod_runtime.errors import ExportError, OutputError, ParityError
+from rcod_runtime.errors import ExportError, HashMismatch, OutputError, ParityError, UsageError
 from rcod_runtime.image_io import read_image
-from rcod_runtime.manifest import read_manifest, sha256_file
+from rcod_runtime.manifest import Precision, read_manifest, sha256_file
 from rcod_train.checkpoint import save_merged
 from rcod_train.errors import CheckpointError
 from tests.tiny import tiny_info, tiny_parts
@@ -71,7 +73,7 @@ def test_a_graph_beyond_its_limit_is_refused_and_nothing_is_written(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(rcod_export.parity.LIMITS, "denoiser", Limit(1e-12, 0.99999))
+    monkeypatch.setitem(LIMITS[Precision.FP32], "denoiser", Limit(1e-12, 0.99999))
     with pytest.raises(ParityError, match="denoiser, level fidelity.*limit 1e-12"):
         build_bundle(tiny_checkpoint, tmp_path / "out", tiny_config)
     assert list(tmp_path.iterdir()) == []
@@ -98,11 +100,11 @@ def test_comparison_names_shapes_and_non_finite_values() -> None:
     limit = Limit(1e-4, 0.999)
     one = np.ones(3, np.float32)
     with pytest.raises(ParityError, match=r"shape \(3,\), ONNX \(2,\)"):
-        measure("vpim", None, one, one[:2], limit)
+        measure("vpim", None, Precision.FP32, one, one[:2], limit)
     with pytest.raises(ParityError, match="not all values are finite"):
-        measure("vpim", None, one, one * np.float32("nan"), limit)
+        measure("vpim", None, Precision.FP32, one, one * np.float32("nan"), limit)
     with pytest.raises(ParityError, match="cosine"):
-        measure("vpim", None, np.float32([1e-5, 0]), np.float32([0, 1e-5]), limit)
+        measure("vpim", None, Precision.FP32, np.float32([1e-5, 0]), np.float32([0, 1e-5]), limit)
 
 
 def test_a_folder_that_is_no_bundle_is_not_replaced(
@@ -151,3 +153,139 @@ def test_help_answers_without_torch(module: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Exit codes" in done.stdout
+
+
+@pytest.fixture(scope="module", params=["fp16", "bf16"])
+def half_bundle(
+    request: pytest.FixtureRequest,
+    tiny_checkpoint: Path,
+    tiny_config: ExportConfig,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    out = tmp_path_factory.mktemp("half") / request.param
+    config = dataclasses.replace(tiny_config, precision=Precision(request.param))
+    build_bundle(tiny_checkpoint, out, config)
+    return out
+
+
+def test_half_graphs_compute_in_half_and_take_and_give_fp32(half_bundle: Path) -> None:
+    manifest = read_manifest(half_bundle / "manifest.json")
+    precision = manifest.graphs["denoiser"].precision
+    half = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}[precision.value]
+    for name, graph in manifest.graphs.items():
+        model = onnx.load(half_bundle / graph.file)
+        types = {t.name: t.data_type for t in model.graph.initializer}
+        for node in model.graph.node:
+            if node.op_type == "Conv":
+                assert types[node.input[1]] == half, (name, node.name)
+        ends = [*model.graph.input, *model.graph.output]
+        assert {e.type.tensor_type.elem_type for e in ends} == {TensorProto.FLOAT}
+    for row in manifest.evidence.parity:
+        assert row.precision is precision and 0 < row.max_abs <= row.limit_max_abs
+
+
+def test_eq_3_stays_in_fp32_in_half_graphs(half_bundle: Path) -> None:
+    """The last operations, z_lq - sigma eps and the division by alpha, take fp32 values."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(half_bundle / "onnx/denoiser.onnx"))
+    types = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
+    last = {output: node for node in model.graph.node for output in node.output}
+    division = last["z_sr"]
+    difference = last[division.input[0]]
+    assert (division.op_type, difference.op_type) == ("Div", "Sub")
+    inner = [*division.input, *difference.input, *last[difference.input[1]].input]
+    assert {types.get(name, TensorProto.FLOAT) for name in inner} == {TensorProto.FLOAT}
+
+
+def test_a_half_bundle_runs_and_gives_its_sample(half_bundle: Path) -> None:
+    sample = read_manifest(half_bundle / "manifest.json").sample
+    assert sample is not None
+    lq, sr = (read_image(half_bundle / path).pixels for path in (sample.lq, sample.sr))
+    with Upscaler(half_bundle, backend="openvino", precision="fp32") as upscaler:
+        found = upscaler(lq, realism=sample.realism)
+    assert np.abs(found.astype(int) - sr.astype(int)).max() <= sample.max_abs_diff_u8
+
+
+def test_bf16_needs_an_opset_that_has_it(
+    tiny_checkpoint: Path, tiny_config: ExportConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny_config, precision=Precision.BF16, opset=20)
+    with pytest.raises(UsageError, match="opset 20.*Use --opset 23"):
+        build_bundle(tiny_checkpoint, tmp_path / "out", config)
+
+
+def test_opset_23_has_normalisation_and_attention_as_operators(
+    tiny_checkpoint: Path, tiny_config: ExportConfig, tmp_path: Path
+) -> None:
+    build_bundle(tiny_checkpoint, tmp_path / "out", dataclasses.replace(tiny_config, opset=23))
+    kinds = {n.op_type for n in onnx.load(tmp_path / "out/onnx/denoiser.onnx").graph.node}
+    assert {"GroupNormalization", "Attention"} <= kinds
+    assert not kinds & {"InstanceNormalization", "Softmax"}
+
+
+def test_a_folded_level_is_the_level_and_nothing_is_left_to_choose(
+    tiny_checkpoint: Path, tiny_bundle: Path, tiny_config: ExportConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny_config, fold_level="realism")
+    manifest = build_bundle(tiny_checkpoint, tmp_path / "out", config)
+    assert [level.name for level in manifest.levels] == ["realism"]
+    assert {t.name for t in manifest.graphs["denoiser"].inputs} == {"z_lq", "tokens"}
+    lq = read_image(tiny_bundle / "sample/lq.png").pixels
+    with (
+        Upscaler(tmp_path / "out", precision="fp32") as one,
+        Upscaler(tiny_bundle, precision="fp32") as all_levels,
+    ):
+        expected = all_levels(lq, "realism").astype(int)
+        for setting in ("realism", 0.0, 1.0):
+            assert np.abs(one(lq, setting).astype(int) - expected).max() <= 1
+        with pytest.raises(UsageError, match="expected one of realism"):
+            one(lq, "fidelity")
+        with pytest.raises(UsageError, match="no metric estimation module"):
+            one(lq, "adaptive")
+
+
+def test_a_level_that_is_not_there_cannot_be_folded(
+    tiny_checkpoint: Path, tiny_config: ExportConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny_config, fold_level="dream")
+    with pytest.raises(UsageError, match="expected one of fidelity, neutral, realism"):
+        build_bundle(tiny_checkpoint, tmp_path / "out", config)
+
+
+@pytest.fixture
+def external_bundle(
+    tiny_checkpoint: Path,
+    tiny_config: ExportConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Path:
+    """As a model has it whose weights pass protobuf's limit."""
+    monkeypatch.setattr(rcod_export.onnx_file, "MAX_INLINE_BYTES", 10_000)
+    build_bundle(tiny_checkpoint, tmp_path / "out", tiny_config)
+    return tmp_path / "out"
+
+
+def test_large_weights_lie_beside_their_graph_and_are_checked(
+    external_bundle: Path, tiny_bundle: Path
+) -> None:
+    graph = read_manifest(external_bundle / "manifest.json").graphs["denoiser"]
+    assert list(graph.data_files) == ["onnx/denoiser.onnx.data"]
+    lq = read_image(tiny_bundle / "sample/lq.png").pixels
+    for backend in ("openvino", "onnxruntime"):
+        with (
+            Upscaler(external_bundle, backend=backend, precision="fp32") as external,
+            Upscaler(tiny_bundle, backend=backend, precision="fp32") as inline,
+        ):
+            np.testing.assert_array_equal(external(lq, 0.3), inline(lq, 0.3))
+    path = external_bundle / "onnx/denoiser.onnx.data"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(HashMismatch, match="denoiser.onnx.data"):
+        Upscaler(external_bundle)
+
+
+def test_other_weights_beside_the_same_graph_are_other_content(external_bundle: Path) -> None:
+    """Engines are tied to it: without the data's hash, stale engines would pass for fresh."""
+    graph = read_manifest(external_bundle / "manifest.json").graphs["denoiser"]
+    other = dataclasses.replace(graph, data_files={"onnx/denoiser.onnx.data": "0" * 64})
+    assert other.sha256 == graph.sha256 and other.content_sha256 != graph.content_sha256

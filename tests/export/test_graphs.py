@@ -7,14 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from rcod_export.bundle import denoise
-from rcod_export.graphs import DenoiserGraph
+from rcod_export.graphs import DenoiserGraph, EncoderGraph
 from rcod_export.onnx_file import store_as_fp16
+from rcod_export.reference import denoise
+from rcod_runtime.levels import adaptive_level
+from rcod_runtime.manifest import Level, MetricRange
 from rcod_train.checkpoint import load_merged
 from tests.tiny import tiny_info, tiny_parts
 
@@ -68,8 +71,9 @@ def test_graphs_take_any_batch_and_any_multiple_of_32(
 ) -> None:
     batch, height, width = shape
     image = np.zeros((batch, 3, height, width), np.float32)
-    z_lq, m_l = session(tiny_bundle, "encoder").run(None, {"image": image})
+    z_lq, m_l, adaptive = session(tiny_bundle, "encoder").run(None, {"image": image})
     assert z_lq.shape == (batch, 4, height // 8, width // 8) and m_l.shape == (batch,)
+    assert adaptive.shape == (batch, 3) and (adaptive.sum(1) == 1).all()
     tokens = np.zeros((batch, 16, 16), np.float32)
     level = np.tile(np.float32([1, 0, 0]), (batch, 1))
     feeds = {"z_lq": z_lq, "tokens": tokens, "level": level}
@@ -102,7 +106,9 @@ def test_fp16_storage_keeps_every_value_and_leaves_inexact_weights_alone() -> No
         return onnxruntime.InferenceSession(model.SerializeToString()).run(None, zero)[0]
 
     before = run()
-    assert store_as_fp16(model) == 1
+    stored = ir.from_proto(model)
+    assert store_as_fp16(stored) == 1
+    model = ir.to_proto(stored)
     onnx.checker.check_model(model, full_check=True)
     np.testing.assert_array_equal(run(), before)
 
@@ -113,3 +119,15 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tiny_checkpoint: Path) -> None:
     expected = tiny_parts().vae.half().float().state_dict()
     for name, value in parts.vae.state_dict().items():
         assert torch.equal(value, expected[name]), name
+
+
+def test_eq_5_in_the_graph_is_the_runtimes() -> None:
+    parts, info = tiny_parts(), tiny_info()
+    graph = EncoderGraph(parts.vae, parts.mem, info, torch.float32)
+    m = torch.linspace(-1, 1, 401, dtype=torch.float64).float()
+    found = graph.adaptive(m).argmax(1).tolist()
+    metric = MetricRange(m_min=info.m_min, m_max=info.m_max, k=info.k)
+    levels = [Level(x.name, x.timestep, x.alpha, x.sigma) for x in info.levels]
+    expected = [levels.index(adaptive_level(float(x), metric, levels)) for x in m]
+    differing = [i for i in range(401) if found[i] != expected[i]]
+    assert differing == [] and set(found) == {0, 1, 2}

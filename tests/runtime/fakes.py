@@ -42,6 +42,8 @@ THUMBNAIL = Tensor("image", "float32", ("batch", 3, TOKENS_PX, TOKENS_PX), "NCHW
 TOKENS = Tensor("tokens", "float32", ("batch", 4, 3), "NLC")
 LEVEL = Tensor("level", "float32", ("batch", len(LEVELS)), "NK")
 M_L = Tensor("m_l", "float32", ("batch",), "N")
+ADAPTIVE = Tensor("adaptive", "float32", ("batch", len(LEVELS)), "NK")
+METRIC = MetricRange(0.0, 0.9, 250)
 
 
 def _save(
@@ -59,7 +61,7 @@ def _save(
         path.stem,
         [info(t) for t in inputs],
         [info(t) for t in outputs],
-        [numpy_helper.from_array(value, name) for name, value in weights.items()],
+        [numpy_helper.from_array(np.asarray(value), name) for name, value in weights.items()],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     onnx.checker.check_model(model, full_check=True)
@@ -90,9 +92,31 @@ def make_bundle(
         node("Conv", ["image", "blur"], ["blurred"], pads=[1, 1, 1, 1]),
         node("SpaceToDepth", ["blurred"], ["z_lq"], blocksize=FACTOR),
     ]
-    axes = np.array([1, 2, 3], np.int64)
+    weights = {"blur": blur}
     if mem:
-        encoder_nodes.append(node("ReduceMean", ["image", "axes"], ["m_l"], keepdims=0))
+        n = len(LEVELS)
+        encoder_nodes += [
+            node("ReduceMean", ["image", "axes"], ["m_l"], keepdims=0),
+            # Eq. 5 in the graph: floor(n (m - m_min) / (m_max - m_min)), then one-hot.
+            node("Sub", ["m_l", "m_min"], ["above"]),
+            node("Mul", ["above", "per_group"], ["position"]),
+            node("Floor", ["position"], ["group"]),
+            node("Sub", ["n", "group"], ["steps"]),
+            node("Clip", ["steps", "one", "n"], ["clamped"]),
+            node("Cast", ["clamped"], ["step"], to=TensorProto.INT64),
+            node("Sub", ["step", "one_int"], ["index"]),
+            node("OneHot", ["index", "depth", "off_on"], ["adaptive"]),
+        ]
+        weights |= {
+            "axes": np.array([1, 2, 3], np.int64),
+            "m_min": np.float32(METRIC.m_min),
+            "per_group": np.float32(n / (METRIC.m_max - METRIC.m_min)),
+            "n": np.float32(n),
+            "one": np.float32(1),
+            "one_int": np.int64(1),
+            "depth": np.int64(n),
+            "off_on": np.float32([0, 1]),
+        }
     pooled = [
         node("AveragePool", ["image"], ["p"], kernel_shape=[8, 8], strides=[8, 8]),
         node("Reshape", ["p", "shape"], ["r"]),
@@ -112,9 +136,9 @@ def make_bundle(
         "encoder": _save(
             folder / "onnx/encoder.onnx",
             (IMAGE,),
-            (Z_LQ, M_L) if mem else (Z_LQ,),
+            (Z_LQ, M_L, ADAPTIVE) if mem else (Z_LQ,),
             encoder_nodes,
-            {"blur": blur, "axes": axes} if mem else {"blur": blur},
+            weights,
         ),
         "vpim": _save(
             folder / "onnx/vpim.onnx",
@@ -150,7 +174,7 @@ def make_bundle(
         version=1,
         identity=Identity("fake", "nano", "A blur.", "Apache-2.0", ("made by the test",)),
         levels=LEVELS,
-        metric=MetricRange(0.0, 0.9, 250),
+        metric=METRIC,
         image=ImageContract(4, 3, -1.0, 1.0, 32, tile_px, 16, TOKENS_PX),
         graphs=graphs,
         engines=(),

@@ -1,0 +1,94 @@
+"""What PyTorch computes in fp32 from a checkpoint: the reference that exported graphs meet.
+
+It is computed before the export, which takes the modules over one by one: no second copy of a
+large model is ever held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rcod_export.specs import latent_step
+from rcod_runtime.resample import resize_for_tokens, upsample
+from rcod_train.checkpoint import CheckpointInfo
+from rcod_train.network import Parts, predict_eps
+from rcod_train.schedule import one_step
+
+Array = npt.NDArray[np.float32]
+BATCH = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of a graph: its inputs, and what its outputs must be.
+
+    ``amplification`` is by how much Eq. 3 enlarges the U-Net's deviation, sigma / alpha.
+    """
+
+    graph: str
+    level: str | None
+    feeds: dict[str, Array]
+    expected: dict[str, Array]
+    amplification: float = 1.0
+
+
+def denoise(parts: Parts, z_lq: Tensor, tokens: Tensor, info: CheckpointInfo, index: int) -> Tensor:
+    """The plain form: the U-Net called by its timestep, then Eq. 3."""
+    level = info.levels[index]
+    t = torch.full((len(z_lq),), level.timestep)
+    return one_step(z_lq, predict_eps(parts.unet, z_lq, t, tokens), level.alpha, level.sigma)
+
+
+@torch.no_grad()
+def parity_cases(parts: Parts, info: CheckpointInfo) -> Iterator[Case]:
+    """A case for every graph, for the denoiser one of every level; sizes that no export saw."""
+    generator = torch.Generator().manual_seed(1)
+    c, side, n = int(parts.vae.config.latent_channels), parts.vpim.tokens_px, len(info.levels)
+    h, w = 3 * latent_step(parts), 5 * latent_step(parts)
+    pixels = (BATCH, 3, h * parts.vae.factor, w * parts.vae.factor)
+    image = torch.rand(pixels, generator=generator) * 2 - 1
+    thumbnail = torch.rand(BATCH, 3, side, side, generator=generator) * 2 - 1
+    z = torch.randn(BATCH, c, h, w, generator=generator)
+
+    z_lq = parts.vae.encode(image)
+    expected = {"z_lq": z_lq.numpy()}
+    if parts.mem is not None:
+        expected["m_l"] = parts.mem(z_lq).numpy()
+    yield Case("encoder", None, {"image": image.numpy()}, expected)
+    decoded = parts.vae.decode(z).clamp(-1, 1)
+    yield Case("decoder", None, {"z_sr": z.numpy()}, {"image": decoded.numpy()})
+    tokens = parts.vpim(thumbnail)
+    yield Case("vpim", None, {"image": thumbnail.numpy()}, {"tokens": tokens.numpy()})
+    for index, level in enumerate(info.levels):
+        feeds = {"z_lq": z.numpy(), "tokens": tokens.numpy()}
+        if n > 1:
+            feeds["level"] = np.eye(n, dtype=np.float32)[np.full(BATCH, index)]
+        z_sr = denoise(parts, z, tokens, info, index).numpy()
+        yield Case("denoiser", level.name, feeds, {"z_sr": z_sr}, level.sigma / level.alpha)
+
+
+@torch.no_grad()
+def whole_images(
+    parts: Parts, info: CheckpointInfo, lq: npt.NDArray[np.uint8], scale: int
+) -> dict[str, npt.NDArray[np.uint8]]:
+    """The pipeline in one piece: lq (h, w, 3) uint8 -> sr (scale h, scale w, 3) of every level."""
+    height, width = (side * scale for side in lq.shape[:2])
+
+    def prepared(image: Any) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None] / 127.5 - 1.0
+
+    tokens = parts.vpim(prepared(resize_for_tokens(lq, parts.vpim.tokens_px)))
+    z_lq = parts.vae.encode(prepared(upsample(lq, (height, width))))
+    images = {}
+    for index, level in enumerate(info.levels):
+        z_sr = denoise(parts, z_lq, tokens, info, index)
+        sr = (parts.vae.decode(z_sr).clamp(-1, 1) + 1.0) * 127.5
+        images[level.name] = sr[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
+    return images
