@@ -82,11 +82,22 @@ class GuidedMem(ModelMixin, ConfigMixin):
 
 
 class BlockGuide(nn.Module):
-    """Fourier features of the scores (B, F) -> the matrices of one network (B, blocks, r, r)."""
+    """Fourier features of the scores (B, F) -> the matrices of one network (B, blocks, r, r).
 
-    def __init__(self, rank: int, blocks: int, fourier: int, width: int, block_width: int) -> None:
+    PEFT's factor of the branches, lora_alpha / r, is multiplied in here.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        blocks: int,
+        lora_alpha: float,
+        fourier: int,
+        width: int,
+        block_width: int,
+    ) -> None:
         super().__init__()
-        self.rank = rank
+        self.rank, self.scaling = rank, lora_alpha / rank
         self.degradation = nn.Sequential(nn.Linear(fourier, width), nn.ReLU())
         self.embeddings = nn.Embedding(blocks, block_width)
         self.block = nn.Sequential(nn.Linear(block_width, block_width), nn.ReLU())
@@ -97,7 +108,8 @@ class BlockGuide(nn.Module):
         blocks = self.block(self.embeddings.weight)[None]  # (1, blocks, block_width)
         n, batch = blocks.shape[1], degradation.shape[0]
         both = (degradation.expand(-1, n, -1), blocks.expand(batch, -1, -1))
-        return self.fuse(torch.cat(both, dim=2)).view(-1, n, self.rank, self.rank)
+        matrices = self.fuse(torch.cat(both, dim=2)).view(-1, n, self.rank, self.rank)
+        return matrices * self.scaling
 
 
 class DegradationGuide(nn.Module):
@@ -111,6 +123,7 @@ class DegradationGuide(nn.Module):
         rank_unet: int,
         blocks_vae: int,
         blocks_unet: int,
+        lora_alpha: float,
         frequencies: int,
         width: int,
         block_width: int,
@@ -119,8 +132,9 @@ class DegradationGuide(nn.Module):
         fourier = 2 * SCORES * frequencies
         # A buffer, so it stays fp32: 2 pi w s is a phase, where fp16's rounding of w would count.
         self.register_buffer("frequencies", torch.randn(frequencies))
-        self.vae = BlockGuide(rank_vae, blocks_vae, fourier, width, block_width)
-        self.unet = BlockGuide(rank_unet, blocks_unet, fourier, width, block_width)
+        sizes = (lora_alpha, fourier, width, block_width)
+        self.vae = BlockGuide(rank_vae, blocks_vae, *sizes)
+        self.unet = BlockGuide(rank_unet, blocks_unet, *sizes)
 
     def forward(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """scores (B, 2) in [0, 1] -> vae (B, blocks, r, r), unet (B, blocks, r, r)."""
@@ -161,7 +175,14 @@ class Guide(ModelMixin, ConfigMixin):
             estimator_width, estimator_features, estimator_hidden
         ).requires_grad_(False)
         self.network = DegradationGuide(
-            rank_vae, rank_unet, blocks_vae, blocks_unet, frequencies, width, block_width
+            rank_vae,
+            rank_unet,
+            blocks_vae,
+            blocks_unet,
+            lora_alpha,
+            frequencies,
+            width,
+            block_width,
         )
         self.matrices = BlockMatrices()
 
@@ -175,4 +196,4 @@ class Guide(ModelMixin, ConfigMixin):
         """Put this guide's branches on the VAE's encoder or on the U-Net, in place."""
         is_unet = isinstance(network, UNet2DConditionModel)
         rank = self.config.rank_unet if is_unet else self.config.rank_vae
-        add_branches(network, rank, self.config.lora_alpha / rank, self.matrices)
+        add_branches(network, rank, self.matrices)

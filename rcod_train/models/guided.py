@@ -2,7 +2,7 @@
 
 S3Diff (and RCOD_S on top of it) puts an r x r matrix M between the two factors of every LoRA, one
 for each block of the network and each image. What it adds depends on the image, so it can't be
-merged: y = W x + scaling B (M^T (A x)).
+merged: y = W x + B (M^T (A x)). PEFT's factor lora_alpha / r is part of M: it costs nothing there.
 
 The matrices reach the layers by a plain object that whoever calls the network fills first. It is
 no module and no tensor is an attribute of a module, so a tracer sees the matrices as what they
@@ -51,18 +51,17 @@ class BlockMatrices:
 
 @dataclass(frozen=True, eq=False)
 class Branch:
-    """Which matrix a layer takes, and by how much its branch counts (PEFT's lora_alpha / r)."""
+    """Which matrix a layer takes."""
 
     matrices: BlockMatrices
     network: Network
     block: int
-    scaling: float
 
     def matrix(self) -> Tensor:
-        """scaling M (B, r, r): the factor costs nothing here, and a full-size product elsewhere."""
+        """M (B, r, r)."""
         matrices: Tensor | None = getattr(self.matrices, self.network)
         assert matrices is not None, f"BlockMatrices.{self.network} is empty: call inside filled()"
-        return matrices[:, self.block] * self.scaling
+        return matrices[:, self.block]
 
 
 class GuidedLinear(nn.Linear):
@@ -140,10 +139,7 @@ def _block(name: str, starts: dict[str, int], middle: int, rest: int) -> int:
 
 
 def add_branches(
-    network: AutoencoderKL | UNet2DConditionModel,
-    rank: int,
-    scaling: float,
-    matrices: BlockMatrices,
+    network: AutoencoderKL | UNet2DConditionModel, rank: int, matrices: BlockMatrices
 ) -> None:
     """Put a branch on every layer of ``vae_branches`` or ``unet_branches``, in place.
 
@@ -155,5 +151,5 @@ def add_branches(
         base = network.get_submodule(name)
         guided = GuidedConv2d if isinstance(base, nn.Conv2d) else GuidedLinear
         with torch.no_grad():
-            layer = guided(base, rank, Branch(matrices, kind, block, scaling))
+            layer = guided(base, rank, Branch(matrices, kind, block))
         network.set_submodule(name, layer)

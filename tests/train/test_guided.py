@@ -31,7 +31,7 @@ from rcod_train.official import official_info
 from rcod_train.official.layouts import RCOD_S
 from tests.tiny_sd import tiny_guide, tiny_guided_parts, tiny_unet, tiny_vae
 
-RANK, BLOCKS, SCALING = 3, 4, 0.7
+RANK, BLOCKS = 3, 4
 
 
 def random_branch(layer: GuidedLinear | GuidedConv2d) -> None:
@@ -40,16 +40,16 @@ def random_branch(layer: GuidedLinear | GuidedConv2d) -> None:
 
 
 def dense(layer: GuidedLinear | GuidedConv2d, matrix: Tensor) -> Tensor:
-    """W + scaling B M^T A for the matrix of one sample, as one plain weight."""
+    """W + B M^T A for the matrix of one sample, as one plain weight."""
     a, b = layer.lora_A.weight.flatten(1), layer.lora_B.weight.flatten(1)
-    return layer.weight + SCALING * (b @ matrix.T @ a).view_as(layer.weight)
+    return layer.weight + (b @ matrix.T @ a).view_as(layer.weight)
 
 
 @torch.no_grad()
 def test_a_guided_linear_layer_is_a_weight_of_its_own_for_every_sample() -> None:
     torch.manual_seed(0)
     matrices = BlockMatrices()
-    layer = GuidedLinear(nn.Linear(7, 6), RANK, Branch(matrices, "unet", 2, SCALING))
+    layer = GuidedLinear(nn.Linear(7, 6), RANK, Branch(matrices, "unet", 2))
     random_branch(layer)
     x, m = torch.randn(3, 5, 7), torch.randn(3, BLOCKS, RANK, RANK)
     expected = [F.linear(x[i], dense(layer, m[i, 2]), layer.bias) for i in range(3)]
@@ -67,7 +67,7 @@ def test_a_guided_convolution_is_a_kernel_of_its_own_for_every_sample(
     torch.manual_seed(1)
     matrices = BlockMatrices()
     base = nn.Conv2d(4, 6, kernel, stride, padding)
-    layer = GuidedConv2d(base, RANK, Branch(matrices, "vae", 1, SCALING))
+    layer = GuidedConv2d(base, RANK, Branch(matrices, "vae", 1))
     random_branch(layer)
     x, m = torch.randn(3, 4, 9, 12), torch.randn(3, BLOCKS, RANK, RANK)
     expected = [
@@ -79,7 +79,7 @@ def test_a_guided_convolution_is_a_kernel_of_its_own_for_every_sample(
 
 def test_a_layer_without_its_matrix_says_so() -> None:
     matrices = BlockMatrices()
-    layer = GuidedLinear(nn.Linear(4, 4), RANK, Branch(matrices, "unet", 0, 1.0))
+    layer = GuidedLinear(nn.Linear(4, 4), RANK, Branch(matrices, "unet", 0))
     with matrices.filled(unet=torch.zeros(1, 1, RANK, RANK)):
         layer(torch.zeros(1, 2, 4))
     with pytest.raises(AssertionError, match="BlockMatrices.unet is empty"):
@@ -130,7 +130,7 @@ def test_the_guide_is_fourier_features_and_two_small_networks() -> None:
             degradation = part.degradation(torch.tensor(waves))
             for k in range(n):
                 block = part.block(part.embeddings.weight[k])
-                expected = part.fuse(torch.cat([degradation, block])).reshape(r, r)
+                expected = 8 / r * part.fuse(torch.cat([degradation, block])).reshape(r, r)
                 torch.testing.assert_close(found[i, k], expected, atol=1e-5, rtol=1e-5)
 
 

@@ -74,6 +74,22 @@ def vae_block(name: str) -> int:
     return int(rest[0]) if stage == "down_blocks" else 4 if stage == "mid_block" else 5
 
 
+def published_matrices(file: dict[str, Any], scores: Tensor, network: str, rank: int) -> Tensor:
+    """What the published guide makes of the scores (B, 2), from the tensors of its file."""
+
+    def layer(kind: str, inner: str, x: Tensor) -> Tensor:
+        state = file[f"state_dict_{network}_{kind}_mlp"]
+        return nn.functional.linear(x, state[f"{inner}weight"], state[f"{inner}bias"])
+
+    phase = scores[..., None] * file["w"][None, None] * 2 * torch.pi
+    waves = torch.cat([phase.sin(), phase.cos()], -1)
+    degradation = layer("de", "0.", torch.cat([waves[:, 0], waves[:, 1]], -1)).relu()
+    embeddings = file["state_embeddings"][f"state_dict_{network}_block"]["weight"]
+    blocks = layer("block", "0.", embeddings).relu()
+    both = [torch.cat([degradation, row.expand(len(scores), -1)], -1) for row in blocks]
+    return torch.stack([layer("fuse", "", x).reshape(-1, rank, rank) for x in both], 1)
+
+
 class PublishedS:
     """The networks of the published inference and the files that hold them."""
 
@@ -90,7 +106,8 @@ class PublishedS:
                     if "lora" in name or name.startswith("conv_in"):
                         parameter.add_(0.1 * torch.randn_like(parameter))
         self.align, self.mem = nn.Linear(20, 24), nn.Sequential(nn.Linear(256, 1), nn.ReLU())
-        self.guide = DegradationGuide(RANK_VAE, RANK_UNET, 6, 10, 64, 256, 64)
+        # Holds tensors of the published shapes; what is computed of them is written out above.
+        self.guide = DegradationGuide(RANK_VAE, RANK_UNET, 6, 10, 8.0, 64, 256, 64)
         self.estimator = DegradationEstimator()
         for module in (self.unet, self.vae, self.align, self.mem, self.guide, self.estimator):
             to_fp16_values(module).eval().requires_grad_(False)
@@ -122,7 +139,8 @@ class PublishedS:
 
     @contextmanager
     def mixed(self, scores: Tensor) -> Iterator[None]:
-        vae, unet = self.guide(scores)
+        vae = published_matrices(self.file(), scores, "vae", RANK_VAE)
+        unet = published_matrices(self.file(), scores, "unet", RANK_UNET)
         layers = [
             (layer, matrices[:, block(name)])
             for network, matrices, block in (
