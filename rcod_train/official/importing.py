@@ -13,13 +13,19 @@ from rcod_train.network import Parts
 from rcod_train.official.guided import load_guided, load_mem, read_estimator, read_mem
 from rcod_train.official.layouts import Layout, official_info
 from rcod_train.official.merged import merge_official
-from rcod_train.official.reading import load_exactly, read_official, read_tokens
+from rcod_train.official.reading import (
+    TOKENS,
+    fixed_tokens,
+    load_exactly,
+    read_official,
+    read_tokens,
+)
 
 OPTIONS = {
     "clip": "CLIP ViT-L/14, folder or hub id",
     "tokens": "a safetensors file with `tokens` (N, 1024). This model was trained on text prompts "
-    "and the graphs have no text encoder, so one prompt is fixed at the import: what the base "
-    "model's text encoder makes of it, its last hidden state, computed once by you",
+    "and the graphs have no text encoder, so one prompt is fixed now: "
+    f"{TOKENS}, computed once by you",
     "estimator": "de_net.pth of S3Diff, the degradation estimator that guides the model",
     "mem": "rcod_s_mem.pkl, for the adaptive level",
 }
@@ -51,11 +57,12 @@ def import_official(request: OfficialImport) -> tuple[Parts, CheckpointInfo]:
     source = str(request.file)
     estimator = None if request.estimator is None else read_estimator(request.estimator)
     mem = None if request.mem is None else read_mem(request.mem)
+    tokens = None if request.tokens is None else read_tokens(request.tokens)
     vae, unet = load_diffusion(request.base, layout.base_id)
     dim = int(unet.config.cross_attention_dim)
     vpim: ClipVpim | FixedTokens
-    if request.tokens is not None:
-        vpim = read_tokens(request.tokens, dim)
+    if tokens is not None:
+        vpim = fixed_tokens(tokens, dim, str(request.tokens))
     else:
         vpim = load_vpim(str(request.clip), dim)
         hint = "Does the image encoder match? Expected CLIP ViT-L/14."

@@ -18,6 +18,7 @@ from rcod_train.errors import CheckpointError
 from rcod_train.models.sd import FixedTokens
 from rcod_train.official.layouts import EXPECTED, LAYOUTS, Adapter, Layout, is_kind
 
+TOKENS = "the last hidden state that the base model's text encoder gives for one prompt"
 NESTED = "state_embeddings"  # a dict of states; its inner fields are read as "state_embeddings.x"
 
 
@@ -73,23 +74,32 @@ def read_state(path: Path, expected: str, field: str | None = None) -> dict[str,
     return state
 
 
-def read_tokens(path: Path, cross_attention_dim: int) -> FixedTokens:
-    """The embedding of a prompt: ``tokens`` (N, cross_attention_dim) in a safetensors file."""
+def read_tokens(path: Path) -> Tensor:
+    """The embedding of a prompt, ``tokens`` (N, D), alone in a safetensors file."""
     try:
         state = load_file(path)
     except FileNotFoundError as exc:
-        raise CheckpointError(f"{path}: not found. Expected the embedding of a prompt.") from exc
+        raise CheckpointError(f"{path}: not found. Expected {TOKENS}.") from exc
     except (OSError, SafetensorError) as exc:
         raise CheckpointError(f"{path}: not readable as safetensors ({exc}).") from exc
     tokens = state.get("tokens")
-    fits = tokens is not None and tokens.ndim == 2 and tokens.shape[1] == cross_attention_dim
-    if not fits or len(state) != 1 or not len(tokens) or not torch.isfinite(tokens).all():
+    fits = len(state) == 1 and tokens is not None and tokens.ndim == 2 and len(tokens) > 0
+    if not fits or not torch.isfinite(tokens).all():
         found = {name: tuple(value.shape) for name, value in state.items()}
         raise CheckpointError(
-            f'{path}: expected one finite tensor "tokens" (N, {cross_attention_dim}), found '
-            f"{found}. It is the last hidden state of the base model's text encoder."
+            f'{path}: expected one finite tensor "tokens" (N, D), found {found}. It is {TOKENS}.'
         )
-    module = FixedTokens(len(tokens), cross_attention_dim)
+    return tokens
+
+
+def fixed_tokens(tokens: Tensor, cross_attention_dim: int, source: str) -> FixedTokens:
+    """The tokens (N, D) as a module, if D is the width of the base model's cross-attention."""
+    if tokens.shape[1] != cross_attention_dim:
+        raise CheckpointError(
+            f'{source}: "tokens": expected (N, {cross_attention_dim}) as in the base model, found '
+            f"{tuple(tokens.shape)}. It is {TOKENS}."
+        )
+    module = FixedTokens(*tokens.shape)
     module.tokens.copy_(tokens)
     return module
 

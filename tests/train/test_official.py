@@ -180,9 +180,10 @@ def test_osediff_becomes_one_level_with_the_tokens_of_a_prompt(
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
-        ({"tokens": torch.zeros(7, 23)}, r"\(N, 24\), found {'tokens': \(7, 23\)}"),
+        ({"tokens": torch.zeros(7, 23)}, r'"tokens": expected \(N, 24\) .* found \(7, 23\)'),
         ({"prompt": torch.zeros(7, 24)}, r'one finite tensor "tokens" .*prompt'),
         ({"tokens": torch.full((7, 24), torch.nan)}, "one finite tensor"),
+        ({"tokens": torch.zeros(24)}, "one finite tensor"),
         (None, "not readable as safetensors"),
     ],
 )
