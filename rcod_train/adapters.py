@@ -13,15 +13,10 @@ from peft import LoraConfig
 from torch import nn
 from torch.nn import Parameter
 
-from rcod_train.models.sd import SdVae
+from rcod_train.models.sd import UNET_TARGETS, SdVae
 from rcod_train.models.vae import NanoVae
 
 Role = Literal["base", "generator", "regulariser"]
-
-# OSEDiff's lists. The generator trains a copy of the U-Net's conv_in in full too.
-CONVOLUTIONS = ["conv", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut"]
-ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-UNET_TARGETS = [*CONVOLUTIONS, *ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 
 
 def _lora(rank: int, targets: list[str] | str) -> LoraConfig:
@@ -29,7 +24,10 @@ def _lora(rank: int, targets: list[str] | str) -> LoraConfig:
 
 
 class SwitchedUnet:
-    """A U-Net whose weights are shared by the three roles; ``with use(role)`` switches exactly."""
+    """A U-Net whose weights are shared by the three roles; ``with use(role)`` switches exactly.
+
+    The generator trains a copy of conv_in in full beside its LoRA.
+    """
 
     def __init__(self, unet: UNet2DConditionModel, rank: int, rank_regulariser: int) -> None:
         unet.requires_grad_(False)

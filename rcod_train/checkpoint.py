@@ -1,7 +1,12 @@
 """The merged checkpoint: a diffusers-style directory that rcod-export reads.
 
-vae/ unet/ vpim/ mem/   config.json and safetensors each (fp16 storage; mem is optional)
-rcod.json               family, levels with their constants, statistics of M, training record
+vae/ unet/ vpim/ mem/ guide/   config.json and safetensors each (mem is optional)
+rcod.json    family, levels with their constants, statistics of M, training record
+
+Parameters are stored in fp16, buffers as they are. guide/ belongs to rcod-s alone: the degradation
+estimator and the guide, with the ranks in its config.json. The branches that it feeds can't be
+merged; they stand in vae/ and unet/ as extra tensors, lora_A and lora_B beside each base weight,
+which keeps diffusers' name.
 """
 
 from __future__ import annotations
@@ -15,12 +20,16 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from rcod_train.errors import CheckpointError
 from rcod_train.files import written_whole
 from rcod_train.grouping import Grouping
+from rcod_train.models.guide import Guide, GuidedMem
 from rcod_train.models.mem import Mem
-from rcod_train.models.sd import ClipVpim, SdVae
+from rcod_train.models.sd import ClipVpim, FixedTokens, SdVae
 from rcod_train.models.vae import NanoVae
 from rcod_train.models.vpim import Vpim
 from rcod_train.network import Parts
@@ -33,11 +42,21 @@ LEVEL_NAMES = {
     3: ("fidelity", "neutral", "realism"),
     4: ("fidelity", "neutral", "realism", "extreme"),
 }
-PARTS = ("vae", "unet", "vpim", "mem")
-FAMILIES: dict[str, tuple[type[ModelMixin], ...]] = {
-    "nano": (NanoVae, UNet2DConditionModel, Vpim, Mem),
-    "rcod-o": (SdVae, UNet2DConditionModel, ClipVpim, Mem),
-}
+PARTS = ("vae", "unet", "vpim", "mem", "guide")
+OPTIONAL = {"mem"}
+GUIDED = {"vae", "unet"}  # the parts that have branches where there is a guide
+# The classes that a part of a family may be of; its config.json names one.
+Kinds = dict[str, tuple[type[ModelMixin], ...]]
+_STABLE_DIFFUSION: Kinds = {"vae": (SdVae,), "unet": (UNet2DConditionModel,)}
+FAMILIES: dict[str, Kinds] = {
+    "nano": {
+        "vae": (NanoVae,), "unet": (UNet2DConditionModel,), "vpim": (Vpim,), "mem": (Mem,),
+    },
+    "rcod-o": {**_STABLE_DIFFUSION, "vpim": (ClipVpim, FixedTokens), "mem": (Mem,)},
+    "rcod-s": {
+        "guide": (Guide,), **_STABLE_DIFFUSION, "vpim": (ClipVpim,), "mem": (GuidedMem,),
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -78,8 +97,8 @@ def levels_of(grouping: Grouping) -> tuple[CheckpointLevel, ...]:
 def save_merged(folder: Path, parts: Parts, info: CheckpointInfo) -> None:
     """Write the checkpoint whole or not at all; an existing one at ``folder`` is replaced.
 
-    Weights are stored in fp16. What is loaded again is these rounded weights, in fp32, so that
-    everything downstream compares with what really ships.
+    What is loaded again is the rounded weights, in fp32, so that everything downstream compares
+    with what really ships.
     """
     try:
         with written_whole(folder) as partial:
@@ -98,9 +117,11 @@ def save_merged(folder: Path, parts: Parts, info: CheckpointInfo) -> None:
 
 def _rounded(module: ModelMixin) -> ModelMixin:
     for name, parameter in module.named_parameters():
-        if not torch.isfinite(parameter.half()).all():
+        half = parameter.data.half()
+        if not torch.isfinite(half).all():
             raise CheckpointError(f"weight {name}: beyond fp16's range; the training has diverged.")
-    return module.half()
+        parameter.data = half
+    return module
 
 
 def load_merged(folder: str | Path) -> tuple[Parts, CheckpointInfo]:
@@ -116,19 +137,36 @@ def load_merged(folder: str | Path) -> tuple[Parts, CheckpointInfo]:
         raise CheckpointError(
             f'{folder}: "family": expected one of {", ".join(FAMILIES)}, found {info.family!r}.'
         )
-    for name, kind in zip(PARTS, FAMILIES[info.family], strict=True):
+    for name, kinds in FAMILIES[info.family].items():
         if not (folder / name).is_dir():
-            if name == "mem":
+            if name in OPTIONAL:
                 continue
             raise CheckpointError(
                 f"{folder / name}: expected a part of the checkpoint, found none."
             )
+        guide = modules.get("guide") if name in GUIDED else None
         try:
-            module = kind.from_pretrained(folder / name, local_files_only=True)
-        except (OSError, ValueError, RuntimeError) as exc:
+            module = _load_part(folder / name, kinds, guide)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as exc:
             raise CheckpointError(f"{folder / name}: could not be loaded: {exc}") from exc
         modules[name] = module.float().eval().requires_grad_(False)
     return Parts(**modules), info
+
+
+def _load_part(path: Path, kinds: tuple[type[ModelMixin], ...], guide: Guide | None) -> Any:
+    config = kinds[0].load_config(path, local_files_only=True)
+    named = {kind.__name__: kind for kind in kinds}
+    kind = named.get(config.get("_class_name"))
+    if kind is None:
+        found = config.get("_class_name")
+        raise ValueError(f'"_class_name": expected one of {", ".join(named)}, found {found!r}.')
+    if guide is None:
+        return kind.from_pretrained(path, local_files_only=True)
+    with torch.device("meta"):  # every weight is assigned below, or the load is refused
+        module = kind.from_config(config)
+        guide.add_branches(module)
+    module.load_state_dict(load_file(path / SAFETENSORS_WEIGHTS_NAME), assign=True)
+    return module
 
 
 def _read_info(path: Path) -> CheckpointInfo:

@@ -1,7 +1,8 @@
 """Train RCOD models.
 
   rcod-train nano --data DIR --out DIR    from photos to a merged checkpoint in DIR/checkpoint
-  rcod-train import-official FILE --base DIR --clip DIR --out DIR    published rcod_o.pkl
+  rcod-train import-official FILE --base DIR ... --out DIR    published weights: rcod_o.pkl
+      --clip DIR; rcod_s.pkl --clip DIR --estimator FILE [--mem FILE]; osediff.pkl --tokens FILE
 
 Progress goes to stderr, the path of the checkpoint to stdout. Exit codes: 0 done, 2 wrong
 arguments, 9 the training could not go on (the message says why), 130 stopped by a signal with
@@ -64,14 +65,31 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_import(commands: Any) -> None:
     official = commands.add_parser(
-        "import-official", help="published weights of RCOD_O to a merged checkpoint"
+        "import-official", help="published weights of RCOD_O, RCOD_S, OSEDiff to a checkpoint"
     )
     add = official.add_argument
-    add("file", type=Path, help="rcod_o.pkl; read without running any code in it")
-    add("--base", required=True, metavar="DIR", help="Stable Diffusion 2.1-base: folder or hub id")
-    add("--clip", required=True, metavar="DIR", help="CLIP ViT-L/14: folder or hub id")
+    add(
+        "file",
+        type=Path,
+        help="rcod_o.pkl, rcod_s.pkl or osediff.pkl, told by its content; no code in it is run",
+    )
+    add(
+        "--base",
+        required=True,
+        metavar="DIR",
+        help="folder or hub id: Stable Diffusion 2.1-base, for rcod_s.pkl SD-Turbo",
+    )
+    add("--clip", metavar="DIR", help="CLIP ViT-L/14 (rcod_o.pkl, rcod_s.pkl): folder or hub id")
+    add("--estimator", type=Path, metavar="FILE", help="de_net.pth of S3Diff (rcod_s.pkl)")
+    add("--mem", type=Path, metavar="FILE", help="rcod_s_mem.pkl, for adaptive (rcod_s.pkl)")
+    add(
+        "--tokens",
+        type=Path,
+        metavar="FILE",
+        help="safetensors file with the embedding `tokens` (N, 1024) of a prompt (osediff.pkl)",
+    )
     add("--out", type=Path, required=True, metavar="DIR", help="the merged checkpoint")
-    add("--name", default="rcod-o", help="name of the model (default: %(default)s)")
+    add("--name", help="name of the model (default: that of the published one)")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -110,14 +128,20 @@ def _run_nano(arguments: argparse.Namespace) -> int:
 
 
 def _import_official(arguments: argparse.Namespace) -> int:
-    from rcod_train.bases import load_base
     from rcod_train.checkpoint import save_merged
-    from rcod_train.official import merge_official, official_info, read_official
+    from rcod_train.official import OfficialImport, import_official
 
-    raw = read_official(arguments.file)
-    parts = load_base(arguments.base, arguments.clip)
-    merge_official(raw, parts, str(arguments.file))
-    save_merged(arguments.out, parts, official_info(arguments.name))
+    request = OfficialImport(
+        file=arguments.file,
+        base=arguments.base,
+        clip=arguments.clip,
+        tokens=arguments.tokens,
+        estimator=arguments.estimator,
+        mem=arguments.mem,
+        name=arguments.name,
+    )
+    parts, info = import_official(request)
+    save_merged(arguments.out, parts, info)
     print(arguments.out)
     return 0
 

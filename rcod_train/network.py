@@ -10,8 +10,9 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
+from rcod_train.models.guide import Guide, GuidedMem
 from rcod_train.models.mem import Mem
-from rcod_train.models.sd import ClipVpim, SdVae
+from rcod_train.models.sd import ClipVpim, FixedTokens, SdVae
 from rcod_train.models.vae import NanoVae
 from rcod_train.models.vpim import Vpim
 
@@ -20,14 +21,19 @@ from rcod_train.models.vpim import Vpim
 class Parts:
     """The modules of one model. ``vae`` works on scaled latents; ``mem`` may be absent.
 
-    Both kinds of VAE have ``encode``, ``decode``, ``factor``; both kinds of VPIM turn an image of
+    Both kinds of VAE have ``encode``, ``decode``, ``factor``; every kind of VPIM turns an image of
     ``tokens_px`` into tokens.
+
+    With a ``guide`` (rcod-s) the encoder and the U-Net have branches that it feeds, and ``mem``
+    reads the guide's features in the place of z_lq. Both are called inside
+    ``guide.matrices.filled(vae=..., unet=...)``.
     """
 
     vae: NanoVae | SdVae
     unet: UNet2DConditionModel
-    vpim: Vpim | ClipVpim
-    mem: Mem | None = None
+    vpim: Vpim | ClipVpim | FixedTokens
+    mem: Mem | GuidedMem | None = None
+    guide: Guide | None = None
 
 
 @contextmanager

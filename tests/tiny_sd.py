@@ -8,6 +8,10 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from rcod_train.models.guide import Guide, GuidedMem
+from rcod_train.models.sd import ClipVpim, SdVae
+from rcod_train.network import Parts
+
 
 def tiny_unet() -> UNet2DConditionModel:
     """The blocks of Stable Diffusion 2.1's U-Net, narrow."""
@@ -55,3 +59,35 @@ def save_base(folder: Path) -> None:
     tiny_vae().save_pretrained(folder / "sd" / "vae")
     tiny_unet().save_pretrained(folder / "sd" / "unet")
     tiny_clip().save_pretrained(folder / "clip")
+
+
+def tiny_guide() -> Guide:
+    """For ``tiny_vae`` and ``tiny_unet``: their blocks are as many as at full size."""
+    return Guide(
+        rank_vae=3,
+        rank_unet=5,
+        frequencies=4,
+        width=12,
+        block_width=6,
+        estimator_width=4,
+        estimator_features=8,
+        estimator_hidden=10,
+    )
+
+
+def tiny_guided_parts(seed: int = 0) -> Parts:
+    """A tiny RCOD_S whose branches count, with a MEM."""
+    torch.manual_seed(seed)
+    guide = tiny_guide()
+    vae = SdVae.from_config(tiny_vae().config)
+    unet, clip = tiny_unet(), tiny_clip()
+    for network in (vae, unet):
+        guide.add_branches(network)
+        for name, parameter in network.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.2)
+    vpim = ClipVpim(clip.config.to_dict(), 24)
+    parts = Parts(vae, unet, vpim, GuidedMem(16), guide)
+    for module in (vae, unet, vpim, parts.mem, guide):
+        module.eval().requires_grad_(False)
+    return parts

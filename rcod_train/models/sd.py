@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import AutoencoderKL
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
+
+# OSEDiff's lists of the U-Net's layers that get a LoRA.
+CONVOLUTIONS = ["conv", "conv1", "conv2", "conv_in", "conv_out", "conv_shortcut"]
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+UNET_TARGETS = [*CONVOLUTIONS, *ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2"]
 
 
 class SdVae(AutoencoderKL):
@@ -51,3 +57,24 @@ class ClipVpim(ModelMixin, ConfigMixin):
     def forward(self, image: Tensor) -> Tensor:
         """image (B, 3, S, S) in [-1, 1], S = tokens_px -> tokens (B, N, cross_attention_dim)."""
         return self.align(self.encoder(image).last_hidden_state)
+
+
+class FixedTokens(ModelMixin, ConfigMixin):
+    """The tokens of one text prompt in the place of VPIM, for weights that were trained on text.
+
+    Args:
+        length: tokens of the prompt.
+        cross_attention_dim: width of the U-Net's cross-attention.
+    """
+
+    tokens: Tensor
+    tokens_px = 1  # the image isn't looked at
+
+    @register_to_config
+    def __init__(self, length: int = 77, cross_attention_dim: int = 1024) -> None:
+        super().__init__()
+        self.register_buffer("tokens", torch.zeros(length, cross_attention_dim))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """image (B, 3, 1, 1), only counted -> tokens (B, length, cross_attention_dim)."""
+        return self.tokens.expand(image.shape[0], -1, -1)

@@ -12,13 +12,15 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from peft import LoraConfig
+from safetensors.torch import save_file
 from torch import nn
 
 from rcod_train.bases import load_base
 from rcod_train.checkpoint import load_merged
 from rcod_train.errors import CheckpointError, DataError
 from rcod_train.main import main
-from rcod_train.official import merge_official, read_official
+from rcod_train.official import OfficialImport, import_official
+from rcod_train.official.reading import read_official
 from tests.tiny_sd import save_base
 
 RANK = 4
@@ -107,11 +109,20 @@ def command(file: Path, base: Path, out: Path) -> list[str]:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("layout", ["rcod_o", "osediff"])
 def test_the_merged_networks_compute_what_the_adapters_do(
-    base: Path, published: Published, raw: dict[str, Any]
+    base: Path, published: Published, raw: dict[str, Any], tmp_path: Path, layout: str
 ) -> None:
-    parts = load_base(str(base / "sd"), str(base / "clip"))
-    merge_official(raw, parts, "rcod_o.pkl")
+    if layout == "osediff":
+        del raw["state_dict_proj"]
+        prompt = {"tokens": torch.randn(5, 24)}
+        save_file(prompt, tmp_path / "tokens.safetensors")
+        given: dict[str, Any] = {"tokens": tmp_path / "tokens.safetensors"}
+    else:
+        given = {"clip": str(base / "clip")}
+    torch.save(raw, tmp_path / "weights.pkl")  # what it is, its content says
+    request = OfficialImport(tmp_path / "weights.pkl", str(base / "sd"), **given)
+    parts, _ = import_official(request)
     torch.manual_seed(0)
     z, t, tokens = torch.randn(2, 4, 16, 16), torch.tensor([249, 749]), torch.randn(2, 5, 24)
     expected = published.unet(z, t, encoder_hidden_states=tokens).sample
@@ -124,6 +135,10 @@ def test_the_merged_networks_compute_what_the_adapters_do(
     torch.testing.assert_close(z_lq, posterior.mean * scale, atol=1e-5, rtol=1e-5)
     decoded = published.vae.decode(z_lq / scale).sample
     torch.testing.assert_close(parts.vae.decode(z_lq), decoded, atol=1e-5, rtol=1e-5)
+    if layout == "osediff":
+        found = parts.vpim(torch.zeros(2, 3, parts.vpim.tokens_px, parts.vpim.tokens_px))
+        assert torch.equal(found, prompt["tokens"].expand(2, -1, -1))
+        return
     thumbnail = torch.randn(2, 3, 28, 28)
     states = parts.vpim.encoder(thumbnail).last_hidden_state
     torch.testing.assert_close(parts.vpim(thumbnail), published.align(states))
@@ -144,11 +159,74 @@ def test_the_command_writes_a_checkpoint_with_the_published_constants(
     assert all(x.alpha**2 + x.sigma**2 == pytest.approx(1.0) for x in info.levels)
 
 
+def test_osediff_becomes_one_level_with_the_tokens_of_a_prompt(
+    base: Path, raw: dict[str, Any], tmp_path: Path
+) -> None:
+    del raw["state_dict_proj"]
+    torch.save(raw, tmp_path / "osediff.pkl")
+    tokens = torch.randn(7, 24)
+    save_file({"tokens": tokens}, tmp_path / "prompt.safetensors")
+    arguments = ["--base", str(base / "sd"), "--tokens", str(tmp_path / "prompt.safetensors")]
+    out = tmp_path / "out"
+    file = str(tmp_path / "osediff.pkl")
+    assert main(["import-official", file, *arguments, "--out", str(out)]) == 0
+    parts, info = load_merged(out)
+    assert (info.family, info.name) == ("rcod-o", "osediff")
+    assert [(x.name, x.timestep) for x in info.levels] == [("neutral", 999)]
+    assert info.levels[0].alpha ** 2 == pytest.approx(0.0047, abs=5e-5)
+    assert torch.equal(parts.vpim(torch.zeros(1, 3, 1, 1))[0], tokens)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "words"),
+    [
+        ({"tokens": torch.zeros(7, 23)}, r'"tokens": expected \(N, 24\) .* found \(7, 23\)'),
+        ({"prompt": torch.zeros(7, 24)}, r'one finite tensor "tokens" .*prompt'),
+        ({"tokens": torch.full((7, 24), torch.nan)}, "one finite tensor"),
+        ({"tokens": torch.zeros(24)}, "one finite tensor"),
+        (None, "not readable as safetensors"),
+    ],
+)
+def test_tokens_that_do_not_fit_are_refused(
+    base: Path,
+    raw: dict[str, Any],
+    tmp_path: Path,
+    tensors: dict[str, torch.Tensor] | None,
+    words: str,
+) -> None:
+    del raw["state_dict_proj"]
+    torch.save(raw, tmp_path / "osediff.pkl")
+    path = tmp_path / "prompt.safetensors"
+    if tensors is None:
+        path.write_bytes(b"no")
+    else:
+        save_file(tensors, path)
+    request = OfficialImport(tmp_path / "osediff.pkl", str(base / "sd"), tokens=path)
+    with pytest.raises(CheckpointError, match=f"prompt.safetensors: .*{words}"):
+        import_official(request)
+
+
+def test_a_file_for_which_an_option_is_missing_or_too_much_says_which(
+    base: Path, raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(raw, tmp_path / "rcod_o.pkl")
+    too_much = [*command(tmp_path / "rcod_o.pkl", base, tmp_path / "out"), "--mem", "x.pkl"]
+    assert main(too_much) == 2
+    assert re.search("--mem: .*layout of rcod_o.pkl, which has no use", capsys.readouterr().err)
+    del raw["state_dict_proj"]
+    torch.save(raw, tmp_path / "osediff.pkl")
+    bare = ["import-official", str(tmp_path / "osediff.pkl"), "--base", str(base / "sd")]
+    assert main([*bare, "--out", str(tmp_path / "out")]) == 2
+    words = "layout of osediff.pkl, which needs --tokens: .*text prompts.*text encoder"
+    assert re.search(words, capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
+
+
 def test_eq_5_with_the_imported_range_gives_the_published_bins(
     base: Path, raw: dict[str, Any], tmp_path: Path
 ) -> None:
     from rcod_train.grouping import Grouping
-    from rcod_train.official import M_MAX, M_MIN, K
+    from rcod_train.official.layouts import M_MAX, M_MIN, K
 
     grouping = Grouping(M_MIN, M_MAX, 3, K)
     m = torch.tensor([-0.5, 0.49, 0.51, 0.69, 0.71, 1.0], dtype=torch.float64)
@@ -180,6 +258,8 @@ def damaged(raw: dict[str, Any], how: str) -> dict[str, Any]:
         raw["state_dict_proj"]["weight"] = torch.zeros(3, 3)
     elif how == "not tensors":
         raw["state_dict_vae"] = {"a": 1}
+    elif how == "names":
+        raw["vae_lora_encoder_modules"] = [1]
     return raw
 
 
@@ -192,7 +272,8 @@ def damaged(raw: dict[str, Any], how: str) -> dict[str, Any]:
         ("shape", "the matrices make .* the base model has"),
         ("module", "the base model has no module nowhere"),
         ("conv_in", r"conv_in.bias: expected \(16,\) as in the base model, found \(3,\)"),
-        ("proj", '"state_dict_proj": expected'),
+        ("proj", r'"state_dict_proj": weight: expected \(24, 20\), found \(3, 3\).*CLIP ViT-L/14'),
+        ("names", '"vae_lora_encoder_modules": expected a list of module names'),
         ("not tensors", '"state_dict_vae": expected a dict of tensors'),
     ],
 )
