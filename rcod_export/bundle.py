@@ -18,7 +18,7 @@ import onnx
 from rcod_export.card import write_card
 from rcod_export.onnx_file import export_onnx
 from rcod_export.parity import check_levels_differ, check_sample, compare
-from rcod_export.reference import parity_cases, whole_images
+from rcod_export.reference import Case, parity_cases, whole_images
 from rcod_export.specs import GraphSpec, graph_specs, latent_step
 from rcod_runtime import Upscaler
 from rcod_runtime.errors import ExportError, OutputError, UsageError
@@ -47,6 +47,7 @@ Photo = npt.NDArray[np.uint8]  # (H, W, 3)
 
 DEFAULT_SAMPLE = Path(__file__).with_name("sample.png")
 SAMPLE_REALISM = "neutral"
+SCALE = 4
 COMPATIBLE_OPSET = 20  # TensorRT 10.3 reads it
 BF16_OPSET = 23  # convolutions have bf16 since 22; 23 has GroupNormalization and Attention too
 # ONNX Runtime's CPU provider has no bf16 convolution.
@@ -113,13 +114,10 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
         (folder / "onnx").mkdir()
         graphs: dict[str, Graph] = {}
         parity: list[Parity] = []
-        for spec in graph_specs(parts, info, config.precision):
-            log.info("%s: exporting", spec.name)
-            graph = _export(spec, folder, config.precision, opset)
-            graphs[spec.name] = graph
-            for case in cases:
-                if case.graph == spec.name:
-                    parity += compare(case, folder / graph.file, config.precision)
+        for graph, name, rows in _exported(parts, info, cases, folder, config, opset):
+            graphs[name] = graph
+            parity += rows
+        del parts, cases  # the runtime below loads the graphs
         manifest = Manifest(
             version=1,
             identity=_identity(info),
@@ -131,7 +129,6 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
             sample=None,
             evidence=Evidence(parity=tuple(parity), sample_psnr_db=None),
         )
-        del parts
         manifest = _with_sample(manifest, folder, images, config)
         write_card(folder / "MODEL_CARD.md", manifest, info.training)
     return manifest
@@ -146,7 +143,23 @@ def _folded(parts: Parts, info: CheckpointInfo, name: str) -> tuple[Parts, Check
     return dataclasses.replace(parts, mem=None), dataclasses.replace(info, levels=levels)
 
 
-def _export(spec: GraphSpec, folder: Path, precision: Precision, opset: int) -> Graph:
+def _exported(
+    parts: Parts,
+    info: CheckpointInfo,
+    cases: list[Case],
+    folder: Path,
+    config: ExportConfig,
+    opset: int,
+) -> Iterator[tuple[Graph, str, list[Parity]]]:
+    """The graphs, written and compared with their cases, one after another."""
+    for spec in graph_specs(parts, info, config.precision, SCALE):
+        log.info("%s: exporting", spec.name)
+        graph = _export(spec, folder, opset)
+        own = [case for case in cases if case.graph == spec.name]
+        yield graph, spec.name, list(compare(own, folder / graph.file, spec.precision))
+
+
+def _export(spec: GraphSpec, folder: Path, opset: int) -> Graph:
     path = folder / "onnx" / f"{spec.name}.onnx"
     data_files = export_onnx(spec.module, spec.inputs, spec.outputs, spec.dynamic, opset, path)
     graph = onnx.load(path, load_external_data=False).graph
@@ -163,14 +176,14 @@ def _export(spec: GraphSpec, folder: Path, precision: Precision, opset: int) -> 
         )
 
     halves = any(t.data_type == onnx.TensorProto.FLOAT16 for t in graph.initializer)
-    stored = Precision.FP16 if halves else precision
+    stored = Precision.FP16 if halves else spec.precision
     return Graph(
         file=f"onnx/{spec.name}.onnx",
         data_files={f"onnx/{name}": sha256_file(path.with_name(name)) for name in data_files},
         sha256=sha256_file(path),
         bytes=path.stat().st_size,
         opset=opset,
-        precision=precision,
+        precision=spec.precision,
         weights=stored,
         inputs=tensors(graph.input),
         outputs=tensors(graph.output),
@@ -195,7 +208,7 @@ def _image_contract(parts: Parts, config: ExportConfig) -> ImageContract:
     if config.tile_px % multiple:
         raise ExportError(f"tile size {config.tile_px} px: expected a multiple of {multiple}.")
     return ImageContract(
-        scale=4,
+        scale=SCALE,
         channels=3,
         value_min=-1.0,
         value_max=1.0,

@@ -29,11 +29,20 @@ from rcod_export.trt_build import (
 )
 from rcod_runtime.bundle import Bundle, open_bundle
 from rcod_runtime.errors import ExportError, OutputError, UsageError
-from rcod_runtime.manifest import MANIFEST_FILE, Engine, Graph, Manifest, sha256_file
+from rcod_runtime.manifest import (
+    GUIDE,
+    MANIFEST_FILE,
+    MAX_GUIDE_PX,
+    Engine,
+    Graph,
+    Manifest,
+    sha256_file,
+)
 
 log = logging.getLogger(__name__)
 
 LOG_LINES_SHOWN = 8
+MIN_GUIDE_PX = 16
 
 
 def cache_folder() -> Path:
@@ -123,9 +132,16 @@ def _wanted(
 ) -> Engine:
     """The manifest's entry of an engine as it should be; hash and sizes come with the build."""
     tile = config.tile_px or manifest.image.tile_px
-    low, high = (1, 1) if name == "vpim" else config.batch
+    low, high = (1, 1) if name in ("vpim", GUIDE) else config.batch
+    sides = (tile, tile, tile)
+    if name == GUIDE:  # it looks at the photo, not at tiles
+        scale = manifest.image.scale
+        sides = (MIN_GUIDE_PX * scale, min(tile, MAX_GUIDE_PX * scale), MAX_GUIDE_PX * scale)
     profile: Shapes = {
-        tensor.name: tuple(tensor.sized(batch, tile, tile) for batch in (low, high, high))
+        tensor.name: tuple(
+            tensor.sized(batch, side, side)
+            for batch, side in zip((low, high, high), sides, strict=True)
+        )
         for tensor in graph.inputs
     }
     for_sms = "-".join(f"sm{sm}" for sm in config.sms)

@@ -6,6 +6,8 @@ small beside what happens between them. A wrapper takes its modules over and con
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,7 +17,8 @@ from torch import Tensor, nn
 
 from rcod_runtime.manifest import Precision
 from rcod_train.checkpoint import CheckpointInfo, CheckpointLevel
-from rcod_train.models.mem import Mem
+from rcod_train.models.guide import Guide
+from rcod_train.models.guided import BlockMatrices
 from rcod_train.models.sd import SdVae
 from rcod_train.models.vae import NanoVae
 
@@ -31,32 +34,70 @@ def _converted(module: Any, dtype: torch.dtype) -> Any:
     return nn.Module.to(module, dtype)
 
 
+def _filled(matrices: BlockMatrices | None, **tensors: Tensor) -> AbstractContextManager[None]:
+    """Where a guide's branches are, the networks are called inside this."""
+    return contextlib.nullcontext() if matrices is None else matrices.filled(**tensors)
+
+
+def adaptive_weights(m_l: Tensor, info: CheckpointInfo) -> Tensor:
+    """Eq. 5, t = k (n - floor(n (M - M_min) / (M_max - M_min))), as one-hot weights (B, n).
+
+    The group is clamped to the levels there are: M = M_max would give t = 0.
+    """
+    n = len(info.levels)
+    group = torch.floor(n * (m_l - info.m_min) / (info.m_max - info.m_min))
+    index = (n - group).clamp(1, n) - 1  # (B,)
+    return (index[:, None] == torch.arange(n, device=m_l.device)).float()
+
+
+class GuideGraph(nn.Module):
+    """lq (B, 3, h, w) in [0, 1], not upscaled -> vae_matrices and unet_matrices (B, blocks, r, r);
+    with a MEM also m_l (B,) and adaptive (B, n), the weights of the level that Eq. 5 gives.
+
+    Always fp32: it is small, and its Fourier features are phases.
+    """
+
+    def __init__(self, guide: Guide, mem: nn.Module | None, info: CheckpointInfo) -> None:
+        super().__init__()
+        self.guide, self.mem, self.info = guide, mem, info
+
+    def forward(self, lq: Tensor) -> tuple[Tensor, ...]:
+        features, vae, unet = self.guide(lq)
+        if self.mem is None:
+            return vae, unet
+        m_l = self.mem(features)
+        return vae, unet, m_l, adaptive_weights(m_l, self.info)
+
+
 class EncoderGraph(nn.Module):
-    """image (B, 3, H, W) in [-1, 1] -> z_lq (B, C, H/8, W/8); with a MEM also m_l (B,) and
-    adaptive (B, n), the weights of the level that Eq. 5 gives for m_l."""
+    """image (B, 3, H, W) in [-1, 1] -> z_lq (B, C, H/8, W/8); with a MEM that reads it also m_l
+    (B,) and adaptive (B, n), the weights of the level that Eq. 5 gives for m_l.
+
+    With a guide there is an input vae_matrices (B, blocks, r, r).
+    """
 
     def __init__(
-        self, vae: NanoVae | SdVae, mem: Mem | None, info: CheckpointInfo, dtype: torch.dtype
+        self,
+        vae: NanoVae | SdVae,
+        mem: nn.Module | None,
+        info: CheckpointInfo,
+        dtype: torch.dtype,
+        matrices: BlockMatrices | None = None,
     ) -> None:
         super().__init__()
         self.vae, self.mem, self.dtype = _converted(vae, dtype), mem, dtype
-        self.n, self.m_min, self.m_max = len(info.levels), info.m_min, info.m_max
+        self.info, self.matrices = info, matrices
 
-    def forward(self, image: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
-        z_lq: Tensor = self.vae.encode(image.to(self.dtype)).float()
+    def forward(
+        self, image: Tensor, vae_matrices: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+        given = {} if vae_matrices is None else {"vae": vae_matrices.to(self.dtype)}
+        with _filled(self.matrices, **given):
+            z_lq: Tensor = self.vae.encode(image.to(self.dtype)).float()
         if self.mem is None:
             return z_lq
         m_l = self.mem(z_lq)
-        return z_lq, m_l, self.adaptive(m_l)
-
-    def adaptive(self, m_l: Tensor) -> Tensor:
-        """Eq. 5, t = k (n - floor(n (M - M_min) / (M_max - M_min))), as one-hot weights (B, n).
-
-        The group is clamped to the levels there are: M = M_max would give t = 0.
-        """
-        group = torch.floor(self.n * (m_l - self.m_min) / (self.m_max - self.m_min))
-        index = (self.n - group).clamp(1, self.n) - 1  # (B,)
-        return (index[:, None] == torch.arange(self.n, device=m_l.device)).float()
+        return z_lq, m_l, adaptive_weights(m_l, self.info)
 
 
 class VpimGraph(nn.Module):
@@ -98,6 +139,7 @@ class DenoiserGraph(nn.Module):
     """z_lq (B, C, h, w), tokens (B, N, D), level (B, n) -> z_sr (B, C, h, w).
 
     With one level there is no input ``level``: the row and the constants are part of the graph.
+    With a guide there is an input unet_matrices (B, blocks, r, r).
 
     ``level`` weighs the rows of a table that holds, for every level, what the U-Net makes of its
     timestep (each residual block's projected time embedding) and the alpha_t and sigma_t of Eq. 3.
@@ -113,6 +155,7 @@ class DenoiserGraph(nn.Module):
         unet: UNet2DConditionModel,
         levels: tuple[CheckpointLevel, ...],
         dtype: torch.dtype = torch.float32,
+        matrices: BlockMatrices | None = None,
     ) -> None:
         super().__init__()
         timesteps = torch.tensor([level.timestep for level in levels])
@@ -132,18 +175,26 @@ class DenoiserGraph(nn.Module):
             start = stop
         unet.time_embedding = _Passed()
         unet.get_time_embed = lambda sample, timestep: timestep
-        self.unet, self.dtype = _converted(unet, dtype), dtype
+        self.unet, self.dtype, self.matrices = _converted(unet, dtype), dtype, matrices
         self.register_buffer("table", torch.cat(columns, dim=1))  # (n, sum of C_block)
         constants = [[level.alpha, level.sigma] for level in levels]
         self.register_buffer("constants", torch.tensor(constants, dtype=torch.float32))  # (n, 2)
 
-    def forward(self, z_lq: Tensor, tokens: Tensor, level: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        z_lq: Tensor,
+        tokens: Tensor,
+        level: Tensor | None = None,
+        unet_matrices: Tensor | None = None,
+    ) -> Tensor:
         if level is None:
             row, constants = self.table, self.constants
         else:
             row, constants = level @ self.table, level @ self.constants
         z, row, tokens = (x.to(self.dtype) for x in (z_lq, row, tokens))
-        eps = self.unet(z, row, encoder_hidden_states=tokens, return_dict=False)[0]
+        given = {} if unet_matrices is None else {"unet": unet_matrices.to(self.dtype)}
+        with _filled(self.matrices, **given):
+            eps = self.unet(z, row, encoder_hidden_states=tokens, return_dict=False)[0]
         alpha, sigma = constants.view(-1, 2, 1, 1, 1).unbind(1)  # (B, 1, 1, 1) each
         # Eq. 3 in fp32: sigma/alpha is 4.1 at t = 750 and amplifies every rounding of eps.
         z_sr: Tensor = (z_lq - sigma * eps.float()) / alpha

@@ -33,7 +33,7 @@ def export_onnx(
     """Export with torch's dynamo exporter, store weights as fp16 where that loses nothing, check.
 
     Args:
-        inputs: example inputs by name; names and order are the graph's.
+        inputs: example arguments of the module's forward; names and order are the graph's.
         dynamic_shapes: input name -> {axis: torch.export.Dim}.
 
     Returns:
@@ -46,10 +46,10 @@ def export_onnx(
         with _quiet():
             program = torch.onnx.export(
                 module.eval(),
-                tuple(inputs.values()),
+                kwargs=dict(inputs),
                 input_names=list(inputs),
                 output_names=list(outputs),
-                dynamic_shapes=tuple(dict(dynamic_shapes[name]) for name in inputs),
+                dynamic_shapes={name: dict(dynamic_shapes[name]) for name in inputs},
                 opset_version=opset,
                 dynamo=True,
                 optimize=True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from rcod_export.reference import Case
 from rcod_runtime.errors import ParityError
-from rcod_runtime.manifest import GRAPHS, Parity, Precision
+from rcod_runtime.manifest import GRAPHS, GUIDE, Parity, Precision
 
 Array = npt.NDArray[np.float32]
 Images = Mapping[str, npt.NDArray[np.uint8]]
@@ -31,6 +31,7 @@ class Limit:
 # fp16 and bf16 round every value to 11 and 8 bits: an error that grows with the depth.
 LIMITS = {
     Precision.FP32: {
+        GUIDE: Limit(max_abs=1e-4, cosine=0.99999),
         "encoder": Limit(max_abs=3e-4, cosine=0.99999),
         "vpim": Limit(max_abs=1e-4, cosine=0.99999),
         "denoiser": Limit(max_abs=1e-4, cosine=0.99999),
@@ -52,36 +53,44 @@ def limit_of(graph: str, precision: Precision, amplification: float = 1.0) -> Li
     return Limit(limit.max_abs * max(1.0, amplification), limit.cosine)
 
 
-def run_onnx(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Run an ONNX file on ONNX Runtime's CPU provider -> outputs by name."""
+Run = Callable[[Mapping[str, Array]], dict[str, Array]]
+
+
+def onnxruntime_session(path: Path) -> Run:
+    """An ONNX file on ONNX Runtime's CPU provider: feeds by name -> outputs by name."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
-    return dict(zip(names, session.run(names, dict(feeds)), strict=True))
+    return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
-def run_openvino(path: Path, feeds: Mapping[str, Array]) -> dict[str, Array]:
-    """Run an ONNX file on OpenVINO, products in bf16 where the processor has them."""
+def openvino_session(path: Path) -> Run:
+    """An ONNX file on OpenVINO, products in bf16 where the processor has them."""
     from rcod_runtime.backends.openvino_backend import OpenVinoBackend, has_native_bf16
 
     session = OpenVinoBackend("bf16" if has_native_bf16() else "fp32", 0).load(path)
-    session.bind({name: value.shape for name, value in feeds.items()})
-    return {name: value.copy() for name, value in session.run(feeds).items()}
+
+    def run(feeds: Mapping[str, Array]) -> dict[str, Array]:
+        session.bind({name: value.shape for name, value in feeds.items()})
+        return {name: value.copy() for name, value in session.run(feeds).items()}
+
+    return run
 
 
-def compare(case: Case, path: Path, precision: Precision) -> Iterator[Parity]:
-    """A graph's outputs against the case's; the first output names the graph's row, others theirs.
+def compare(cases: Iterable[Case], path: Path, precision: Precision) -> Iterator[Parity]:
+    """A graph's outputs against its cases; the first output names a row, others have their own.
 
     Raises:
         ParityError: a limit is passed.
     """
-    run = run_openvino if precision is Precision.BF16 else run_onnx
-    found = run(path, case.feeds)
-    limit = limit_of(case.graph, precision, case.amplification)
-    for index, (name, expected) in enumerate(case.expected.items()):
-        label = case.level if index == 0 else name
-        yield measure(case.graph, label, precision, expected, found[name], limit)
+    run = (openvino_session if precision is Precision.BF16 else onnxruntime_session)(path)
+    for case in cases:
+        found = run(case.feeds)
+        limit = limit_of(case.graph, precision, case.amplification)
+        for index, (name, expected) in enumerate(case.expected.items()):
+            label = case.level if index == 0 else name
+            yield measure(case.graph, label, precision, expected, found[name], limit)
 
 
 def measure(

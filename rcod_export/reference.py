@@ -7,6 +7,7 @@ large model is ever held.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rcod_export.specs import latent_step
+from rcod_export.specs import MATRICES, latent_step
+from rcod_runtime.arrays import guide_window
+from rcod_runtime.manifest import GUIDE
 from rcod_runtime.resample import resize_for_tokens, upsample
 from rcod_train.checkpoint import CheckpointInfo
 from rcod_train.network import Parts, predict_eps
@@ -39,6 +42,18 @@ class Case:
     amplification: float = 1.0
 
 
+@contextmanager
+def guided(parts: Parts, lq: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Inside, the networks have the branches of lq (B, 3, h, w) in [0, 1], where there is a guide;
+    gives its outputs: features, vae and unet matrices."""
+    if parts.guide is None:
+        yield ()
+        return
+    outputs = parts.guide(lq)
+    with parts.guide.matrices.filled(vae=outputs[1], unet=outputs[2]):
+        yield outputs
+
+
 def denoise(parts: Parts, z_lq: Tensor, tokens: Tensor, info: CheckpointInfo, index: int) -> Tensor:
     """The plain form: the U-Net called by its timestep, then Eq. 3."""
     level = info.levels[index]
@@ -51,27 +66,37 @@ def parity_cases(parts: Parts, info: CheckpointInfo) -> Iterator[Case]:
     """A case for every graph, for the denoiser one of every level; sizes that no export saw."""
     generator = torch.Generator().manual_seed(1)
     c, side, n = int(parts.vae.config.latent_channels), parts.vpim.tokens_px, len(info.levels)
-    h, w = 3 * latent_step(parts), 5 * latent_step(parts)
+    h, w = 2 * latent_step(parts), 3 * latent_step(parts)
     pixels = (BATCH, 3, h * parts.vae.factor, w * parts.vae.factor)
     image = torch.rand(pixels, generator=generator) * 2 - 1
     thumbnail = torch.rand(BATCH, 3, side, side, generator=generator) * 2 - 1
     z = torch.randn(BATCH, c, h, w, generator=generator)
+    lq = torch.rand(BATCH, 3, 20, 28, generator=generator)
 
-    z_lq = parts.vae.encode(image)
-    expected = {"z_lq": z_lq.numpy()}
-    if parts.mem is not None:
-        expected["m_l"] = parts.mem(z_lq).numpy()
-    yield Case("encoder", None, {"image": image.numpy()}, expected)
-    decoded = parts.vae.decode(z).clamp(-1, 1)
-    yield Case("decoder", None, {"z_sr": z.numpy()}, {"image": decoded.numpy()})
-    tokens = parts.vpim(thumbnail)
-    yield Case("vpim", None, {"image": thumbnail.numpy()}, {"tokens": tokens.numpy()})
-    for index, level in enumerate(info.levels):
-        feeds = {"z_lq": z.numpy(), "tokens": tokens.numpy()}
-        if n > 1:
-            feeds["level"] = np.eye(n, dtype=np.float32)[np.full(BATCH, index)]
-        z_sr = denoise(parts, z, tokens, info, index).numpy()
-        yield Case("denoiser", level.name, feeds, {"z_sr": z_sr}, level.sigma / level.alpha)
+    with guided(parts, lq) as outputs:
+        z_lq = parts.vae.encode(image)
+        m_l = None if parts.mem is None else parts.mem(outputs[0] if outputs else z_lq)
+        estimate = {} if m_l is None else {"m_l": m_l.numpy()}
+        matrices = {k: v.numpy() for k, v in zip(MATRICES, outputs[1:], strict=False)}
+        feeds = {"image": image.numpy()}
+        if outputs:
+            yield Case(GUIDE, None, {"lq": lq.numpy()}, matrices | estimate)
+            feeds["vae_matrices"] = matrices["vae_matrices"]
+            yield Case("encoder", None, feeds, {"z_lq": z_lq.numpy()})
+        else:
+            yield Case("encoder", None, feeds, {"z_lq": z_lq.numpy()} | estimate)
+        decoded = parts.vae.decode(z).clamp(-1, 1)
+        yield Case("decoder", None, {"z_sr": z.numpy()}, {"image": decoded.numpy()})
+        tokens = parts.vpim(thumbnail)
+        yield Case("vpim", None, {"image": thumbnail.numpy()}, {"tokens": tokens.numpy()})
+        for index, level in enumerate(info.levels):
+            feeds = {"z_lq": z.numpy(), "tokens": tokens.numpy()}
+            if n > 1:
+                feeds["level"] = np.eye(n, dtype=np.float32)[np.full(BATCH, index)]
+            if outputs:
+                feeds["unet_matrices"] = matrices["unet_matrices"]
+            z_sr = denoise(parts, z, tokens, info, index).numpy()
+            yield Case("denoiser", level.name, feeds, {"z_sr": z_sr}, level.sigma / level.alpha)
 
 
 @torch.no_grad()
@@ -85,10 +110,11 @@ def whole_images(
         return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None] / 127.5 - 1.0
 
     tokens = parts.vpim(prepared(resize_for_tokens(lq, parts.vpim.tokens_px)))
-    z_lq = parts.vae.encode(prepared(upsample(lq, (height, width))))
     images = {}
-    for index, level in enumerate(info.levels):
-        z_sr = denoise(parts, z_lq, tokens, info, index)
-        sr = (parts.vae.decode(z_sr).clamp(-1, 1) + 1.0) * 127.5
-        images[level.name] = sr[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
+    with guided(parts, torch.from_numpy(guide_window(lq))):
+        z_lq = parts.vae.encode(prepared(upsample(lq, (height, width))))
+        for index, level in enumerate(info.levels):
+            z_sr = denoise(parts, z_lq, tokens, info, index)
+            sr = (parts.vae.decode(z_sr).clamp(-1, 1) + 1.0) * 127.5
+            images[level.name] = sr[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
     return images

@@ -10,12 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from rcod_export.graphs import DTYPES, DecoderGraph, DenoiserGraph, EncoderGraph, VpimGraph
-from rcod_runtime.manifest import Precision
+from rcod_export.graphs import (
+    DTYPES,
+    DecoderGraph,
+    DenoiserGraph,
+    EncoderGraph,
+    GuideGraph,
+    VpimGraph,
+)
+from rcod_runtime.manifest import GUIDE, MAX_GUIDE_PX, Precision
 from rcod_train.checkpoint import CheckpointInfo
 from rcod_train.network import Parts
 
 MAX_BATCH = 64
+MATRICES = ("vae_matrices", "unet_matrices")
 MAX_LATENT_STEPS = 128  # of the U-Net's size step, per side
 
 
@@ -24,6 +32,7 @@ class GraphSpec:
     """A graph on its way into a file. ``shapes``: tensor -> (shape with named axes, layout)."""
 
     name: str
+    precision: Precision
     module: nn.Module
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
@@ -36,7 +45,9 @@ def latent_step(parts: Parts) -> int:
     return int(2 ** (len(parts.unet.config.block_out_channels) - 1))
 
 
-def graph_specs(parts: Parts, info: CheckpointInfo, precision: Precision) -> Iterator[GraphSpec]:
+def graph_specs(
+    parts: Parts, info: CheckpointInfo, precision: Precision, scale: int
+) -> Iterator[GraphSpec]:
     """The graphs, one after another. Each takes its modules over and converts them."""
     c, side = int(parts.vae.config.latent_channels), parts.vpim.tokens_px
     factor, n, step = parts.vae.factor, len(info.levels), latent_step(parts)
@@ -55,49 +66,73 @@ def graph_specs(parts: Parts, info: CheckpointInfo, precision: Precision) -> Ite
     small = torch.rand(2, 3, 4 * step * factor, 6 * step * factor)
 
     estimates = () if parts.mem is None else ("m_l", "adaptive")
+    shapes: dict[str, tuple[tuple[int | str, ...], Any]] = {
+        "m_l": (("batch",), "N"),
+        "adaptive": (("batch", n), "NK"),
+        "level": (("batch", n), "NK"),
+        "z_lq": (latent_shape, "NCHW"),
+        "z_sr": (latent_shape, "NCHW"),
+        "tokens": (token_shape, "NLC"),
+        "image": (image_shape, "NCHW"),
+    }
+    matrices: dict[str, Tensor] = {}
+    if parts.guide is not None:
+        lq = torch.rand(2, 3, 24, 40)
+        with torch.no_grad():
+            matrices = dict(zip(MATRICES, parts.guide(lq)[1:], strict=True))
+        for name, values in matrices.items():
+            shapes[name] = (("batch", *values.shape[1:]), "NKRR")
+        shapes["lq"] = (("batch", 3, f"height/{scale}", f"width/{scale}"), "NCHW")
+        sides = {2 + i: Dim(f"lq_{axis}", min=2, max=MAX_GUIDE_PX) for i, axis in enumerate("hw")}
+        yield GraphSpec(
+            GUIDE,
+            Precision.FP32,
+            GuideGraph(parts.guide, parts.mem, info),
+            {"lq": lq},
+            (*MATRICES, *estimates),
+            {"lq": {0: batch, **sides}},
+            shapes,
+        )
+    holder = None if parts.guide is None else parts.guide.matrices
+    guided = parts.guide is not None
     yield GraphSpec(
         "encoder",
-        EncoderGraph(parts.vae, parts.mem, info, dtype),
-        {"image": small},
-        ("z_lq", *estimates),
-        {"image": image},
-        {
-            "image": (image_shape, "NCHW"),
-            "z_lq": (latent_shape, "NCHW"),
-            "m_l": (("batch",), "N"),
-            "adaptive": (("batch", n), "NK"),
-        },
+        precision,
+        EncoderGraph(parts.vae, None if guided else parts.mem, info, dtype, holder),
+        {"image": small, **{k: v for k, v in matrices.items() if k == "vae_matrices"}},
+        ("z_lq", *(() if guided else estimates)),
+        {"image": image, "vae_matrices": {0: batch}},
+        shapes,
     )
     yield GraphSpec(
         "decoder",
+        precision,
         DecoderGraph(parts.vae, dtype),
         {"z_sr": z},
         ("image",),
         {"z_sr": latent},
-        {"z_sr": (latent_shape, "NCHW"), "image": (image_shape, "NCHW")},
+        shapes,
     )
     yield GraphSpec(
         "vpim",
+        precision,
         VpimGraph(parts.vpim, dtype),
         {"image": thumbnail},
         ("tokens",),
         {"image": {0: batch}},
-        {"image": (("batch", 3, side, side), "NCHW"), "tokens": (token_shape, "NLC")},
+        {**shapes, "image": (("batch", 3, side, side), "NCHW")},
     )
     inputs = {"z_lq": z, "tokens": tokens}
-    dynamic = {"z_lq": latent, "tokens": {0: batch}}
     if n > 1:
-        inputs["level"], dynamic["level"] = torch.full((2, n), 1.0 / n), {0: batch}
+        inputs["level"] = torch.full((2, n), 1.0 / n)
+    if guided:
+        inputs["unet_matrices"] = matrices["unet_matrices"]
     yield GraphSpec(
         "denoiser",
-        DenoiserGraph(parts.unet, info.levels, dtype),
+        precision,
+        DenoiserGraph(parts.unet, info.levels, dtype, holder),
         inputs,
         ("z_sr",),
-        dynamic,
-        {
-            "z_lq": (latent_shape, "NCHW"),
-            "tokens": (token_shape, "NLC"),
-            "level": (("batch", n), "NK"),
-            "z_sr": (latent_shape, "NCHW"),
-        },
+        {name: latent if name == "z_lq" else {0: batch} for name in inputs},
+        shapes,
     )

@@ -85,6 +85,7 @@ def build(job: Job) -> dict[str, Any]:
             for e in errors
         )
         raise BuildRefused(f"{Path(job.onnx).name}: the ONNX parser refused it: {named}")
+    _let_attention_decompose(trt, network)
     config = builder.create_builder_config()
     sms = _configure(trt, builder, network, config, job)
     cache = None
@@ -134,6 +135,17 @@ def _configure(trt: Any, builder: Any, network: Any, config: Any, job: Job) -> l
             raise BuildRefused(f"sm {sm}: {job.target} builds for {', '.join(known)}")
         _accepted(config.set_compute_capability(capability, index), f"sm {sm}")
     return list(job.sms)
+
+
+def _let_attention_decompose(trt: Any, network: Any) -> None:
+    """Attention without a fused kernel for its shape (narrow heads) becomes plain layers; without
+    this the builder refuses it. Where a kernel exists it is still taken."""
+    kind = getattr(trt.LayerType, "ATTENTION_OUTPUT", None)  # before 10.14 there is none
+    for index in range(network.num_layers if kind is not None else 0):
+        layer = network.get_layer(index)
+        if layer.type == kind:
+            layer.__class__ = trt.IAttentionOutputLayer  # get_layer gives the base class
+            layer.attention.decomposable = True
 
 
 def _network_flags(trt: Any) -> int:

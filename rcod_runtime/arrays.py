@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rcod_runtime.errors import UsageError
+from rcod_runtime.manifest import MAX_GUIDE_PX
 from rcod_runtime.resample import upsample
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
@@ -71,3 +72,11 @@ def restore_layout(sr: Pixels, source: Prepared, out: Pixels) -> None:
     if source.alpha is not None:
         alpha = upsample(source.alpha, (out.shape[0], out.shape[1]))[:, :, 0]
         planes[:, :, colours] = np.rint(np.clip(alpha, 0, np.iinfo(out.dtype).max))
+
+
+def guide_window(lq: npt.NDArray[np.float32] | npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+    """What the guide of rcod-s looks at: lq (H, W, 3) in 0..255 -> (1, 3, h, w) in [0, 1], the
+    centre of at most MAX_GUIDE_PX a side."""
+    top, left = (max(0, side - MAX_GUIDE_PX) // 2 for side in lq.shape[:2])
+    window = lq[top : top + MAX_GUIDE_PX, left : left + MAX_GUIDE_PX]
+    return np.ascontiguousarray(window.transpose(2, 0, 1)[None] / 255.0, np.float32)

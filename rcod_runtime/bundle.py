@@ -20,6 +20,11 @@ class Bundle:
         """The ONNX file of a graph, checked to be inside the bundle."""
         return self.path(self.manifest.graphs[name].file)
 
+    def graph_bytes(self, name: str) -> int:
+        """Size of a graph's files."""
+        graph = self.manifest.graphs[name]
+        return sum(self.path(file).stat().st_size for file in (graph.file, *graph.data_files))
+
     def path(self, relative: str) -> Path:
         """A file of the bundle.
 

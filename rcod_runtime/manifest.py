@@ -20,17 +20,21 @@ VERSION = 1
 MANIFEST_FILE = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 2**20  # a real one has a few kilobytes
 GRAPHS = ("encoder", "vpim", "denoiser", "decoder")
+GUIDE = "guide"  # rcod-s has it too: the image's matrices for the branches of encoder and denoiser
+MAX_GUIDE_PX = 512  # sides of what the guide looks at: the centre of a larger photo
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 _AXIS = re.compile(r"[a-z][a-z0-9_]*(/[1-9][0-9]*)?")
 _INPUTS = {
+    "guide": {"lq"},
     "encoder": {"image"},
     "vpim": {"image"},
     "denoiser": {"z_lq", "tokens", "level"},
     "decoder": {"z_sr"},
 }
 _OUTPUTS = {
+    "guide": {"vae_matrices", "unet_matrices"},
     "encoder": {"z_lq"},
     "vpim": {"tokens"},
     "denoiser": {"z_sr"},
@@ -146,7 +150,7 @@ class Tensor(_Checked):
     name: str
     dtype: Literal["float32"]
     shape: tuple[int | str, ...]
-    layout: Literal["NCHW", "NLC", "NK", "N"]
+    layout: Literal["NCHW", "NLC", "NK", "N", "NKRR"]
 
     def check(self) -> None:
         self.require("shape", len(self.shape) == len(self.layout), f"axes {self.layout}")
@@ -225,7 +229,7 @@ class Engine(_Checked):
         self.require_sha256("sha256", self.sha256)
         self.require_sha256("onnx_sha256", self.onnx_sha256)
         self.require("bytes", self.bytes > 0, "a positive number")
-        self.require("graph", self.graph in GRAPHS, f"one of {', '.join(GRAPHS)}")
+        self.require("graph", self.graph in _INPUTS, f"one of {', '.join(_INPUTS)}")
         self.require("sm", all(50 <= sm <= 999 for sm in self.sm), "numbers such as 89 for sm_89")
         for name, shapes in self.profile.items():
             same = len(shapes) == 3 and len({len(shape) for shape in shapes}) == 1
@@ -268,7 +272,7 @@ class Parity(_Checked):
     limit_cosine: float
 
     def check(self) -> None:
-        self.require("graph", self.graph in GRAPHS, f"one of {', '.join(GRAPHS)}")
+        self.require("graph", self.graph in _INPUTS, f"one of {', '.join(_INPUTS)}")
 
 
 @dataclass(frozen=True)
@@ -303,8 +307,9 @@ class Manifest(_Checked):
                 )
         names = [level.name for level in self.levels]
         self.require("levels", len(set(names)) == len(names), "every level with its own name")
-        if set(self.graphs) != set(GRAPHS):
-            raise ManifestError("graphs", f"the graphs {', '.join(GRAPHS)}", sorted(self.graphs))
+        wanted = (*GRAPHS, GUIDE) if self.identity.family == "rcod-s" else GRAPHS
+        if set(self.graphs) != set(wanted):
+            raise ManifestError("graphs", f"the graphs {', '.join(wanted)}", sorted(self.graphs))
         for name, graph in self.graphs.items():
             self._check_tensors(name, graph)
         for index, engine in enumerate(self.engines):
@@ -320,11 +325,14 @@ class Manifest(_Checked):
     def _check_tensors(self, name: str, graph: Graph) -> None:
         inputs = {tensor.name: tensor for tensor in graph.inputs}
         outputs = {tensor.name: tensor for tensor in graph.outputs}
-        folded = name == "denoiser" and len(self.levels) == 1  # nothing to choose
-        wanted = _INPUTS[name] - ({"level"} if folded else set())
+        wanted = set(_INPUTS[name])
+        if len(self.levels) == 1:  # nothing to choose
+            wanted -= {"level"}
+        if self.is_guided:
+            wanted |= {"encoder": {"vae_matrices"}, "denoiser": {"unet_matrices"}}.get(name, set())
         if set(inputs) != wanted:
             raise ManifestError(f"graphs.{name}.inputs", ", ".join(sorted(wanted)), sorted(inputs))
-        optional = _ESTIMATES if name == "encoder" else set()
+        optional = _ESTIMATES if name == (GUIDE if self.is_guided else "encoder") else set()
         if set(outputs) not in (_OUTPUTS[name], _OUTPUTS[name] | optional):
             expected = ", ".join(sorted(_OUTPUTS[name]))
             more = f", or with {', '.join(sorted(optional))}" if optional else ""
@@ -339,8 +347,14 @@ class Manifest(_Checked):
 
     @property
     def has_metric_estimator(self) -> bool:
-        """Whether the encoder estimates M (a MEM), which the adaptive setting needs."""
-        return any(tensor.name == "m_l" for tensor in self.graphs["encoder"].outputs)
+        """Whether a graph estimates M (a MEM), which the adaptive setting needs."""
+        graph = self.graphs[GUIDE if self.is_guided else "encoder"]
+        return any(tensor.name == "m_l" for tensor in graph.outputs)
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether a guide feeds the branches of encoder and denoiser."""
+        return GUIDE in self.graphs
 
     def to_json(self) -> str:
         """Fields in the order of the classes, newline at the end."""

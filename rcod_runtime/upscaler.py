@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rcod_runtime.arrays import Prepared, prepare_image, restore_layout
+from rcod_runtime.arrays import Prepared, guide_window, prepare_image, restore_layout
 from rcod_runtime.backends import Array, Session, Shapes, choose
 from rcod_runtime.bundle import Bundle, open_bundle
 from rcod_runtime.colour import COLOUR_MATCHES, ColourMatch, match_colour
 from rcod_runtime.errors import NonFiniteOutput, UsageError
 from rcod_runtime.levels import ADAPTIVE, adaptive_level, level_weights
-from rcod_runtime.manifest import GRAPHS, Manifest
+from rcod_runtime.manifest import GUIDE, Manifest
 from rcod_runtime.resample import Resampler, resize_for_tokens
 from rcod_runtime.tiles import Blender, TilePlan, pad_to, plan_axis
 
@@ -65,9 +65,13 @@ class Upscaler:
     ) -> None:
         self._bundle: Bundle = open_bundle(bundle)
         self._backend = choose(backend, device, precision, threads)
-        paths = {name: self._bundle.graph_path(name) for name in GRAPHS}
+        graphs = self._bundle.manifest.graphs
+        paths = {name: self._bundle.graph_path(name) for name in graphs}
+        # The largest first: while it is loaded, it needs the most memory beside what is loaded.
+        sizes = {name: self._bundle.graph_bytes(name) for name in graphs}
         self._sessions: dict[str, Session] = {
-            name: self._backend.load(path) for name, path in paths.items()
+            name: self._backend.load(paths[name])
+            for name in sorted(graphs, key=lambda name: -sizes[name])
         }
         self._bound: Shapes = {}
         self._lock = threading.Lock()
@@ -170,7 +174,8 @@ class Upscaler:
             plan_axis(side, tile_px, overlap_px, contract.size_multiple) for side in (height, width)
         )
         job = _Job(self, prepared, TilePlan(y, x), batch)
-        if weights is None and job.plan.count > 1:  # one tile: the graphs choose by themselves
+        # A guide sees the whole image, and so does a single tile: there the graphs choose.
+        if weights is None and job.plan.count > 1 and not self.manifest.is_guided:
             weights = job.adaptive_weights()
         direct = out.ndim == 3 and out.shape[2] == 3
         sr = out if direct else np.empty((height, width, 3), image.dtype)
@@ -184,9 +189,12 @@ class Upscaler:
         """Run a bound graph; the caller holds the lock."""
         return self._sessions[name].run(feeds)
 
-    def _bind(self, batch: int, tile_hw: tuple[int, int]) -> None:
-        """Make all graphs ready for a tile shape; the caller holds the lock."""
+    def _bind(self, batch: int, tile_hw: tuple[int, int], window: Array | None) -> None:
+        """Make all graphs ready for a tile shape and for the guide's window; the caller holds the
+        lock."""
         shapes = self._shapes(batch, tile_hw)
+        if window is not None:
+            shapes[GUIDE] = {"lq": window.shape}
         if shapes == self._bound:
             return
         with ThreadPoolExecutor(len(shapes)) as pool:  # compiling releases the GIL
@@ -201,6 +209,7 @@ class Upscaler:
                 for tensor in graph.inputs
             }
             for name, graph in self.manifest.graphs.items()
+            if name != GUIDE
         }
 
 
@@ -213,6 +222,7 @@ class _Job:
         self.lq = image.lq
         self.resampler = Resampler(image.lq, (plan.y.length_px, plan.x.length_px))
         self.tokens: Array | None = None
+        self.guided: dict[str, Array] = {}  # what the guide says of the image, for every tile
 
     def run(
         self, sr: Pixels, weights: Array | None, realism: str, progress: Progress | None
@@ -268,8 +278,10 @@ class _Job:
         return image
 
     def _prepare(self) -> None:
-        """Bind the graphs to this image's tiles and compute its tokens; under the lock."""
-        self.upscaler._bind(self.batch, (self.plan.y.tile_px, self.plan.x.tile_px))
+        """Bind the graphs to this image, compute its tokens and matrices; under the lock."""
+        window = guide_window(self.lq) if self.upscaler.manifest.is_guided else None
+        tile_hw = (self.plan.y.tile_px, self.plan.x.tile_px)
+        self.upscaler._bind(self.batch, tile_hw, window)
         if self.tokens is None:
             side = self.upscaler.manifest.image.tokens_px
             small = resize_for_tokens(self.lq, side).transpose(2, 0, 1)[None] / 127.5 - 1.0
@@ -277,6 +289,14 @@ class _Job:
             tokens = self.upscaler._run("vpim", feeds)["tokens"]
             _check_finite(tokens, "vpim", "any", None)
             self.tokens = np.repeat(tokens, self.batch, axis=0)
+            if window is not None:
+                for name, values in self.upscaler._run(GUIDE, {"lq": window}).items():
+                    _check_finite(values, GUIDE, "any", None)
+                    self.guided[name] = np.repeat(values, self.batch, axis=0)
+
+    def _matrices(self, network: str) -> dict[str, Array]:
+        name = f"{network}_matrices"
+        return {name: self.guided[name]} if self.guided else {}
 
     def _upscaled(
         self, row: int, columns: list[int], weights: Array | None, realism: str
@@ -290,12 +310,13 @@ class _Job:
                 raise UsageError("this Upscaler was closed while it ran.")
             self._prepare()
             assert self.tokens is not None
-            encoded = upscaler._run("encoder", {"image": image})
+            feeds = {"image": image, **self._matrices("vae")}
+            encoded = upscaler._run("encoder", feeds)
             z_lq = encoded["z_lq"]
             _check_finite(z_lq, "encoder", realism, where)
-            feeds = {"z_lq": z_lq, "tokens": self.tokens}
+            feeds = {"z_lq": z_lq, "tokens": self.tokens, **self._matrices("unet")}
             if weights is None:
-                feeds["level"] = encoded["adaptive"]
+                feeds["level"] = (self.guided or encoded)["adaptive"]
             elif len(weights) > 1:
                 feeds["level"] = np.repeat(weights[None], self.batch, axis=0)
             z_sr = upscaler._run("denoiser", feeds)["z_sr"]

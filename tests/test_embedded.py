@@ -55,19 +55,19 @@ def test_it_is_trained_and_its_levels_differ_in_order() -> None:
 
 def test_it_computes_what_the_committed_checkpoint_does() -> None:
     torch = pytest.importorskip("torch")
-    from rcod_export.parity import run_onnx
+    from rcod_export.parity import onnxruntime_session
     from rcod_export.reference import denoise
     from rcod_train.checkpoint import load_merged
 
     parts, info = load_merged(CHECKPOINT)
-    bundle = open_bundle()
+    run = onnxruntime_session(open_bundle().graph_path("denoiser"))
     generator = torch.Generator().manual_seed(5)
     z = torch.randn(1, 16, 16, 24, generator=generator)
     tokens = torch.randn(1, 64, 128, generator=generator)
     for index, level in enumerate(info.levels):
         one_hot = np.eye(len(info.levels), dtype=np.float32)[index][None]
         feeds = {"z_lq": z.numpy(), "tokens": tokens.numpy(), "level": one_hot}
-        found = run_onnx(bundle.graph_path("denoiser"), feeds)["z_sr"]
+        found = run(feeds)["z_sr"]
         with torch.no_grad():
             expected = denoise(parts, z, tokens, info, index).numpy()
         assert np.abs(found - expected).max() < 1e-4 * max(1.0, level.sigma / level.alpha)

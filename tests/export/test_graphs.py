@@ -13,7 +13,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from rcod_export.graphs import DenoiserGraph, EncoderGraph
+from rcod_export.graphs import DenoiserGraph, adaptive_weights
 from rcod_export.onnx_file import store_as_fp16
 from rcod_export.reference import denoise
 from rcod_runtime.levels import adaptive_level
@@ -122,10 +122,9 @@ def test_a_checkpoint_comes_back_as_it_was_saved(tiny_checkpoint: Path) -> None:
 
 
 def test_eq_5_in_the_graph_is_the_runtimes() -> None:
-    parts, info = tiny_parts(), tiny_info()
-    graph = EncoderGraph(parts.vae, parts.mem, info, torch.float32)
+    info = tiny_info()
     m = torch.linspace(-1, 1, 401, dtype=torch.float64).float()
-    found = graph.adaptive(m).argmax(1).tolist()
+    found = adaptive_weights(m, info).argmax(1).tolist()
     metric = MetricRange(m_min=info.m_min, m_max=info.m_max, k=info.k)
     levels = [Level(x.name, x.timestep, x.alpha, x.sigma) for x in info.levels]
     expected = [levels.index(adaptive_level(float(x), metric, levels)) for x in m]

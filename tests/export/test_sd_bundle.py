@@ -1,7 +1,9 @@
-"""A tiny RCOD_O of Stable Diffusion's classes through the same export as nano."""
+"""Tiny RCOD_O and RCOD_S of Stable Diffusion's classes through the same export as nano."""
 
 from __future__ import annotations
 
+import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,32 +13,61 @@ import torch
 
 from rcod_export.bundle import ExportConfig, build_bundle
 from rcod_export.engines import EngineConfig, build_engines
+from rcod_export.reference import whole_images
 from rcod_runtime import Upscaler
-from rcod_runtime.manifest import read_manifest
+from rcod_runtime.errors import ManifestError
+from rcod_runtime.manifest import Precision, read_manifest
 from rcod_train.bases import load_base
-from rcod_train.checkpoint import save_merged
+from rcod_train.checkpoint import load_merged, save_merged
 from rcod_train.official import official_info
-from tests.tiny_sd import save_base
+from tests.tiny_sd import save_base, tiny_guided_parts
+
+CONFIG = ExportConfig(tile_px=128, overlap_px=32)
+GRAPHS = {
+    "rcod-o": {"encoder", "vpim", "denoiser", "decoder"},
+    "rcod-s": {"guide", "encoder", "vpim", "denoiser", "decoder"},
+}
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("rcod_o")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("sd")
     save_base(folder)
     parts = load_base(str(folder / "sd"), str(folder / "clip"))
     torch.manual_seed(4)
     torch.nn.init.normal_(parts.vpim.align.weight)
-    save_merged(folder / "checkpoint", parts, official_info("tiny-rcod-o"))
-    config = ExportConfig(tile_px=128, overlap_px=32)
-    build_bundle(folder / "checkpoint", folder / "bundle", config)
-    return folder / "bundle"
+    save_merged(folder / "rcod-o", parts, official_info("tiny-rcod-o"))
+    guided = tiny_guided_parts()
+    with torch.no_grad():  # a MEM whose estimate falls between the bins
+        guided.mem.mlp[0].bias.fill_(0.6)
+    info = dataclasses.replace(official_info("tiny-rcod-s"), family="rcod-s")
+    save_merged(folder / "rcod-s", guided, info)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["rcod-o", "rcod-s"])
+def bundle(request: pytest.FixtureRequest, checkpoints: Path) -> Path:
+    folder = checkpoints / f"bundle-{request.param}"
+    if not folder.exists():
+        build_bundle(checkpoints / request.param, folder, CONFIG)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def guided_bundle(checkpoints: Path) -> Path:
+    folder = checkpoints / "bundle-rcod-s"
+    if not folder.exists():
+        build_bundle(checkpoints / "rcod-s", folder, CONFIG)
+    return folder
 
 
 def test_parity_holds_per_graph_and_level(bundle: Path) -> None:
     manifest = read_manifest(bundle / "manifest.json")
-    assert manifest.identity.family == "rcod-o" and not manifest.has_metric_estimator
-    rows = [(row.graph, row.level) for row in manifest.evidence.parity]
-    assert len(rows) == 6
+    assert set(manifest.graphs) == GRAPHS[manifest.identity.family]
+    assert manifest.has_metric_estimator == (manifest.identity.family == "rcod-s")
+    assert {row.graph for row in manifest.evidence.parity} == set(manifest.graphs)
+    levels = [row.level for row in manifest.evidence.parity if row.graph == "denoiser"]
+    assert levels == ["fidelity", "neutral", "realism"]
     for row in manifest.evidence.parity:
         assert row.max_abs <= row.limit_max_abs
 
@@ -53,8 +84,75 @@ def test_it_upscales_an_odd_size(bundle: Path) -> None:
         assert upscaler(lq, "realism").shape == (148, 212, 3)
 
 
+def test_branches_stay_in_the_graphs_and_take_their_matrices_from_the_guide(
+    guided_bundle: Path,
+) -> None:
+    manifest = read_manifest(guided_bundle / "manifest.json")
+    for name, matrices in (("encoder", "vae_matrices"), ("denoiser", "unet_matrices")):
+        assert matrices in {tensor.name for tensor in manifest.graphs[name].inputs}
+        model = onnx.load(guided_bundle / manifest.graphs[name].file)
+        weights = {tensor.name for tensor in model.graph.initializer}
+        assert any("lora_A" in weight for weight in weights)
+    shapes = {tensor.name: tensor.shape for tensor in manifest.graphs["guide"].outputs}
+    assert shapes["vae_matrices"] == ("batch", 6, 3, 3)
+    assert shapes["unet_matrices"] == ("batch", 10, 5, 5)
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_the_runtime_feeds_the_guides_matrices_of_the_photo(
+    guided_bundle: Path, checkpoints: Path, backend: str
+) -> None:
+    """Against PyTorch, for photos of several sizes: other photo, other branches."""
+    parts, info = load_merged(checkpoints / "rcod-s")
+    rng = np.random.default_rng(3)
+    with Upscaler(guided_bundle, backend=backend, precision="fp32") as upscaler:
+        for height, width in ((32, 32), (16, 48)):
+            lq = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
+            expected = whole_images(parts, info, lq, 4)
+            for level in info.levels:
+                found = upscaler(lq, level.name, colour_match="none", tile_px=192, overlap_px=0)
+                difference = np.abs(found.astype(int) - expected[level.name].astype(int))
+                assert difference.max() <= 1, level.name
+
+
+def test_with_a_guide_the_graphs_choose_the_adaptive_level_for_all_tiles(
+    guided_bundle: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lq = np.random.default_rng(5).integers(0, 256, (80, 70, 3)).astype(np.uint8)
+    with Upscaler(guided_bundle, precision="fp32") as upscaler:
+        adaptive = upscaler(lq, "adaptive", batch=2)
+        candidates = [upscaler(lq, x.name, batch=2) for x in upscaler.manifest.levels]
+    equal = [np.array_equal(adaptive, candidate) for candidate in candidates]
+    assert equal.count(True) == 1
+
+
+def test_a_guided_bundle_without_its_guide_is_refused(guided_bundle: Path, tmp_path: Path) -> None:
+    text = (guided_bundle / "manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(text.replace('"rcod-s"', '"rcod-o"'))
+    with pytest.raises(ManifestError, match="expected the graphs encoder, vpim"):
+        read_manifest(tmp_path / "manifest.json")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_graphs_of_a_guided_model_hold_their_limits(
+    checkpoints: Path, tmp_path: Path, precision: str
+) -> None:
+    config = dataclasses.replace(CONFIG, precision=Precision(precision), opset=23)
+    manifest = build_bundle(checkpoints / "rcod-s", tmp_path / "out", config)
+    assert manifest.graphs["guide"].precision is Precision.FP32  # its phases
+    assert manifest.graphs["denoiser"].precision is Precision(precision)
+    if precision == "fp16":
+        check_engines(tmp_path / "out", tmp_path)
+
+
 def test_real_engines_are_built_of_all_graphs(bundle: Path, tmp_path: Path) -> None:
+    check_engines(Path(shutil.copytree(bundle, tmp_path / "copy")), tmp_path)
+
+
+def check_engines(folder: Path, cache: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason='needs pip install "rcod[tensorrt-rtx]"')
-    manifest = build_engines(bundle, EngineConfig(sms=(89, 120), batch=(1, 2), cache=tmp_path))
-    assert {e.graph for e in manifest.engines} == {"encoder", "vpim", "denoiser", "decoder"}
-    assert all((bundle / e.file).stat().st_size == e.bytes > 1000 for e in manifest.engines)
+    manifest = build_engines(folder, EngineConfig(sms=(89, 120), batch=(1, 2), cache=cache))
+    assert {engine.graph for engine in manifest.engines} == set(manifest.graphs)
+    for engine in manifest.engines:
+        assert (folder / engine.file).stat().st_size == engine.bytes > 1000
+        assert engine.precision is manifest.graphs[engine.graph].precision
