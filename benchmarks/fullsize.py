@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--family", choices=("rcod-o",), default="rcod-o")
+    add("--family", choices=("rcod-o", "rcod-s"), default="rcod-o")
     add("--precision", choices=("fp32", "fp16", "bf16"), default="fp16")
     add("--opset", type=int, choices=(20, 23), default=23, help="default: %(default)s")
     add("--sm", nargs="+", default=["89", "120"], help="RTX GPUs (default: 89 120)")

@@ -58,11 +58,9 @@ Run = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 def onnxruntime_session(path: Path) -> Run:
     """An ONNX file on ONNX Runtime's CPU provider: feeds by name -> outputs by name."""
-    import onnxruntime
+    from rcod_runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    names = [output.name for output in session.get_outputs()]
-    return lambda feeds: dict(zip(names, session.run(names, dict(feeds)), strict=True))
+    return OnnxRuntimeBackend("fp32", 0).load(path).run
 
 
 def openvino_session(path: Path) -> Run:

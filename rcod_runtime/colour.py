@@ -16,6 +16,7 @@ from rcod_runtime.resample import Resampler
 
 ColourMatch = Literal["none", "adain", "wavelet"]
 COLOUR_MATCHES: tuple[ColourMatch, ...] = ("none", "adain", "wavelet")
+DEFAULT_COLOUR_MATCH: ColourMatch = "wavelet"
 
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]

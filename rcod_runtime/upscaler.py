@@ -16,7 +16,12 @@ import numpy.typing as npt
 from rcod_runtime.arrays import Prepared, guide_window, prepare_image, restore_layout
 from rcod_runtime.backends import Array, Session, Shapes, choose
 from rcod_runtime.bundle import Bundle, open_bundle
-from rcod_runtime.colour import COLOUR_MATCHES, ColourMatch, match_colour
+from rcod_runtime.colour import (
+    COLOUR_MATCHES,
+    DEFAULT_COLOUR_MATCH,
+    ColourMatch,
+    match_colour,
+)
 from rcod_runtime.errors import NonFiniteOutput, UsageError
 from rcod_runtime.levels import ADAPTIVE, adaptive_level, level_weights
 from rcod_runtime.manifest import GUIDE, Manifest
@@ -112,7 +117,7 @@ class Upscaler:
         scale: float | None = None,
         out: Pixels | None = None,
         *,
-        colour_match: ColourMatch = "wavelet",
+        colour_match: ColourMatch = DEFAULT_COLOUR_MATCH,
         tile_px: int | None = None,
         overlap_px: int | None = None,
         batch: int = 1,

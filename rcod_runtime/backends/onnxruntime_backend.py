@@ -22,6 +22,9 @@ class OnnxRuntimeBackend:
         self._options = ort.SessionOptions()
         self._options.log_severity_level = 3
         self._options.intra_op_num_threads = threads
+        # An arena keeps the largest activations of every graph for good: 4 GB more at Stable
+        # Diffusion's size, and not faster.
+        self._options.enable_cpu_mem_arena = False
         # Four sessions, one after another: the threads of one that has run must not spin on while
         # the next one computes (1.8 times as fast on two cores).
         self._options.add_session_config_entry("session.force_spinning_stop", "1")
