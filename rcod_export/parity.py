@@ -111,6 +111,9 @@ def measure(
         raise ParityError(f"{where}: not all values are finite. Check the checkpoint's weights.")
     a, b = reference.astype(np.float64).ravel(), found.astype(np.float64).ravel()
     max_abs = float(np.abs(a - b).max())
+    if precision is not Precision.FP32:  # what a half rounds off is relative to the values
+        rms = float(np.sqrt(np.square(a).mean()))
+        limit = Limit(limit.max_abs * max(1.0, rms), limit.cosine)
     norms = float(np.linalg.norm(a)) * float(np.linalg.norm(b))
     cosine = float(a @ b) / max(norms, 1e-30)
     if max_abs > limit.max_abs or cosine < limit.cosine:

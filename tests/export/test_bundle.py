@@ -43,8 +43,8 @@ def test_parity_is_recorded_for_each_graph_and_each_level(tiny_bundle: Path) -> 
     plain = {("encoder", None), ("encoder", "m_l"), ("vpim", None), ("decoder", None)}
     assert rows == plain | {("denoiser", name) for name in ("fidelity", "neutral", "realism")}
     for row in evidence.parity:
-        assert 0 < row.max_abs <= row.limit_max_abs
-        assert row.limit_cosine <= row.cosine
+        assert row.max_abs <= row.limit_max_abs and row.limit_cosine <= row.cosine
+        assert row.max_abs > 0 or row.level == "m_l"  # three numbers may be equal to the last bit
     assert evidence.sample_psnr_db is not None and evidence.sample_psnr_db >= 40
 
 

@@ -38,8 +38,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.nn.init.normal_(parts.vpim.align.weight)
     save_merged(folder / "rcod-o", parts, official_info("tiny-rcod-o"))
     guided = tiny_guided_parts()
-    with torch.no_grad():  # a MEM whose estimate falls between the bins
-        guided.mem.mlp[0].bias.fill_(0.6)
+    with torch.no_grad():
+        guided.mem.mlp[0].bias.fill_(0.6)  # an estimate that falls between the bins
+        guided.vae.decoder.conv_out.weight.mul_(0.2)  # as a trained one it stays inside [-1, 1]
     info = dataclasses.replace(official_info("tiny-rcod-s"), family="rcod-s")
     save_merged(folder / "rcod-s", guided, info)
     return folder
