@@ -227,6 +227,7 @@ class _Job:
         self.lq = image.lq
         self.resampler = Resampler(image.lq, (plan.y.length_px, plan.x.length_px))
         self.tokens: Array | None = None
+        self.window = guide_window(image.lq) if upscaler.manifest.is_guided else None
         self.guided: dict[str, Array] = {}  # what the guide says of the image, for every tile
 
     def run(
@@ -284,9 +285,8 @@ class _Job:
 
     def _prepare(self) -> None:
         """Bind the graphs to this image, compute its tokens and matrices; under the lock."""
-        window = guide_window(self.lq) if self.upscaler.manifest.is_guided else None
         tile_hw = (self.plan.y.tile_px, self.plan.x.tile_px)
-        self.upscaler._bind(self.batch, tile_hw, window)
+        self.upscaler._bind(self.batch, tile_hw, self.window)
         if self.tokens is None:
             side = self.upscaler.manifest.image.tokens_px
             small = resize_for_tokens(self.lq, side).transpose(2, 0, 1)[None] / 127.5 - 1.0
@@ -294,8 +294,8 @@ class _Job:
             tokens = self.upscaler._run("vpim", feeds)["tokens"]
             _check_finite(tokens, "vpim", "any", None)
             self.tokens = np.repeat(tokens, self.batch, axis=0)
-            if window is not None:
-                for name, values in self.upscaler._run(GUIDE, {"lq": window}).items():
+            if self.window is not None:
+                for name, values in self.upscaler._run(GUIDE, {"lq": self.window}).items():
                     _check_finite(values, GUIDE, "any", None)
                     self.guided[name] = np.repeat(values, self.batch, axis=0)
 
@@ -320,10 +320,12 @@ class _Job:
             z_lq = encoded["z_lq"]
             _check_finite(z_lq, "encoder", realism, where)
             feeds = {"z_lq": z_lq, "tokens": self.tokens, **self._matrices("unet")}
-            if weights is None:
-                feeds["level"] = (self.guided or encoded)["adaptive"]
-            elif len(weights) > 1:
-                feeds["level"] = np.repeat(weights[None], self.batch, axis=0)
+            if len(upscaler.manifest.levels) > 1:  # with one there is nothing to choose
+                feeds["level"] = (
+                    (self.guided or encoded)["adaptive"]
+                    if weights is None
+                    else np.repeat(weights[None], self.batch, axis=0)
+                )
             z_sr = upscaler._run("denoiser", feeds)["z_sr"]
             _check_finite(z_sr, "denoiser", realism, where)
             decoded = upscaler._run("decoder", {"z_sr": z_sr})["image"]
