@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import struct
-import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rcod_runtime.errors import ImageError, OutputError
+from rcod_runtime.files import read_bounded, write_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +22,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_INPUT_PIXELS = 50_000_000
+MAX_INPUT_BYTES = 2**30  # 50 million pixels of 16-bit RGBA, stored as they are, have 0.4 GB
 READ_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
+# Nothing else that Pillow knows: some of its formats run programs (EPS: Ghostscript).
+READ_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 FORMATS = {
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP",
     ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP",
@@ -64,7 +66,7 @@ def read_image(path: Path | str, max_pixels: int = MAX_INPUT_PIXELS) -> Photo:
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_INPUT_BYTES)
     except FileNotFoundError as exc:
         raise ImageError(f"{path}: not found.") from exc
     except IsADirectoryError as exc:
@@ -81,7 +83,7 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageError(
@@ -204,29 +206,7 @@ def write_image(path: Path | str, pixels: Pixels, icc: bytes | None = None) -> N
     """
     path = Path(path)
     alpha = pixels.ndim == 3 and pixels.shape[2] in (2, 4)
-    data = _encoded(pixels, check_format(path, pixels.dtype, alpha), path, icc)
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    except OSError as exc:
-        raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(path)
-    except OSError as exc:
-        raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+    write_whole(path, _encoded(pixels, check_format(path, pixels.dtype, alpha), path, icc))
 
 
 def _encoded(pixels: Pixels, format_name: str, path: Path, icc: bytes | None) -> bytes:

@@ -7,6 +7,7 @@ dataclasses that derive from ``Record``. Nothing is coerced: "1" is not 1, true 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 from collections.abc import Callable
@@ -81,7 +82,8 @@ def parse_json(text: str) -> object:
     return parsed
 
 
-def _hints(cls: type[Record]) -> dict[str, Any]:
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
