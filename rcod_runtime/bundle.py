@@ -124,11 +124,17 @@ def _check_graph(bundle: Bundle, graph: Graph) -> None:
                 f"{bundle.folder / file}: expected at most {MAX_DATA_BYTES} bytes, found {size}."
             )
     for file, digest in {graph.file: graph.sha256, **graph.data_files}.items():
-        _check_hash(bundle.path(file), digest)
+        check_hash(bundle.path(file), digest)
     check_onnx(path, graph, sizes)
 
 
-def _check_hash(path: Path, expected: str) -> None:
+def check_hash(path: Path, expected: str) -> None:
+    """Hold a file to its SHA-256.
+
+    Raises:
+        HashMismatch: it has another.
+        OSError: it can't be read.
+    """
     found = sha256_file(path)
     if found != expected:
         raise HashMismatch(

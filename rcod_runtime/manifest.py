@@ -333,6 +333,8 @@ class Manifest(_Checked):
         for name, graph in self.graphs.items():
             self._check_tensors(name, graph)
         check_shapes(self.graphs, self.image, len(self.levels))
+        if self.sample is not None:
+            self._check_realism(self.sample.realism, names)
         self.require("engines", len(self.engines) <= MAX_ENGINES, f"at most {MAX_ENGINES}")
         for index, engine in enumerate(self.engines):
             if engine.graph not in self.graphs:
@@ -347,6 +349,13 @@ class Manifest(_Checked):
                     engine.onnx_sha256,
                     remedy="Build the engines again: rcod-export engines BUNDLE.",
                 )
+
+    def _check_realism(self, realism: str | float, names: list[str]) -> None:
+        settings = [*names, *(["adaptive"] if self.has_metric_estimator else [])]
+        good = realism in settings if isinstance(realism, str) else 0 <= realism <= 1
+        if not good:
+            expected = f"one of {', '.join(settings)}, or a number in [0, 1]"
+            raise ManifestError("sample.realism", expected, realism)
 
     def _check_tensors(self, name: str, graph: Graph) -> None:
         inputs = {tensor.name: tensor for tensor in graph.inputs}

@@ -82,8 +82,13 @@ def parse_json(text: str) -> object:
     return parsed
 
 
+def _hints(cls: type[Record]) -> dict[str, Any]:
+    return _resolved(cast(Any, cls))  # mypy doesn't see that a class can be hashed
+
+
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _resolved(cls: Any) -> dict[str, Any]:
+    """Looked up once for a class: a large manifest has many thousand objects."""
     return get_type_hints(cls)
 
 

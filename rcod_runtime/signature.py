@@ -80,6 +80,7 @@ def sign_manifest(manifest: bytes, folder: Path, private_key: Path) -> Path:
 def _public_key(path: Path) -> Ed25519PublicKey:
     data = _key_file(path, "a public key")
     try:
+        from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
     except ImportError as exc:
@@ -91,7 +92,7 @@ def _public_key(path: Path) -> Ed25519PublicKey:
         )
     try:
         key = load_pem_public_key(data)
-    except Exception as exc:  # its exceptions share no base class
+    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:
         raise UsageError(f"{path}: expected an Ed25519 public key in PEM ({exc}).") from exc
     if not isinstance(key, Ed25519PublicKey):
         raise UsageError(f"{path}: expected an Ed25519 public key, found {type(key).__name__}.")
@@ -101,13 +102,14 @@ def _public_key(path: Path) -> Ed25519PublicKey:
 def _private_key(path: Path) -> Ed25519PrivateKey:
     data = _key_file(path, "a private key")
     try:
+        from cryptography.exceptions import UnsupportedAlgorithm
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
         from cryptography.hazmat.primitives.serialization import load_pem_private_key
     except ImportError as exc:
         raise _not_installed(exc) from exc
     try:
         key = load_pem_private_key(data, password=None)
-    except Exception as exc:  # its exceptions share no base class
+    except (ValueError, TypeError, UnsupportedAlgorithm) as exc:  # TypeError: it has a password
         raise UsageError(
             f"{path}: expected an Ed25519 private key in PEM, without a password ({exc}). "
             "openssl genpkey -algorithm ed25519 -out private.pem"

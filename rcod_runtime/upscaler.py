@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +18,7 @@ import numpy.typing as npt
 from rcod_runtime.arrays import Prepared, guide_window, prepare_image, restore_layout
 from rcod_runtime.backends import Array, Session, Shapes, choose
 from rcod_runtime.bundle import Bundle, open_bundle
+from rcod_runtime.checked import CheckedSession
 from rcod_runtime.colour import (
     COLOUR_MATCHES,
     DEFAULT_COLOUR_MATCH,
@@ -52,9 +55,14 @@ class Upscaler:
         precision: ``fp32``; ``bf16`` (openvino, on processors that compute it natively), twice as
             fast and a few grey levels off; or ``auto``, bf16 where that is so, otherwise fp32.
         threads: compute threads, 0 for the backend's choice.
+        require_signature: PEM file of the Ed25519 public key that must have signed the bundle.
+
+    After a fork the child can't use it: the backends' threads are not there. A pickled one is made
+    again from its arguments where it is loaded, so that processes started by ``spawn`` can take it.
 
     Raises:
         BundleError: the bundle is missing, not whole, or not valid.
+        SignatureError: the bundle is not signed by the required key.
         BackendError: the backend is not installed or refuses a graph.
         UsageError: an unknown device, backend or precision.
     """
@@ -67,15 +75,25 @@ class Upscaler:
         *,
         precision: str = "auto",
         threads: int = 0,
+        require_signature: Path | str | None = None,
     ) -> None:
-        self._bundle: Bundle = open_bundle(bundle)
+        self._process = os.getpid()
+        self._bundle: Bundle = open_bundle(bundle, require_signature)
+        self._arguments: dict[str, Any] = {
+            "bundle": None if bundle is None else self._bundle.folder,
+            "device": device,
+            "backend": backend,
+            "precision": precision,
+            "threads": threads,
+            "require_signature": require_signature and Path(require_signature).absolute(),
+        }
         self._backend = choose(backend, device, precision, threads)
         graphs = self._bundle.manifest.graphs
         paths = {name: self._bundle.graph_path(name) for name in graphs}
         # The largest first: while it is loaded, it needs the most memory beside what is loaded.
         sizes = {name: self._bundle.graph_bytes(name) for name in graphs}
         self._sessions: dict[str, Session] = {
-            name: self._backend.load(paths[name])
+            name: CheckedSession(self._backend.load(paths[name]), paths[name], graphs[name])
             for name in sorted(graphs, key=lambda name: -sizes[name])
         }
         self._bound: Shapes = {}
@@ -95,6 +113,8 @@ class Upscaler:
 
     def close(self) -> None:
         """Release the graphs. Twice is harmless; a call afterwards is an error."""
+        if os.getpid() != self._process:  # a fork's child: nothing here is its own
+            return
         with self._lock:
             self._closed = True
             self._sessions = {}
@@ -145,6 +165,7 @@ class Upscaler:
             UsageError: an argument that can't be used; says which, and what is expected.
             NonFiniteOutput: a graph gave NaN or infinity; names graph, level and tile.
         """
+        self._check_process()
         if self._closed:
             raise UsageError("this Upscaler is closed; make a new one.")
         contract = self.manifest.image
@@ -189,6 +210,19 @@ class Upscaler:
         if not direct:
             restore_layout(sr, prepared, out)
         return out
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as what it was made from: graphs and threads stay in this process."""
+        if self._closed:
+            raise UsageError("this Upscaler is closed; a closed one can't be pickled.")
+        return functools.partial(type(self), **self._arguments), ()
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._process:
+            raise UsageError(
+                "this Upscaler was made before a fork, and its threads are not in this process. "
+                'Make one in each process, or start them with multiprocessing\'s "spawn".'
+            )
 
     def _run(self, name: str, feeds: dict[str, Array]) -> dict[str, Array]:
         """Run a bound graph; the caller holds the lock."""
