@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 
 from rcod_runtime.errors import BundleError
@@ -17,20 +18,22 @@ from rcod_runtime.manifest import Graph, Tensor
 
 MAX_FIELDS = 1_000_000  # walked in about a second; the largest graph here has a tenth of them
 MAX_DEPTH = 64
+MAX_RANK_BYTES = 160  # of a packed shape: 16 lengths
 FLOAT = 1  # TensorProto.DataType
+# Of those that exports write: type -> bytes of a value.
+ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
 STANDARD_DOMAINS = ("", "ai.onnx")
 _TRUSTED = "Use the bundle only if you trust where it comes from, or export it again."
 
 # Messages: field number -> what the field holds. What is not named here is skipped.
 _SCHEMA: dict[str, dict[int, str]] = {
     "model": {7: "graph", 8: "opset", 20: "training", 25: "function"},
-    "opset": {1: "domain"},
+    "opset": {1: "domain", 2: "version"},
     "graph": {1: "node", 5: "tensor", 11: "input", 12: "output", 15: "sparse"},
     "node": {5: "attribute", 7: "domain"},
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
-    "sparse": {1: "tensor", 2: "tensor"},
-    "tensor": {13: "external"},
 }
+_DIMS, _DATA_TYPE, _RAW, _EXTERNAL = 1, 2, 9, 13  # TensorProto
 _KEY, _VALUE = 1, 2  # StringStringEntryProto
 _NAME, _TYPE = 1, 2  # ValueInfoProto
 _ELEMENT, _SHAPE = 1, 2  # TypeProto.Tensor
@@ -54,18 +57,21 @@ def check_onnx(path: Path, graph: Graph, sizes: dict[str, int]) -> None:
     """
     walk = _Walk(graph.file.rpartition("/")[0], sizes)
     try:
-        with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as m:
-            view = memoryview(m)
-            try:
-                walk.message("model", view, 0)
-            finally:
-                view.release()
+        with open_regular(path) as file:
+            # Not closed by hand: an error below still holds views of it.
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        walk.message("model", memoryview(content), 0)
     except (OSError, ValueError) as exc:  # ValueError: an empty file
         raise BundleError(f"{path}: can't be read ({exc}).") from exc
     except _NotOnnx as exc:
         raise BundleError(f"{path}: expected an ONNX model, found {exc}. {_TRUSTED}") from exc
     except _Refused as exc:
         raise BundleError(f"{path}: {exc}. Nothing was loaded. {_TRUSTED}") from exc
+    if walk.versions != [graph.opset]:
+        found = ", ".join(str(version) for version in walk.versions) or "none"
+        raise BundleError(
+            f"{path}: expected opset {graph.opset} of the manifest, found {found}. {_TRUSTED}"
+        )
     _compare(path, "inputs", graph.inputs, walk.values["input"])
     _compare(path, "outputs", graph.outputs, walk.values["output"])
 
@@ -83,16 +89,19 @@ class _Walk:
     def __init__(self, parent: str, sizes: dict[str, int]) -> None:
         self.parent, self.sizes = parent, sizes
         self.values: dict[str, dict[str, Value]] = {"input": {}, "output": {}}
+        self.versions: list[int | memoryview] = []  # of the operator sets
         self.fields_left = MAX_FIELDS
 
     def message(self, kind: str, data: memoryview, depth: int) -> None:
         if depth > MAX_DEPTH:
             raise _NotOnnx(f"messages nested more than {MAX_DEPTH} deep")
         inner = _SCHEMA[kind]
-        location: dict[str, str] = {}
         for number, value in self.fields(data):
             part = inner.get(number)
             if part is None:
+                continue
+            if part == "version":
+                self.versions.append(value)
                 continue
             if not isinstance(value, memoryview):
                 raise _NotOnnx(f"a number in the place of a {part}")
@@ -104,34 +113,56 @@ class _Walk:
                     raise _Refused(
                         f"operators of the domain {domain[:60]!r}, expected standard ONNX only"
                     )
-            elif part == "external":
-                entry = dict(self.fields(value))
-                name = _text(entry.get(_KEY))
-                if name in location:
-                    raise _Refused(f"weights with two entries {name[:60]!r}")
-                location[name] = _text(entry.get(_VALUE))
+            elif part == "tensor":
+                self.tensor(value)
             elif part in self.values:
                 if depth == 1:  # those of the model's graph, not of one inside a node
                     name, described = self.described(value)
                     self.values[part][name] = described
             else:
                 raise _Refused(f"it holds a {part}, which a bundle's graphs don't")
-        if location:
-            self.check_location(location)
 
-    def check_location(self, entries: dict[str, str]) -> None:
+    def tensor(self, data: memoryview) -> None:
+        """Weights must be as many as their shape says: a library may read on beyond fewer."""
+        dims: list[int] = []
+        kind, raw, location = 0, 0, dict[str, str]()
+        for number, value in self.fields(data):
+            if number == _DIMS:
+                dims += [value] if isinstance(value, int) else _varints(value[:MAX_RANK_BYTES])
+            elif number == _DATA_TYPE and isinstance(value, int):
+                kind = value
+            elif number == _RAW:
+                raw = len(_bytes(value))
+            elif number == _EXTERNAL:
+                entry = dict(self.fields(_bytes(value)))
+                name = _text(entry.get(_KEY))
+                if name in location:
+                    raise _Refused(f"weights with two entries {name[:60]!r}")
+                location[name] = _text(entry.get(_VALUE))
+        if kind not in ITEM_BYTES:
+            raise _Refused(f"weights of the type {kind}, expected numbers")
+        expected = prod(dims) * ITEM_BYTES[kind]
+        found = self.external_bytes(location, expected) if location else raw
+        if found != expected:
+            raise _Refused(f"weights of {found} bytes, where the shape {dims[:8]} needs {expected}")
+
+    def external_bytes(self, entries: dict[str, str], expected: int) -> int:
+        """How many bytes a tensor takes from a file beside; ``expected`` where it doesn't say."""
         where = entries.get("location", "")
         name = f"{self.parent}/{where}" if self.parent else where
         if name not in self.sizes:
             raise _Refused(
                 f"weights in {where[:80]!r}, a file that the manifest does not list in data_files"
             )
-        numbers = [entries.get(key, "0") for key in ("offset", "length")]
+        numbers = [entries.get("offset", "0"), entries.get("length", str(expected))]
         if not all(text.isascii() and text.isdigit() and len(text) < 20 for text in numbers):
             raise _Refused(f"weights at {numbers} of {where}, expected numbers")
-        end = sum(map(int, numbers))
-        if end > self.sizes[name]:
-            raise _Refused(f"weights up to byte {end} of {where}, which has {self.sizes[name]}")
+        offset, length = map(int, numbers)
+        if offset + length > self.sizes[name]:
+            raise _Refused(
+                f"weights up to byte {offset + length} of {where}, which has {self.sizes[name]}"
+            )
+        return length
 
     def described(self, data: memoryview) -> tuple[str, Value]:
         """Name, element type and shape of a graph's input or output (ValueInfoProto)."""
@@ -188,6 +219,14 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
+
+
+def _varints(data: memoryview) -> list[int]:
+    values, at = [], 0
+    while at < len(data):
+        value, at = _varint(data, at)
+        values.append(value)
+    return values
 
 
 def _bytes(value: int | memoryview | None) -> memoryview:

@@ -31,8 +31,9 @@ class OnnxRuntimeBackend:
 
     def load(self, path: Path) -> OnnxRuntimeSession:
         try:
+            # Without its fallback: it would print to stdout and try the same provider again.
             session = ort.InferenceSession(
-                str(path), self._options, providers=["CPUExecutionProvider"]
+                str(path), self._options, providers=["CPUExecutionProvider"], enable_fallback=False
             )
         except Exception as exc:  # its exceptions share no base class
             raise BackendError(f"{path}: ONNX Runtime {self.version} refused it: {exc}") from exc
