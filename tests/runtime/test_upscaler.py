@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from rcod_runtime import Upscaler
-from rcod_runtime.backends import precisions
+from rcod_runtime.backends import BACKENDS, precisions
 from rcod_runtime.errors import BackendError, NonFiniteOutput, UsageError
 from rcod_runtime.levels import adaptive_level, level_weights
 from rcod_runtime.manifest import MetricRange
@@ -75,6 +75,18 @@ def test_adaptive_level_follows_eq_5_and_is_clamped() -> None:
         assert adaptive_level(m, metric, LEVELS).timestep == t
     assert adaptive_level(-1.0, metric, LEVELS).timestep == 750
     assert adaptive_level(1.4, metric, LEVELS).timestep == 250
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_level_with_a_metric_estimator_has_nothing_to_choose(
+    tmp_path: Path, photo: Photo, backend: str
+) -> None:
+    make_bundle(tmp_path, gains=GAINS[2:])
+    with Upscaler(tmp_path, backend=backend, precision="fp32") as upscaler:
+        expected = upscaler(photo(), "fidelity")  # the one level's name in this bundle
+        assert expected.std() > 10
+        np.testing.assert_array_equal(upscaler(photo(), "adaptive"), expected)
+        np.testing.assert_array_equal(upscaler(photo(8, 8), 0.7), upscaler(photo(8, 8), "adaptive"))
 
 
 def test_adaptive_without_a_metric_estimator_is_refused(tmp_path: Path, photo: Photo) -> None:
@@ -283,9 +295,7 @@ def test_a_closed_upscaler_says_so_and_closing_twice_is_harmless(
         upscaler(photo())
 
 
-@pytest.mark.parametrize(
-    "options", [{"backend": "tpu"}, {"device": "cuda:0"}, {"precision": "int8"}]
-)
+@pytest.mark.parametrize("options", [{"backend": "tpu"}, {"device": "gpu"}, {"precision": "int8"}])
 def test_unknown_backends_devices_and_precisions_are_refused(
     bundle: Path, options: dict[str, str]
 ) -> None:

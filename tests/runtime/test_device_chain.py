@@ -1,0 +1,388 @@
+"""The TensorRT backend on the simulated device: the shipping code, unchanged."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rcod_runtime import Upscaler
+from rcod_runtime.errors import (
+    BackendError,
+    EngineMismatch,
+    HashMismatch,
+    NonFiniteOutput,
+    UsageError,
+)
+from rcod_runtime.manifest import Engine
+from tests.runtime.fakes import make_bundle
+from tests.runtime.simulated.cudart import SimulatedGpu
+from tests.runtime.simulated.memory import Violation
+from tests.runtime.simulated.tensorrt import add_engines, install
+
+Photo = Callable[..., np.ndarray]
+TILE_PX = 64  # photos of 24x40 make 96x160: two rows of three tiles
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
+    gpu = SimulatedGpu()
+    install(monkeypatch, gpu)
+    return gpu
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "engines"
+    make_bundle(folder)
+    add_engines(folder, TILE_PX)
+    return folder
+
+
+@pytest.fixture
+def own_engines(engines: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(engines, tmp_path / "own"))
+
+
+@pytest.fixture(scope="session")
+def host(bundle: Path) -> Iterator[Upscaler]:
+    with Upscaler(bundle, backend="onnxruntime") as opened:
+        yield opened
+
+
+def released(gpu: SimulatedGpu) -> dict[str, int]:
+    if gpu.leaks():
+        gc.collect()  # contexts are Python objects
+    return gpu.leaks()
+
+
+@pytest.mark.parametrize("realism", ["fidelity", 0.25, "realism", "adaptive"])
+@pytest.mark.parametrize("batch", [1, 2, None])
+def test_the_image_is_the_cpus_bit_for_bit(
+    gpu: SimulatedGpu, engines: Path, host: Upscaler, photo: Photo, realism: Any, batch: int | None
+) -> None:
+    with Upscaler(engines, backend="tensorrt") as upscaler:
+        for seed in range(3):  # the first run, the capture, a replay
+            lq = photo(24, 40, seed=seed)
+            found = upscaler(lq, realism, batch=batch)
+            expected = host(lq, realism, tile_px=TILE_PX, batch=batch or 4)
+            np.testing.assert_array_equal(found, expected)
+    assert gpu.replays > 0
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_order_of_the_streams_changes_the_image(
+    monkeypatch: pytest.MonkeyPatch, engines: Path, host: Upscaler, photo: Photo, seed: int
+) -> None:
+    install(monkeypatch, SimulatedGpu(seed=seed))
+    lq = photo(40, 56)
+    with Upscaler(engines, backend="tensorrt") as upscaler:
+        found = [upscaler(lq, "realism", batch=1) for _ in range(2)]
+    expected = host(lq, "realism", tile_px=TILE_PX)
+    for image in found:
+        np.testing.assert_array_equal(image, expected)
+
+
+def test_one_captured_graph_serves_every_level(
+    gpu: SimulatedGpu, engines: Path, host: Upscaler, photo: Photo
+) -> None:
+    lq = photo()
+    with Upscaler(engines, backend="tensorrt") as upscaler:
+        upscaler(lq, 0.5, batch=1)
+        executables = set(gpu.executables)
+        assert len(executables) == 1
+        for realism in (0.0, 0.3, 1.0):
+            found = upscaler(lq, realism, batch=1)
+            np.testing.assert_array_equal(found, host(lq, realism, tile_px=TILE_PX))
+        assert gpu.executables == executables
+
+
+def test_another_tile_batch_drops_the_captured_graph(
+    gpu: SimulatedGpu, engines: Path, host: Upscaler, photo: Photo
+) -> None:
+    lq = photo()
+    with Upscaler(engines, backend="tensorrt") as upscaler:
+        for batch in (1, 3, 1):
+            found = upscaler(lq, batch=batch)
+            expected = host(lq, tile_px=TILE_PX, batch=batch)
+            np.testing.assert_array_equal(found, expected)
+            assert len(gpu.executables) <= 1
+
+
+def test_an_image_smaller_than_the_tile_is_filled_up_to_it(
+    gpu: SimulatedGpu, engines: Path, host: Upscaler, photo: Photo
+) -> None:
+    lq = photo(6, 9)
+    with Upscaler(engines, backend="tensorrt") as upscaler:
+        found = upscaler(lq, colour_match="none")
+    expected = host(lq, tile_px=64, colour_match="none")
+    assert found.shape == (24, 36, 3)
+    np.testing.assert_array_equal(found[:-1, :-1], expected[:-1, :-1])
+
+
+def test_one_level_with_a_metric_estimator_has_nothing_to_choose(
+    gpu: SimulatedGpu, tmp_path: Path, photo: Photo
+) -> None:
+    make_bundle(tmp_path, gains=(0.5,))
+    add_engines(tmp_path, TILE_PX)
+    lq = photo(8, 8)
+    with (
+        Upscaler(tmp_path, backend="tensorrt") as upscaler,
+        Upscaler(tmp_path, backend="onnxruntime") as host,
+    ):
+        np.testing.assert_array_equal(upscaler(lq, "adaptive"), upscaler(lq, "fidelity"))
+        lq = photo()
+        expected = host(lq, "adaptive", tile_px=TILE_PX, batch=4)
+        np.testing.assert_array_equal(upscaler(lq, "adaptive"), expected)
+
+
+def test_close_releases_everything_and_twice_is_harmless(
+    gpu: SimulatedGpu, engines: Path, photo: Photo
+) -> None:
+    upscaler = Upscaler(engines, backend="tensorrt")
+    upscaler(photo())
+    assert gpu.leaks()["executable graphs"] == 1
+    upscaler.close()
+    upscaler.close()
+    assert released(gpu) == {}
+    with pytest.raises(UsageError, match="closed"):
+        upscaler(photo())
+
+
+def test_a_thousand_images_of_alternating_sizes_hold_no_more_than_one(
+    gpu: SimulatedGpu, engines: Path, photo: Photo
+) -> None:
+    small, large = photo(8, 8), photo(24, 40)
+    with Upscaler(engines, backend="tensorrt") as upscaler:
+        upscaler(small), upscaler(large)
+        held = gpu.leaks()
+        for i in range(500):
+            upscaler(small, i / 500)
+            upscaler(large if i % 50 == 0 else small, batch=1 + i % 2)
+        now = gpu.leaks()
+    assert {kind: n for kind, n in now.items() if n > held.get(kind, 0)} == {}
+    assert released(gpu) == {}
+
+
+def test_every_call_that_fails_is_a_typed_error_and_leaves_nothing_behind(
+    monkeypatch: pytest.MonkeyPatch, engines: Path, host: Upscaler, photo: Photo
+) -> None:
+    lq = photo()
+    expected = host(lq, tile_px=TILE_PX)
+    counting = SimulatedGpu()
+    install(monkeypatch, counting)
+    with Upscaler(engines, backend="tensorrt") as upscaler:
+        opening = len(counting.calls)
+        upscaler(lq, batch=1)
+        running = len(counting.calls)
+    names = counting.calls[:running]
+    assert {"cudaMalloc", "cudaMemcpyAsync", "enqueue", "cudaGraphLaunch"} <= set(names)
+    for number, name in enumerate(names):
+        gpu = SimulatedGpu()
+        install(monkeypatch, gpu)
+        gpu.fail_at = number
+        if number < opening:
+            with pytest.raises(BackendError, match=name):
+                Upscaler(engines, backend="tensorrt")
+            assert released(gpu) == {}, f"{name}, call {number}"
+            continue
+        with Upscaler(engines, backend="tensorrt") as upscaler:
+            with pytest.raises(BackendError, match=name if name != "enqueue" else "execute_async"):
+                upscaler(lq, batch=1)
+            np.testing.assert_array_equal(upscaler(lq, batch=1), expected)
+        assert released(gpu) == {}, f"{name}, call {number}"
+
+
+def test_two_threads_get_their_own_images(
+    gpu: SimulatedGpu, engines: Path, host: Upscaler, photo: Photo
+) -> None:
+    photos = [photo(8 + 8 * i, 40, seed=i) for i in range(4)]
+    found: dict[int, np.ndarray] = {}
+    with Upscaler(engines, backend="tensorrt") as upscaler:
+
+        def work(i: int) -> None:
+            for _ in range(5):
+                found[i] = upscaler(photos[i], i / 3, batch=2)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(photos))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for i, lq in enumerate(photos):
+        if lq.shape[0] >= TILE_PX // 4:  # smaller ones are filled up, which the CPU does not do
+            np.testing.assert_array_equal(found[i], host(lq, i / 3, tile_px=TILE_PX, batch=2))
+
+
+def test_the_callers_gpu_stays_current(gpu: SimulatedGpu, engines: Path, photo: Photo) -> None:
+    with Upscaler(engines, device="cuda:1") as upscaler:
+        assert gpu.owner == 1 and gpu.current == 0
+        upscaler(photo())
+        assert gpu.current == 0
+    assert released(gpu) == {}
+
+
+def test_nan_of_a_graph_is_named_with_its_tile(
+    gpu: SimulatedGpu, tmp_path: Path, photo: Photo
+) -> None:
+    make_bundle(tmp_path, gains=(1.0, float("nan"), 1.0))
+    add_engines(tmp_path, TILE_PX)
+    with Upscaler(tmp_path, backend="tensorrt") as upscaler:
+        with pytest.raises(NonFiniteOutput, match="graph denoiser, realism neutral, tile row 0"):
+            upscaler(photo(), "neutral")
+        with pytest.raises(NonFiniteOutput, match="denoiser"):  # NaN * 0 is NaN: no level is whole
+            upscaler(photo(), "realism")
+    assert released(gpu) == {}
+
+
+def test_an_iterator_that_is_left_early_leaves_nothing_in_flight(
+    gpu: SimulatedGpu, engines: Path, host: Upscaler, photo: Photo
+) -> None:
+    lq = photo()
+
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with Upscaler(engines, backend="tensorrt") as upscaler:
+        with pytest.raises(KeyboardInterrupt):
+            upscaler(lq, batch=1, progress=stop)
+        assert all(not stream.queue for stream in gpu.scheduler.streams)
+        np.testing.assert_array_equal(upscaler(lq, batch=1), host(lq, tile_px=TILE_PX))
+
+
+def test_the_profile_names_every_stage(gpu: SimulatedGpu, engines: Path) -> None:
+    with Upscaler(engines, backend="tensorrt") as upscaler:
+        profile = upscaler.profile(runs=3)
+    assert list(profile) == ["encoder", "denoiser", "decoder"]
+    assert all(ms > 0 for ms in profile.values())
+
+
+def test_a_warm_upscaler_has_captured_its_graph(gpu: SimulatedGpu, engines: Path) -> None:
+    with Upscaler(engines, backend="tensorrt") as upscaler:
+        upscaler.warmup()
+        assert len(gpu.executables) == 1
+
+
+# Choosing engines.
+
+
+def test_auto_takes_engines_where_they_fit(gpu: SimulatedGpu, engines: Path) -> None:
+    with Upscaler(engines) as upscaler:
+        assert upscaler.backend == "tensorrt 10.9.0 fp32"
+
+
+@pytest.mark.parametrize(
+    ("machine", "reason"),
+    [
+        ({"sm": 120}, "built for sm_89, this GPU is sm_120"),
+        ({"count": 0}, "no GPU answers here"),
+        ({"version": "10.13.2"}, "built by tensorrt 10.9.0, 10.13.2 is installed"),
+    ],
+)
+def test_engines_of_another_machine_are_refused_or_announced(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    engines: Path,
+    machine: dict[str, Any],
+    reason: str,
+) -> None:
+    version = machine.pop("version", "10.9.0")
+    install(monkeypatch, SimulatedGpu(**machine), version)
+    for options in ({"backend": "tensorrt"}, {"device": "cuda:0"}):
+        with pytest.raises(EngineMismatch, match=f"{reason}.*rcod-export engines"):
+            Upscaler(engines, **options)
+    with Upscaler(engines) as upscaler:
+        assert not upscaler.backend.startswith("tensorrt")
+    assert reason in caplog.text
+
+
+def test_an_engine_of_another_system_is_refused(gpu: SimulatedGpu, own_engines: Path) -> None:
+    add_engines(
+        own_engines, TILE_PX, change=lambda e, _: dataclasses.replace(e, os="windows-amd64")
+    )
+    with pytest.raises(EngineMismatch, match="built for windows-amd64, this is"):
+        Upscaler(own_engines, backend="tensorrt")
+
+
+def test_an_engine_whose_file_changed_is_not_loaded(gpu: SimulatedGpu, own_engines: Path) -> None:
+    path = next(own_engines.rglob("decoder.engine"))
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(HashMismatch, match="decoder.engine.*not loaded"):
+        Upscaler(own_engines, backend="tensorrt")
+    assert released(gpu) == {}
+
+
+def half_output(engine: Engine, header: dict[str, Any]) -> Engine:
+    header["dtypes"] = {"z_sr": "HALF"}
+    return engine
+
+
+def test_an_engine_with_other_types_is_refused(gpu: SimulatedGpu, own_engines: Path) -> None:
+    add_engines(own_engines, TILE_PX, change=half_output)
+    with pytest.raises(EngineMismatch, match="z_sr: expected float32, found HALF"):
+        Upscaler(own_engines, backend="tensorrt")
+
+
+def test_a_set_without_one_engine_says_which(gpu: SimulatedGpu, own_engines: Path) -> None:
+    manifest = add_engines(own_engines, TILE_PX)
+    fewer = tuple(e for e in manifest.engines if e.graph != "vpim")
+    text = dataclasses.replace(manifest, engines=fewer).to_json()
+    (own_engines / "manifest.json").write_text(text, encoding="utf-8")
+    with pytest.raises(EngineMismatch, match="no engine for vpim"):
+        Upscaler(own_engines, backend="tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        ({"tile_px": 96}, "built for 64 px.*--tile 96"),
+        ({"batch": 5}, r"expected an integer in 1\.\.4"),
+    ],
+)
+def test_what_the_engines_are_not_built_for_is_refused(
+    gpu: SimulatedGpu, engines: Path, photo: Photo, call: dict[str, Any], match: str
+) -> None:
+    with Upscaler(engines, backend="tensorrt") as upscaler, pytest.raises(UsageError, match=match):
+        upscaler(photo(), **call)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "tensorrt", "device": "cpu"},
+        {"backend": "tensorrt", "precision": "bf16"},
+        {"backend": "openvino", "device": "cuda:0"},
+        {"device": "cuda:x"},
+    ],
+)
+def test_choices_that_exclude_each_other_are_refused(
+    gpu: SimulatedGpu, engines: Path, options: dict[str, str]
+) -> None:
+    with pytest.raises(UsageError):
+        Upscaler(engines, **options)
+
+
+# The simulated device itself: what it must catch.
+
+
+def test_the_device_catches_what_a_gpu_would_not_forgive() -> None:
+    gpu = SimulatedGpu()
+    address = gpu.memory.allocate(1024)
+    assert np.isnan(gpu.memory.view(address, 4).view(np.float32)[0])
+    for wrong, nbytes in [(address, 1025), (address - 1, 4), (address + 2048, 4)]:
+        with pytest.raises(Violation):
+            gpu.memory.view(wrong, nbytes)
+    with pytest.raises(Violation, match="aligned"):
+        gpu.memory.view(address + 4, 4, aligned=True)
+    gpu.memory.free(address)
+    with pytest.raises(Violation, match="freed"):
+        gpu.memory.view(address, 4)
+    with pytest.raises(Violation, match="no live block"):
+        gpu.memory.free(address)
