@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import inspect
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from rcod_runtime import Upscaler
+from rcod_runtime.backends.trt.engine import make_logger
 from rcod_runtime.errors import (
     BackendError,
     EngineMismatch,
@@ -23,9 +25,18 @@ from rcod_runtime.errors import (
 )
 from rcod_runtime.manifest import Engine
 from tests.runtime.fakes import make_bundle
-from tests.runtime.simulated.cudart import SimulatedGpu
+from tests.runtime.simulated.cudart import CopyKind, Error, SimulatedGpu
 from tests.runtime.simulated.memory import Violation
-from tests.runtime.simulated.tensorrt import add_engines, install
+from tests.runtime.simulated.tensorrt import (
+    DType,
+    EngineContext,
+    Mode,
+    RuntimeCache,
+    RuntimeConfig,
+    SimulatedEngine,
+    add_engines,
+    install,
+)
 
 Photo = Callable[..., np.ndarray]
 TILE_PX = 64  # photos of 24x40 make 96x160: two rows of three tiles
@@ -369,6 +380,44 @@ def test_choices_that_exclude_each_other_are_refused(
         Upscaler(engines, **options)
 
 
+# TensorRT-RTX: what it compiles for the GPU is kept.
+
+
+def test_what_rtx_compiled_is_kept_for_the_next_start(
+    monkeypatch: pytest.MonkeyPatch,
+    own_engines: Path,
+    host: Upscaler,
+    photo: Photo,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    add_engines(own_engines, TILE_PX, target="tensorrt-rtx")
+    expected = host(photo(), tile_px=TILE_PX, batch=4)
+    graphs = ["decoder", "denoiser", "encoder", "vpim"]
+    for compiled, damage in ((graphs, False), ([], True), (graphs, False)):
+        gpu = SimulatedGpu()
+        install(monkeypatch, gpu)
+        with Upscaler(own_engines) as upscaler:
+            assert upscaler.backend.startswith("tensorrt-rtx")
+            np.testing.assert_array_equal(upscaler(photo()), expected)
+        assert sorted(gpu.compiled) == compiled
+        files = list((tmp_path / "cache").rglob("*.bin"))
+        assert len(files) == 4 and not list(own_engines.rglob("*.bin"))
+        for file in files if damage else ():
+            file.write_bytes(b"another machine's")
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, own_engines: Path, photo: Photo, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    install(monkeypatch, SimulatedGpu())
+    add_engines(own_engines, TILE_PX, target="tensorrt-rtx")
+    with Upscaler(own_engines) as upscaler:
+        assert upscaler(photo()).shape == (96, 160, 3)
+
+
 # The simulated device itself: what it must catch.
 
 
@@ -386,3 +435,55 @@ def test_the_device_catches_what_a_gpu_would_not_forgive() -> None:
         gpu.memory.view(address, 4)
     with pytest.raises(Violation, match="no live block"):
         gpu.memory.free(address)
+
+
+def parameters(documentation: str) -> int:
+    """Of a function whose documentation begins with its signature."""
+    inside = documentation.strip().split("\n")[0].split("(", 1)[1].rsplit(")", 1)[0]
+    return len(inside.split(",")) if inside else 0
+
+
+def test_cuda_has_what_the_device_stands_in_for() -> None:
+    real = pytest.importorskip("cuda.bindings.runtime", reason='needs pip install "rcod[tensorrt]"')
+    module = SimulatedGpu().module()
+    for name, value in vars(module).items():
+        if not name.startswith("cuda"):
+            continue
+        assert hasattr(real, name), name
+        if inspect.isfunction(value):
+            simulated = getattr(SimulatedGpu, name)
+            count = simulated.__code__.co_argcount - 1
+            assert parameters(getattr(real, name).__doc__) == count, name
+        elif isinstance(value, int):
+            assert int(getattr(real, name)) == value, name
+    for kind in CopyKind:
+        assert int(getattr(real.cudaMemcpyKind, kind.name)) == kind
+    for error in Error:
+        assert int(getattr(real.cudaError_t, error.name)) == error
+    attributes = real.cudaDeviceAttr
+    assert int(attributes.cudaDevAttrComputeCapabilityMajor) == 75
+    assert int(attributes.cudaDevAttrComputeCapabilityMinor) == 76
+    mode = real.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    assert int(mode) == 1
+
+
+def test_tensorrt_has_what_the_device_stands_in_for() -> None:
+    real = pytest.importorskip("tensorrt_rtx", reason='needs pip install "rcod[tensorrt-rtx]"')
+    stands_in = {
+        "ICudaEngine": SimulatedEngine,
+        "IExecutionContext": EngineContext,
+        "IRuntimeConfig": RuntimeConfig,
+        "IRuntimeCache": RuntimeCache,
+    }
+    own = {"begin", "finish", "busy"}  # of the simulation
+    for name, simulated in stands_in.items():
+        for attribute, value in vars(simulated).items():
+            if callable(value) and not attribute.startswith("_") and attribute not in own:
+                assert hasattr(getattr(real, name), attribute), f"{name}.{attribute}"
+    assert hasattr(real.ICudaEngine, "device_memory_size_v2")
+    assert hasattr(real.ICudaEngine, "num_io_tensors")
+    assert real.TensorIOMode.INPUT.name == Mode.INPUT.name
+    assert real.DataType.FLOAT.name == DType.FLOAT.name
+    assert real.ExecutionContextAllocationStrategy.USER_MANAGED is not None
+    assert real.ILogger.Severity.WARNING < real.ILogger.Severity.INFO
+    assert real.Runtime(make_logger(real)).engine_host_code_allowed is False

@@ -54,6 +54,7 @@ class SimulatedGpu:
         self.replays = 0
         self.launched: dict[str, int] = {}
         self.contexts = 0
+        self.compiled: list[str] = []  # engines that TensorRT-RTX finished for this GPU
 
     def leaks(self) -> dict[str, int]:
         """What is still held, by kind; empty when all is released."""

@@ -18,6 +18,7 @@ import onnxruntime as ort
 import pytest
 
 from rcod_export.engines import EngineConfig, planned_engine
+from rcod_runtime.backends.trt.libraries import MODULES
 from rcod_runtime.manifest import MANIFEST_FILE, Engine, Manifest, read_manifest, sha256_file
 from tests.runtime.simulated.cudart import SimulatedGpu
 from tests.runtime.simulated.memory import POISON, Violation
@@ -51,11 +52,45 @@ class Logger:
     Severity = Severity
 
 
+class RuntimeCache:
+    """What TensorRT-RTX compiled on this machine: here the names of the engines."""
+
+    def __init__(self) -> None:
+        self.kernels: list[str] = []
+
+    def deserialize(self, data: bytes) -> bool:
+        if not data.startswith(MAGIC):
+            return False
+        self.kernels = data[len(MAGIC) :].decode().split()
+        return True
+
+    def serialize(self) -> bytes:
+        return MAGIC + " ".join(self.kernels).encode()
+
+
+class RuntimeConfig:
+    """Of TensorRT-RTX's contexts."""
+
+    strategy = "static"
+    cache: RuntimeCache | None = None
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> None:
+        self.cache = cache
+
+
 class EngineContext:
     """Of one engine. Its activations are its caller's memory."""
 
-    def __init__(self, gpu: SimulatedGpu, engine: SimulatedEngine) -> None:
-        self.gpu, self.engine = gpu, engine
+    def __init__(
+        self, gpu: SimulatedGpu, engine: SimulatedEngine, cache: RuntimeCache | None
+    ) -> None:
+        self.gpu, self.engine, self.cache = gpu, engine, cache
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.arena: tuple[int, int] | None = None
@@ -101,6 +136,9 @@ class EngineContext:
         ):
             self.engine.logger.log(Severity.ERROR, "enqueue before all was bound")
             return False
+        if self.cache is not None and self.engine.name not in self.cache.kernels:
+            self.cache.kernels.append(self.engine.name)
+            self.gpu.compiled.append(self.engine.name)
         shapes, addresses, arena = dict(self.shapes), dict(self.addresses), self.arena
         # Two pieces of work, so that another stream's can come between and be caught.
         self.gpu.scheduler.enqueue(stream, lambda: self.engine.begin(arena))
@@ -141,9 +179,13 @@ class SimulatedEngine:
     def get_tensor_dtype(self, name: str) -> DType:
         return DType[self.dtypes.get(name, "FLOAT")]
 
-    def create_execution_context(self, strategy: str) -> EngineContext:
+    def create_execution_context(self, how: str | RuntimeConfig) -> EngineContext:
+        strategy = how.strategy if isinstance(how, RuntimeConfig) else how
         assert strategy == "user managed"
-        return EngineContext(self.gpu, self)
+        return EngineContext(self.gpu, self, None if isinstance(how, str) else how.cache)
+
+    def create_runtime_config(self) -> RuntimeConfig:
+        return RuntimeConfig()
 
     def begin(self, arena: tuple[int, int]) -> None:
         other = self.busy.setdefault(arena[0], self.name)
@@ -200,13 +242,15 @@ def tensorrt_module(gpu: SimulatedGpu, version: str = VERSION) -> types.ModuleTy
 def install(monkeypatch: pytest.MonkeyPatch, gpu: SimulatedGpu, version: str = VERSION) -> None:
     """Put a GPU into this process, and the libraries that drive it."""
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", gpu.module())
-    monkeypatch.setitem(sys.modules, "tensorrt", tensorrt_module(gpu, version))
+    for name in MODULES.values():
+        monkeypatch.setitem(sys.modules, name, tensorrt_module(gpu, version))
 
 
 def add_engines(
     bundle: Path,
     tile_px: int = 64,
     batch: tuple[int, int] = (1, 4),
+    target: str = "tensorrt",
     change: Callable[[Engine, dict[str, Any]], Engine] = lambda engine, header: engine,
 ) -> Manifest:
     """Give a bundle engines that this module loads.
@@ -215,7 +259,7 @@ def add_engines(
         change: called with every entry and the header of its file, to spoil one of the two.
     """
     manifest = read_manifest(bundle / MANIFEST_FILE)
-    config = EngineConfig(target="tensorrt", sms=(89,), tile_px=tile_px, batch=batch)
+    config = EngineConfig(target=target, sms=(89,), tile_px=tile_px, batch=batch)
     engines = []
     for name, graph in manifest.graphs.items():
         entry = planned_engine(manifest, name, graph, config, VERSION)
