@@ -43,16 +43,20 @@ Progress = Callable[[int, int], None]
 class Upscaler:
     """A bundle, opened and ready.
 
-    One Upscaler may be shared by threads: it runs one tile batch at a time, and what happens around
+    One Upscaler may be shared by threads. On the CPU they take turns tile batch by tile batch, on a
+    GPU image by image (a progress callback must not call the Upscaler there); what happens around
     the graphs (resampling, blending, colours) overlaps. The same input gives the same bytes on one
     backend and precision.
 
     Args:
         bundle: folder of a bundle; None is the embedded model.
-        device: ``auto`` or ``cpu``.
-        backend: ``auto``, ``openvino`` or ``onnxruntime``.
+        device: ``auto``, ``cpu``, or ``cuda:N``. auto takes the bundle's engines where they fit a
+            GPU of this machine, otherwise the CPU.
+        backend: ``auto``, ``tensorrt``, ``openvino``, ``onnxruntime`` or ``onnxruntime-tensorrt``
+            (see rcod_runtime.backends.choice.open_chain).
         precision: ``fp32``; ``bf16`` (openvino, on processors that compute it natively), twice as
-            fast and a few grey levels off; or ``auto``, bf16 where that is so, otherwise fp32.
+            fast and a few grey levels off; or ``auto``, bf16 where that is so, otherwise fp32. A
+            GPU computes in the precision of the graphs.
         threads: compute threads, 0 for the backend's choice.
 
     Raises:
