@@ -149,15 +149,7 @@ class Upscaler:
                 f"colour_match {colour_match!r}: expected one of {', '.join(COLOUR_MATCHES)}."
             )
         batch = self._batch(batch)
-        weights = None
-        if realism == ADAPTIVE:
-            if not self.manifest.has_metric_estimator:
-                raise UsageError(
-                    f"realism adaptive: the bundle {self.manifest.identity.name} has no metric "
-                    "estimation module. Choose a level or a number in [0, 1]."
-                )
-        else:
-            weights = level_weights(realism, self.manifest.levels)
+        weights = self._weights(realism)
 
         prepared = prepare_image(image)
         height, width = (max(1, round(side * scale)) for side in prepared.lq.shape[:2])
@@ -183,6 +175,41 @@ class Upscaler:
             restore_layout(sr, prepared, out)
         return out
 
+    def enqueue(
+        self,
+        image: Any,
+        thumbnail: Any,
+        out: Any,
+        realism: str | float = "neutral",
+        stream: Any = 0,
+    ) -> None:
+        """One tile batch that lies on the GPU, to an array on the GPU, on the caller's stream.
+
+        Nothing passes through the host and nothing is waited for: the caller's stream is, from here
+        on, behind the result. Upsampling, tiles, blending and colours are the caller's here, and so
+        is a check for NaN.
+
+        Args:
+            image: float32 (B, 3, tile, tile) in [-1, 1], upsampled to the output's size, C order,
+                with __cuda_array_interface__ (torch, CuPy, JAX, Numba).
+            thumbnail: float32 (1, 3, tokens, tokens) in [-1, 1]: the whole photo at the manifest's
+                tokens_px.
+            out: float32, shape of ``image``: receives the result in [-1, 1].
+            realism: as in a call.
+            stream: CUDA's handle of the caller's stream, which made the inputs.
+
+        Raises:
+            UsageError: no engines are in use, or an array can't be used; says what is expected.
+            BackendError: the device refuses something.
+        """
+        run = getattr(self._chain, "enqueue_on", None)
+        if run is None:
+            raise UsageError(
+                f"arrays on the GPU need the bundle's engines, {self.backend} is in use. "
+                'Open it with backend="tensorrt".'
+            )
+        run(stream, image, thumbnail, out, self._weights(realism))
+
     def warmup(self, batch: int | None = None) -> None:
         """Do now what the first image of a shape would wait for: compiling, capturing."""
         image = np.zeros((*self._tile_lq(), 3), np.uint8)
@@ -202,6 +229,17 @@ class Upscaler:
         job = _Job(chain, manifest, prepared, TilePlan(axis, axis), batch)
         feed = dataclasses.replace(job.feed, batch=batch)
         return chain.profile(feed, np.zeros((batch, 3, side, side), np.float32), runs)
+
+    def _weights(self, realism: str | float) -> Array | None:
+        """Weights on the levels, (n,); None leaves the choice to the graphs."""
+        if realism != ADAPTIVE:
+            return level_weights(realism, self.manifest.levels)
+        if not self.manifest.has_metric_estimator:
+            raise UsageError(
+                f"realism adaptive: the bundle {self.manifest.identity.name} has no metric "
+                "estimation module. Choose a level or a number in [0, 1]."
+            )
+        return None
 
     def _tile_lq(self) -> tuple[int, int]:
         """(H, W) of an input that fills one tile."""

@@ -1,7 +1,7 @@
 """ONNX Runtime: the portable one on the CPU, and for GPUs without engines.
 
 On a GPU inputs and outputs cross the bus between the graphs. Latents and tokens of a 512 px tile
-are 1 MB; the image is 3 MB each way, and it has to cross in any case. At 10 GB/s that is under 1 ms,
+are 1 MB; the image is 3 MB each way and has to cross in any case. At 10 GB/s that is under 1 ms,
 where the graphs of Stable Diffusion 2.1 take 28 ms at least on an RTX 4090 (rcod-export inspect).
 """
 

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from rcod_runtime.backends import Array
+from rcod_runtime.backends.trt.arrays import device_address
 from rcod_runtime.backends.trt.cache import read_cache, write_cache
 from rcod_runtime.backends.trt.cuda import (
     FLOAT_BYTES,
@@ -125,6 +126,38 @@ class DeviceChain:
                 values.append(float(m_l.floats((1,))[0]))
         return values
 
+    def enqueue_on(
+        self, stream: Any, image: Any, thumbnail: Any, out: Any, level: Array | None
+    ) -> None:
+        """Arrays of the GPU in and out, without the host: see Upscaler.enqueue."""
+        manifest, side, memory = self._manifest, self.tile_px or 0, self._memory
+        batch = _batch_of(image, self.batches)
+        shape = (batch, 3, side, side)
+        thumbnail_shape = (1, 3, manifest.image.tokens_px, manifest.image.tokens_px)
+        source = device_address(image, "image", shape)
+        small = device_address(thumbnail, "thumbnail", thumbnail_shape)
+        target = device_address(out, "out", shape, writeable=True)
+        if manifest.is_guided:
+            raise UsageError("arrays on the GPU: a bundle with a guide does not take them yet.")
+        # Only its shapes count here: the values are on the GPU already.
+        feed = ImageFeed(batch, (side, side), np.empty(thumbnail_shape, np.float32))
+        with self._lock, self._whole_or_reset(), self._cuda.guard():
+            self._bind(feed)
+            memory.caller.record(stream)
+            memory.compute.wait(memory.caller)
+            copy, nbytes = self._cuda.copy, float_bytes(thumbnail_shape)
+            copy(memory.once["thumbnail"].address, small, nbytes, "DeviceToDevice", memory.compute)
+            self._engines["vpim"].enqueue(memory.compute)
+            self._repeat(batch, memory.once["tokens"], memory.tensors["tokens"])
+            self._set_level(batch, level)
+            nbytes = float_bytes(shape)
+            copy(memory.tensors["image"].address, source, nbytes, "DeviceToDevice", memory.compute)
+            self._run_stages(adaptive=level is None)
+            decoded = memory.tensors["decoded"].address
+            copy(target, decoded, nbytes, "DeviceToDevice", memory.compute)
+            memory.caller.record(memory.compute)
+            memory.caller.delay(stream)
+
     def profile(self, feed: ImageFeed, tile: Array, runs: int) -> dict[str, float]:
         compute, times = self._memory.compute, []
         n = len(self._manifest.levels)
@@ -204,20 +237,26 @@ class DeviceChain:
     def _start(self, feed: ImageFeed, level: Array | None) -> None:
         """Tokens, matrices and level onto the device, once for an image."""
         self._bind(feed)
-        memory = self._memory
         self._run_once("vpim", feed, "thumbnail", feed.thumbnail)
         if feed.window is not None:
             self._run_once(GUIDE, feed, "lq", feed.window)
+        self._set_level(feed.batch, level)
+
+    def _set_level(self, batch: int, level: Array | None) -> None:
+        """The level of what is enqueued from here on; None leaves it to the graphs."""
+        memory = self._memory
         if "level" not in memory.tensors:
             return
         if level is not None:
-            shape = (feed.batch, len(level))
-            memory.host["level"].floats(shape)[:] = level
-            # Not waited for: the image's tiles come after it, and the next image after them.
-            target, source = memory.tensors["level"].address, memory.host["level"].address
-            self._cuda.copy(target, source, float_bytes(shape), "HostToDevice", memory.compute)
+            shape = (batch, len(level))
+            host, device = memory.host["level"], memory.tensors["level"]
+            memory.level_read.synchronize()  # the former level, where nobody waited for its image
+            host.floats(shape)[:] = level
+            nbytes = float_bytes(shape)
+            self._cuda.copy(device.address, host.address, nbytes, "HostToDevice", memory.compute)
+            memory.level_read.record(memory.compute)
         elif self._manifest.is_guided:
-            self._repeat(feed.batch, memory.once["adaptive"], memory.tensors["level"])
+            self._repeat(batch, memory.once["adaptive"], memory.tensors["level"])
 
     def _run_once(self, name: str, feed: ImageFeed, given: str, values: Array) -> None:
         """A graph that looks at the whole image; its outputs stay on the device for every tile."""
@@ -343,3 +382,16 @@ class DeviceChain:
             for graph in captured.values():
                 if graph is not None:
                     release.callback(graph.close)
+
+
+def _batch_of(image: Any, batches: tuple[int, int]) -> int:
+    """How many tiles an array of the GPU holds; its other axes are checked with the rest."""
+    shape = getattr(image, "__cuda_array_interface__", {}).get("shape", ())
+    batch = int(shape[0]) if shape else 1
+    low, high = batches
+    if not low <= batch <= high:
+        raise UsageError(
+            f"image: {batch} tiles; the engines are built for {low} to {high}. Build others: "
+            f"rcod-export engines BUNDLE --batch {min(low, batch)} {max(high, batch)}"
+        )
+    return batch

@@ -130,8 +130,13 @@ class Event(_Owned):
         flags = 0 if timing else int(cuda.runtime.cudaEventDisableTiming)
         super().__init__(cuda, "cudaEventDestroy", cuda.call("cudaEventCreateWithFlags", flags))
 
-    def record(self, stream: Stream) -> None:
-        self._cuda.call("cudaEventRecord", self.handle, stream.handle)
+    def record(self, stream: Any) -> None:
+        """In a Stream, or in a caller's stream: CUDA's handle of it."""
+        self._cuda.call("cudaEventRecord", self.handle, getattr(stream, "handle", stream))
+
+    def delay(self, stream: Any) -> None:
+        """What a caller enqueues on its stream from here on waits for the event."""
+        self._cuda.call("cudaStreamWaitEvent", stream, self.handle, 0)
 
     def synchronize(self) -> None:
         """Wait until it is reached."""

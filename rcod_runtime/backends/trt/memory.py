@@ -35,6 +35,7 @@ class Memory:
     ``tensors``: by the names of the tile graphs' tensors (``decoded`` is the decoder's image);
     ``once``: by those of the graphs that run once for an image (``thumbnail`` is what vpim sees),
     with pinned memory for each in ``once_host``; ``host``: pinned, for small tensors.
+    ``level_read``: the pinned level was copied; ``caller``: between a caller's stream and ours.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Memory:
     ) -> None:
         # One for the engines and one for each direction, so that copies overlap computing.
         self.compute, self.up, self.down = (kept(keep, Stream(cuda)) for _ in range(3))
+        self.level_read, self.caller = (kept(keep, Event(cuda)) for _ in range(2))
         sizes = {
             tensor_key(name, tensor): float_bytes(tensor.sized(batch, tile_px, tile_px))
             for name in STAGES
