@@ -212,9 +212,10 @@ class Upscaler:
 
     def warmup(self, batch: int | None = None) -> None:
         """Do now what the first image of a shape would wait for: compiling, capturing."""
-        image = np.zeros((*self._tile_lq(), 3), np.uint8)
+        height, width = self._tile_lq()
+        image = np.zeros((height, width * self._batch(batch), 3), np.uint8)  # one tile batch
         for _ in range(2):  # the first run of an engine is as it is, the second is captured
-            self(image, self.manifest.levels[0].name, batch=batch)
+            self(image, self.manifest.levels[0].name, overlap_px=0, batch=batch)
 
     def profile(self, runs: int = 10, batch: int | None = None) -> dict[str, float]:
         """Median milliseconds of encoder, denoiser and decoder for one tile batch.
