@@ -38,6 +38,7 @@ from rcod_runtime.manifest import (
     sha256_file,
 )
 from rcod_runtime.manifest import Tensor as TensorSpec
+from rcod_runtime.signature import SIGNATURE_FILE
 from rcod_train.checkpoint import CheckpointInfo, load_merged
 from rcod_train.files import written_whole
 from rcod_train.network import Parts
@@ -102,6 +103,8 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
     """
     if out.exists() and not (out / "manifest.json").is_file():
         raise OutputError(f"{out}: exists and is not a bundle. Choose another -o.")
+    if (out / SIGNATURE_FILE).exists():
+        log.warning("%s: its signature will go with it; sign the new bundle", out)
     opset = opset_of(config)
     parts, info = load_merged(checkpoint)
     if config.fold_level is not None:

@@ -18,11 +18,13 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
+from rcod_export.sign import drop_signature
 from rcod_export.trt_build import Job, Shapes
 from rcod_runtime.backends.trt.cache import cache_folder
 from rcod_runtime.backends.trt.libraries import load_cuda, load_tensorrt, operating_system, sm_of
 from rcod_runtime.bundle import Bundle, open_bundle
 from rcod_runtime.errors import BackendError, ExportError, OutputError, UsageError
+from rcod_runtime.files import write_whole
 from rcod_runtime.manifest import (
     GUIDE,
     MANIFEST_FILE,
@@ -286,11 +288,5 @@ def _entered(manifest: Manifest, engine: Engine) -> Manifest:
 
 
 def _write_manifest(folder: Path, manifest: Manifest) -> None:
-    path = folder / MANIFEST_FILE
-    partial = path.with_suffix(".partial")
-    try:
-        partial.write_text(manifest.to_json(), encoding="utf-8")
-        partial.replace(path)
-    except OSError as exc:
-        partial.unlink(missing_ok=True)
-        raise OutputError(f"{path}: could not be written ({exc.strerror or exc}).") from exc
+    write_whole(folder / MANIFEST_FILE, manifest.to_json().encode())
+    drop_signature(folder)

@@ -68,18 +68,27 @@ def verify_bundle(folder: Path) -> Iterator[str]:
     """
     bundle = open_bundle(folder)
     yield f"{len(bundle.manifest.graphs)} graphs: files are whole"
+    check_engines(bundle)
+    if bundle.manifest.engines:
+        yield f"{len(bundle.manifest.engines)} engines: files are whole"
+    for name in BACKENDS:
+        for precision in precisions(name) if installed(name) else ():
+            yield f"backend {name}: {self_test(bundle, name, precision)}"
+    yield from _loadable(bundle)
+
+
+def check_engines(bundle: Bundle) -> None:
+    """Hold every engine's file to its hash.
+
+    Raises:
+        BundleError: a file is missing, or is not the one that was built.
+    """
     for engine in bundle.manifest.engines:
         if sha256_file(bundle.path(engine.file)) != engine.sha256:
             raise HashMismatch(
                 f"{bundle.folder / engine.file}: changed after it was built. Engines are programs: "
                 "don't load it. Build it again: rcod-export engines"
             )
-    if bundle.manifest.engines:
-        yield f"{len(bundle.manifest.engines)} engines: files are whole"
-    for name in BACKENDS:
-        for precision in precisions(name) if installed(name) else ():
-            yield f"backend {name}: {self_test(bundle.folder, name, precision)}"
-    yield from _loadable(bundle)
 
 
 def _loadable(bundle: Bundle) -> Iterator[str]:

@@ -4,11 +4,12 @@
   rcod-export engines BUNDLE --sm 89 120     TensorRT engines of its graphs, into the bundle
   rcod-export inspect BUNDLE                 what its graphs are made of and cost
   rcod-export verify BUNDLE                  check files, sample and engines again
+  rcod-export sign BUNDLE --key PRIVATE.pem  an Ed25519 signature over the manifest and its hashes
 
-The bundle's path, or the report, goes to stdout. Exit codes: 0 done, 2 wrong arguments, 4 the
-bundle is damaged, 5 a backend fails its self-test, 6 output not writable, 8 the export, its
-comparison with PyTorch or a builder failed, 9 the checkpoint can't be read, 130 stopped; engines
-that were done are kept.
+The path of what was written, or the report, goes to stdout. Exit codes: 0 done, 2 wrong arguments
+or key, 4 the bundle is damaged, 5 a backend fails its self-test, 6 output not writable, 8 the
+export, its comparison with PyTorch or a builder failed, 9 the checkpoint can't be read, 130
+stopped; engines that were done are kept.
 """
 
 from __future__ import annotations
@@ -58,6 +59,17 @@ def build_parser() -> argparse.ArgumentParser:
         "--sample", type=Path, metavar="PNG", help="photo for the bundle's self-test"
     )
     _add_engines(commands)
+    sign = commands.add_parser(
+        "sign",
+        help="sign a bundle",
+        description="Check the bundle's files, then sign its manifest, which holds their hashes. "
+        "Keys: openssl genpkey -algorithm ed25519 -out private.pem; "
+        "openssl pkey -in private.pem -pubout -out public.pem",
+    )
+    sign.add_argument("bundle", type=Path, help="folder that rcod-export wrote")
+    sign.add_argument(
+        "--key", type=Path, required=True, metavar="PEM", help="Ed25519 private key, no password"
+    )
     for name, summary in (
         ("inspect", "what a bundle's graphs are made of and cost"),
         ("verify", "check a bundle's files, sample and engines again"),
@@ -188,7 +200,20 @@ def _report(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"bundle": _bundle, "engines": _engines, "inspect": _report, "verify": _report}
+def _sign(arguments: argparse.Namespace) -> int:
+    from rcod_export.sign import sign_bundle
+
+    print(sign_bundle(arguments.bundle, arguments.key))
+    return 0
+
+
+_COMMANDS = {
+    "bundle": _bundle,
+    "engines": _engines,
+    "inspect": _report,
+    "verify": _report,
+    "sign": _sign,
+}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import numpy as np
 
 from rcod_runtime.backends import Array, Backend, Session, Shapes
 from rcod_runtime.bundle import Bundle
+from rcod_runtime.checked import CheckedSession
 from rcod_runtime.errors import NonFiniteOutput, UsageError
 from rcod_runtime.manifest import GUIDE, Manifest
 
@@ -100,7 +101,11 @@ class HostChain:
         # The largest first: while it is loaded, it needs the most memory beside what is loaded.
         sizes = {name: bundle.graph_bytes(name) for name in bundle.manifest.graphs}
         self._sessions: dict[str, Session] = {
-            name: backend.load(bundle.graph_path(name))
+            name: CheckedSession(
+                backend.load(bundle.graph_path(name)),
+                bundle.graph_path(name),
+                bundle.manifest.graphs[name],
+            )
             for name in sorted(sizes, key=lambda name: -sizes[name])
         }
         self._bound: dict[str, Shapes] = {}

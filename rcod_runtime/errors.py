@@ -5,7 +5,8 @@ RcodError                     exit code
 ├── ImageError                 3   an input image or array
 ├── BundleError                4   a bundle: missing, not whole, outside its folder
 │   ├── ManifestError          4   a field of manifest.json
-│   └── HashMismatch           4   a file that is not the one the manifest speaks of
+│   ├── HashMismatch           4   a file that is not the one the manifest speaks of
+│   └── SignatureError         4   a required signature is missing, wrong, or can't be checked
 ├── BackendError               5   the library or device that runs the graphs
 │   └── NonFiniteOutput        5   NaN or Inf came out of a graph
 ├── OutputError                6   the output can't be written, or can't keep what is in the image
@@ -19,11 +20,16 @@ from __future__ import annotations
 
 import json
 
+MAX_MESSAGE = 8000
+
 
 class RcodError(Exception):
     """Base of all errors that a user, a file or a machine can cause."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return _printable(super().__str__())
 
 
 class UsageError(RcodError):
@@ -69,12 +75,18 @@ class ManifestError(BundleError):
         return ManifestError(self.field, self.expected, self.found, source, self.remedy)
 
     def __str__(self) -> str:
-        where = f'{self.source}: "{self.field}"' if self.field else self.source
-        return f"{where}: expected {self.expected}, found {_shown(self.found)}. {self.remedy}"
+        field = _cut(self.field, 200)  # keys of a hostile file
+        where = f'{self.source}: "{field}"' if field else self.source
+        text = f"{where}: expected {self.expected}, found {_shown(self.found)}. {self.remedy}"
+        return _printable(text)
 
 
 class HashMismatch(BundleError):
     """A file's bytes are not those the manifest speaks of."""
+
+
+class SignatureError(BundleError):
+    """A signature is required, and there is none that the key made for this manifest."""
 
 
 class BackendError(RcodError):
@@ -115,10 +127,20 @@ class PartialFailure(RcodError):
     exit_code = 10
 
 
+def _printable(text: str) -> str:
+    """Names in messages come from files: what would steer a terminal is shown and not sent."""
+    text = _cut(text, MAX_MESSAGE)
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
+
+
+def _cut(text: str, limit: int) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
 def _shown(value: object, limit: int = 80) -> str:
     """A value from a hostile file, on one line and not too long."""
     try:
         text = json.dumps(value, default=repr)
     except (TypeError, ValueError, RecursionError):
         text = type(value).__name__
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+    return _cut(text, limit)

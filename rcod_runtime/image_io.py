@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import io
 import logging
-import os
 import struct
-import tempfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from rcod_runtime.errors import ImageError, OutputError
+from rcod_runtime.files import read_bounded, write_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +22,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_INPUT_PIXELS = 50_000_000
+MAX_INPUT_BYTES = 2**30  # 50 million pixels of 16-bit RGBA, stored as they are, have 0.4 GB
 READ_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
+# Nothing else that Pillow knows: some of its formats run programs (EPS: Ghostscript).
+READ_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 FORMATS = {
     ".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP",
     ".tif": "TIFF", ".tiff": "TIFF", ".bmp": "BMP",
@@ -39,6 +41,8 @@ _DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError,
     OverflowError, ZeroDivisionError, MemoryError, NotImplementedError, struct.error, zlib.error,
 )  # fmt: skip
+
+_ORIENTATION = 0x0112  # EXIF
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
@@ -64,7 +68,7 @@ def read_image(path: Path | str, max_pixels: int = MAX_INPUT_PIXELS) -> Photo:
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_INPUT_BYTES)
     except FileNotFoundError as exc:
         raise ImageError(f"{path}: not found.") from exc
     except IsADirectoryError as exc:
@@ -81,7 +85,7 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
             width, height = image.size
             if width * height > max_pixels:
                 raise ImageError(
@@ -92,7 +96,8 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
                 log.warning("%s: has several frames; only the first is used", source)
             deep = _deep_colour(data, image)
             if deep is not None:
-                return Photo(deep, image.info.get("icc_profile"))
+                orientation = image.getexif().get(_ORIENTATION, 1)
+                return Photo(_upright(deep, orientation), _profile(image))
             if _is_deep_colour(image, data):
                 log.warning(
                     '%s: 16-bit colour is read at 8 bits. To keep it: pip install "rcod[opencv]"',
@@ -131,15 +136,50 @@ def _deep_colour(data: bytes, image: Image) -> Pixels | None:
         import cv2
     except ImportError:
         return None
-    decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image.format == "PNG":
+        data = _needed_chunks(data)
+    try:
+        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    except cv2.error as exc:
+        raise ValueError(str(exc)) from exc
     if decoded is None or decoded.dtype != np.uint16 or decoded.ndim != 3:
         return None
+    if decoded.shape[1::-1] != image.size:
+        raise ValueError(f"{image.size} px by one decoder, {decoded.shape[1::-1]} by another")
     order = [2, 1, 0, 3][: decoded.shape[2]]
-    return np.ascontiguousarray(decoded[:, :, order]).astype(np.uint16, copy=False)
+    return cast(Pixels, np.ascontiguousarray(decoded[:, :, order]))
+
+
+def _needed_chunks(data: bytes) -> bytes:
+    """A PNG with what its pixels need: OpenCV would make room for 4 GB if a chunk claims them, and
+    reads animations and gamma into the pixels."""
+    kept, at = [data[:8]], 8
+    while at + 12 <= len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        kind, end = data[at + 4 : at + 8], at + 12 + size
+        if end > len(data):
+            raise ValueError(f"a chunk of {size} bytes in the last {len(data) - at}")
+        if kind in (b"IHDR", b"tRNS", b"IDAT", b"IEND"):
+            kept.append(data[at:end])
+        if kind == b"IEND":
+            return b"".join(kept)
+        at = end
+    raise ValueError("its last chunk is missing")
+
+
+def _upright(pixels: Pixels, orientation: object) -> Pixels:
+    """EXIF's eight orientations, as ImageOps.exif_transpose undoes them."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return cast(Pixels, np.ascontiguousarray(pixels))
 
 
 def _converted(image: Image, source: str) -> Photo:
-    icc = image.info.get("icc_profile")
+    icc = _profile(image)
     mode = image.mode
     if mode in ("I;16", "I;16L", "I;16B", "I"):
         values = np.asarray(image)
@@ -159,6 +199,12 @@ def _converted(image: Image, source: str) -> Photo:
     if mode == "L":
         return Photo(np.asarray(image.convert("LA")), kept)
     return Photo(np.asarray(image.convert("RGBA" if has_alpha else "RGB")), kept)
+
+
+def _profile(image: Image) -> bytes | None:
+    """The colour profile; a TIFF may hold anything in its place."""
+    icc = image.info.get("icc_profile")
+    return icc if isinstance(icc, bytes) and icc else None
 
 
 def _cmyk_to_srgb(image: Image, icc: bytes | None) -> Image:
@@ -204,29 +250,7 @@ def write_image(path: Path | str, pixels: Pixels, icc: bytes | None = None) -> N
     """
     path = Path(path)
     alpha = pixels.ndim == 3 and pixels.shape[2] in (2, 4)
-    data = _encoded(pixels, check_format(path, pixels.dtype, alpha), path, icc)
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    except OSError as exc:
-        raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(path)
-    except OSError as exc:
-        raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+    write_whole(path, _encoded(pixels, check_format(path, pixels.dtype, alpha), path, icc))
 
 
 def _encoded(pixels: Pixels, format_name: str, path: Path, icc: bytes | None) -> bytes:

@@ -6,6 +6,7 @@ or a newer version is refused. Paths are POSIX, relative to the bundle, and can'
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from pathlib import Path
 from typing import Literal, cast
 
 from rcod_runtime.errors import BundleError, ManifestError
+from rcod_runtime.files import open_regular, read_bounded
 from rcod_runtime.schema import Record, parse_json, record_from_json, record_to_json
+from rcod_runtime.shapes import check_shapes
 
 VERSION = 1
 MANIFEST_FILE = "manifest.json"
@@ -22,10 +25,14 @@ MAX_MANIFEST_BYTES = 4 * 2**20  # a real one has a few kilobytes
 GRAPHS = ("encoder", "vpim", "denoiser", "decoder")
 GUIDE = "guide"  # rcod-s has it too: the image's matrices for the branches of encoder and denoiser
 MAX_GUIDE_PX = 512  # sides of what the guide looks at: the centre of a larger photo
+MAX_SIDE = 2**20  # of any tensor
+MAX_DATA_FILES = 16  # of one graph
+MAX_ENGINES = 1024
+MAX_ENGINE_BYTES = 2**35
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
-_AXIS = re.compile(r"[a-z][a-z0-9_]*(/[1-9][0-9]*)?")
+_AXIS = re.compile(r"batch|(height|width)(/[1-9][0-9]{0,3})?")
 _INPUTS = {
     "guide": {"lq"},
     "encoder": {"image"},
@@ -155,9 +162,10 @@ class Tensor(_Checked):
     def check(self) -> None:
         self.require("shape", len(self.shape) == len(self.layout), f"axes {self.layout}")
         for index, side in enumerate(self.shape):
-            good = bool(_AXIS.fullmatch(side)) if isinstance(side, str) else 1 <= side <= 2**20
-            if not good:
-                raise ManifestError(f"shape[{index}]", "a length or the name of an axis", side)
+            if not _is_side(side):
+                raise ManifestError(
+                    f"shape[{index}]", "a length, or batch, height or width or a part of them", side
+                )
 
     def sized(self, batch: int, height: int, width: int) -> tuple[int, ...]:
         """The shape with numbers for its axes: batch, height and width, or parts of them."""
@@ -165,10 +173,12 @@ class Tensor(_Checked):
         shape = []
         for axis in self.shape:
             name, _, divisor = (axis if isinstance(axis, str) else "").partition("/")
-            if name and name not in sides:
-                raise ManifestError("shape", f"the axes {', '.join(sides)}", axis)
             shape.append(sides[name] // int(divisor or 1) if isinstance(axis, str) else axis)
         return tuple(shape)
+
+
+def _is_side(side: int | str) -> bool:
+    return bool(_AXIS.fullmatch(side)) if isinstance(side, str) else 1 <= side <= MAX_SIDE
 
 
 @dataclass(frozen=True)
@@ -188,12 +198,19 @@ class Graph(_Checked):
 
     def check(self) -> None:
         self.require_file("file", self.file)
+        # Libraries tell formats by the suffix, and others come with files of their own.
+        self.require("file", self.file.endswith(".onnx"), "a file that ends in .onnx")
         self.require_sha256("sha256", self.sha256)
+        few = len(self.data_files) <= MAX_DATA_FILES and self.file not in self.data_files
+        self.require("data_files", few, f"at most {MAX_DATA_FILES} files beside {self.file}")
         for path, digest in self.data_files.items():
             self.require_file("data_files", path)
             self.require_sha256(f"data_files.{path}", digest)
         self.require_range("bytes", 1, 2**31)  # protobuf ends there
         self.require_range("opset", 17, 64)
+        for field in ("inputs", "outputs"):
+            names = [tensor.name for tensor in getattr(self, field)]
+            self.require(field, len(set(names)) == len(names), "every tensor with its own name")
 
     @property
     def content_sha256(self) -> str:
@@ -228,15 +245,18 @@ class Engine(_Checked):
         self.require_file("file", self.file)
         self.require_sha256("sha256", self.sha256)
         self.require_sha256("onnx_sha256", self.onnx_sha256)
-        self.require("bytes", self.bytes > 0, "a positive number")
+        self.require_range("bytes", 1, MAX_ENGINE_BYTES)
         self.require("graph", self.graph in _INPUTS, f"one of {', '.join(_INPUTS)}")
         self.require("sm", all(50 <= sm <= 999 for sm in self.sm), "numbers such as 89 for sm_89")
         for name, shapes in self.profile.items():
             same = len(shapes) == 3 and len({len(shape) for shape in shapes}) == 1
-            rising = same and all(0 < a <= b <= c for a, b, c in zip(*shapes, strict=True))
+            rising = same and all(
+                0 < a <= b <= c <= MAX_SIDE for a, b, c in zip(*shapes, strict=True)
+            )
             if not rising:
                 raise ManifestError(f"profile.{name}", "min <= opt <= max shapes", shapes)
-        self.require("scratch_bytes", self.scratch_bytes >= -1, "a number, or -1: not known")
+        known = -1 <= self.scratch_bytes <= MAX_ENGINE_BYTES
+        self.require("scratch_bytes", known, f"a number up to {MAX_ENGINE_BYTES}, or -1: not known")
 
 
 @dataclass(frozen=True)
@@ -312,7 +332,15 @@ class Manifest(_Checked):
             raise ManifestError("graphs", f"the graphs {', '.join(wanted)}", sorted(self.graphs))
         for name, graph in self.graphs.items():
             self._check_tensors(name, graph)
+        check_shapes(self.graphs, self.image, len(self.levels))
+        if self.sample is not None:
+            self._check_realism(self.sample.realism, names)
+        self.require("engines", len(self.engines) <= MAX_ENGINES, f"at most {MAX_ENGINES}")
         for index, engine in enumerate(self.engines):
+            if engine.graph not in self.graphs:
+                raise ManifestError(
+                    f"engines[{index}].graph", f"one of {', '.join(self.graphs)}", engine.graph
+                )
             graph = self.graphs[engine.graph]
             if engine.onnx_sha256 != graph.content_sha256:
                 raise ManifestError(
@@ -321,6 +349,13 @@ class Manifest(_Checked):
                     engine.onnx_sha256,
                     remedy="Build the engines again: rcod-export engines BUNDLE.",
                 )
+
+    def _check_realism(self, realism: str | float, names: list[str]) -> None:
+        settings = [*names, *(["adaptive"] if self.has_metric_estimator else [])]
+        good = realism in settings if isinstance(realism, str) else 0 <= realism <= 1
+        if not good:
+            expected = f"one of {', '.join(settings)}, or a number in [0, 1]"
+            raise ManifestError("sample.realism", expected, realism)
 
     def _check_tensors(self, name: str, graph: Graph) -> None:
         inputs = {tensor.name: tensor for tensor in graph.inputs}
@@ -397,27 +432,50 @@ def read_manifest(path: Path) -> Manifest:
         BundleError: the file can't be read.
         ManifestError: its content is refused.
     """
+    return parse_manifest(read_manifest_bytes(path), str(path))
+
+
+def read_manifest_bytes(path: Path) -> bytes:
+    """The file's content, at most MAX_MANIFEST_BYTES.
+
+    Raises:
+        BundleError: the file can't be read.
+        ManifestError: it is larger.
+    """
     try:
-        with path.open("rb") as file:
-            data = file.read(MAX_MANIFEST_BYTES + 1)
+        return read_bounded(path, MAX_MANIFEST_BYTES)
     except OSError as exc:
+        if exc.errno == errno.EFBIG:
+            raise ManifestError(
+                "", f"at most {MAX_MANIFEST_BYTES} bytes", "more", str(path)
+            ) from exc
         raise BundleError(
             f"{path}: can't be read ({exc.strerror}). Give the folder of a bundle, "
             f"which holds {MANIFEST_FILE}."
         ) from exc
-    if len(data) > MAX_MANIFEST_BYTES:
-        raise ManifestError("", f"at most {MAX_MANIFEST_BYTES} bytes", "more", str(path))
+
+
+def parse_manifest(data: bytes, source: str) -> Manifest:
+    """A manifest from the bytes of its file; ``source`` is named in errors.
+
+    Raises:
+        ManifestError: not UTF-8, not JSON, or a field is refused.
+    """
     try:
         text = data.decode("utf-8")
     except UnicodeDecodeError as exc:
-        raise ManifestError("", "UTF-8 text", f"byte {exc.start} that is not", str(path)) from exc
-    return Manifest.from_json(text, str(path))
+        raise ManifestError("", "UTF-8 text", f"byte {exc.start} that is not", source) from exc
+    return Manifest.from_json(text, source)
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes in lower-case hexadecimal."""
+    """SHA-256 of a regular file's bytes in lower-case hexadecimal.
+
+    Raises:
+        OSError: it can't be read, or is a pipe or a device.
+    """
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while chunk := file.read(2**20):
             digest.update(chunk)
     return digest.hexdigest()

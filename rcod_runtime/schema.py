@@ -7,6 +7,7 @@ dataclasses that derive from ``Record``. Nothing is coerced: "1" is not 1, true 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 from collections.abc import Callable
@@ -82,6 +83,12 @@ def parse_json(text: str) -> object:
 
 
 def _hints(cls: type[Record]) -> dict[str, Any]:
+    return _resolved(cast(Any, cls))  # mypy doesn't see that a class can be hashed
+
+
+@functools.cache
+def _resolved(cls: Any) -> dict[str, Any]:
+    """Looked up once for a class: a large manifest has many thousand objects."""
     return get_type_hints(cls)
 
 

@@ -2,40 +2,56 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from pathlib import Path
 
 import numpy as np
 
-from rcod_runtime.errors import BackendError
-from rcod_runtime.image_io import read_image
-from rcod_runtime.manifest import sha256_file
+from rcod_runtime.bundle import Bundle
+from rcod_runtime.errors import BackendError, BundleError
+from rcod_runtime.files import read_bounded
+from rcod_runtime.image_io import MAX_INPUT_PIXELS, Pixels, decode_image
 from rcod_runtime.upscaler import Upscaler
 
+MAX_SAMPLE_BYTES = 2**26
+MAX_SAMPLE_PIXELS = 2**20  # of the photo: the test runs twice with each backend
 MIN_BF16_PSNR_DB = 35.0  # against the fp32 sample, 8 bit
 
 
-def self_test(folder: Path, backend: str, precision: str) -> str:
+def self_test(
+    bundle: Bundle, backend: str, precision: str, require_signature: Path | None = None
+) -> str:
     """Upscale the bundle's sample and compare; returns a line for the report.
 
     Args:
         precision: fp32 is held to the manifest's largest difference, bf16 to a PSNR.
+        require_signature: public key; the bundle is opened once more for the test.
 
     Raises:
         BackendError: the image differs by more than that, or a file of the sample was changed.
     """
-    with Upscaler(folder, backend=backend, precision=precision) as upscaler:
+    with Upscaler(
+        bundle.folder, backend=backend, precision=precision, require_signature=require_signature
+    ) as upscaler:
         sample = upscaler.manifest.sample
         if sample is None:
             return f"{upscaler.backend}, loads; the bundle has no sample to test on"
-        files = {sample.lq: sample.lq_sha256, sample.sr: sample.sr_sha256}
-        for name, digest in files.items():
-            if sha256_file(folder / name) != digest:
-                raise BackendError(f"{folder / name}: the self-test's file was changed.")
-        lq, sr = (read_image(folder / name).pixels for name in files)
+        lq, sr = (
+            _sample_image(bundle.path(name), digest, max_pixels)
+            for name, digest, max_pixels in (
+                (sample.lq, sample.lq_sha256, MAX_SAMPLE_PIXELS),
+                (sample.sr, sample.sr_sha256, MAX_INPUT_PIXELS),
+            )
+        )
         upscaler(lq, realism=sample.realism)
         started = time.perf_counter()
         found = upscaler(lq, realism=sample.realism)
+        if found.shape != sr.shape:
+            raise BundleError(
+                f"{bundle.folder / sample.sr}: expected {found.shape}, as {sample.lq} upscaled "
+                f"has, found {sr.shape}. Export the bundle again."
+            )
         elapsed_ms = (time.perf_counter() - started) * 1e3
         difference = np.abs(found.astype(np.float64) - sr)
         worst = int(difference.max())
@@ -54,3 +70,14 @@ def self_test(folder: Path, backend: str, precision: str) -> str:
         return (
             f"{upscaler.backend}, self-test passed ({size} in {elapsed_ms:.0f} ms, off by {worst})"
         )
+
+
+def _sample_image(path: Path, digest: str, max_pixels: int) -> Pixels:
+    """An image of the bundle, decoded from the bytes that were checked."""
+    try:
+        data = read_bounded(path, MAX_SAMPLE_BYTES)
+    except OSError as exc:
+        raise BundleError(f"{path}: can't be read ({exc.strerror or exc}).") from exc
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise BackendError(f"{path}: the self-test's file was changed.")
+    return decode_image(data, str(path), max_pixels).pixels

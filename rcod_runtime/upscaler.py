@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -58,9 +60,14 @@ class Upscaler:
             fast and a few grey levels off; or ``auto``, bf16 where that is so, otherwise fp32. A
             GPU computes in the precision of the graphs.
         threads: compute threads, 0 for the backend's choice.
+        require_signature: PEM file of the Ed25519 public key that must have signed the bundle.
+
+    After a fork the child can't use it: the backends' threads are not there. A pickled one is made
+    again from its arguments where it is loaded, so that processes started by ``spawn`` can take it.
 
     Raises:
         BundleError: the bundle is missing, not whole, or not valid.
+        SignatureError: the bundle is not signed by the required key.
         BackendError: the backend is not installed or refuses a graph.
         UsageError: an unknown device, backend or precision.
     """
@@ -73,8 +80,18 @@ class Upscaler:
         *,
         precision: str = "auto",
         threads: int = 0,
+        require_signature: Path | str | None = None,
     ) -> None:
-        self._bundle: Bundle = open_bundle(bundle)
+        self._process = os.getpid()
+        self._bundle: Bundle = open_bundle(bundle, require_signature)
+        self._arguments: dict[str, Any] = {
+            "bundle": None if bundle is None else self._bundle.folder,
+            "device": device,
+            "backend": backend,
+            "precision": precision,
+            "threads": threads,
+            "require_signature": require_signature and Path(require_signature).absolute(),
+        }
         self._chain = open_chain(self._bundle, backend, device, precision, threads)
         self._closed = False
         log.info("backend %s", self.backend)
@@ -91,6 +108,8 @@ class Upscaler:
 
     def close(self) -> None:
         """Release the graphs. Twice is harmless; a call afterwards is an error."""
+        if os.getpid() != self._process:  # a fork's child: nothing here is its own
+            return
         self._closed = True
         self._chain.close()
 
@@ -140,8 +159,7 @@ class Upscaler:
             UsageError: an argument that can't be used; says which, and what is expected.
             NonFiniteOutput: a graph gave NaN or infinity; names graph, level and tile.
         """
-        if self._closed:
-            raise UsageError("this Upscaler is closed; make a new one.")
+        self._check_usable()
         contract = self.manifest.image
         scale = float(contract.scale) if scale is None else _checked_scale(scale)
         if colour_match not in COLOUR_MATCHES:
@@ -175,6 +193,21 @@ class Upscaler:
             restore_layout(sr, prepared, out)
         return out
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as what it was made from: graphs and threads stay in this process."""
+        if self._closed:
+            raise UsageError("this Upscaler is closed; a closed one can't be pickled.")
+        return functools.partial(type(self), **self._arguments), ()
+
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise UsageError("this Upscaler is closed; make a new one.")
+        if os.getpid() != self._process:
+            raise UsageError(
+                "this Upscaler was made before a fork, and its threads are not in this process. "
+                'Make one in each process, or start them with multiprocessing\'s "spawn".'
+            )
+
     def enqueue(
         self,
         image: Any,
@@ -202,6 +235,7 @@ class Upscaler:
             UsageError: no engines are in use, or an array can't be used; says what is expected.
             BackendError: the device refuses something.
         """
+        self._check_usable()
         run = getattr(self._chain, "enqueue_on", None)
         if run is None:
             raise UsageError(
@@ -222,6 +256,7 @@ class Upscaler:
 
         On a GPU they are measured by events on the stream that computes, without copies.
         """
+        self._check_usable()
         chain, manifest = self._chain, self.manifest
         side = self._tile_px(None)
         batch = self._batch(batch)

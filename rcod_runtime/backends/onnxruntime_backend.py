@@ -53,7 +53,10 @@ class OnnxRuntimeBackend:
 
     def load(self, path: Path) -> OnnxRuntimeSession:
         try:
-            session = ort.InferenceSession(str(path), self._options, providers=self._providers)
+            # Without its fallback: it would print to stdout and try the same provider again.
+            session = ort.InferenceSession(
+                str(path), self._options, providers=self._providers, enable_fallback=False
+            )
         except Exception as exc:  # its exceptions share no base class
             raise BackendError(f"{path}: ONNX Runtime {self.version} refused it: {exc}") from exc
         wanted, used = self._providers[0][0], session.get_providers()[0]

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import openvino as ov
+from openvino.frontend import FrontEndManager
 
 from rcod_runtime.backends import Array, Shapes
 from rcod_runtime.errors import BackendError
@@ -54,10 +55,13 @@ class OpenVinoBackend:
 
     def load(self, path: Path) -> OpenVinoSession:
         try:
-            model = self._core.read_model(path)
-        except RuntimeError as exc:
+            # The ONNX reader by name: Core.read_model would ask all readers, TensorFlow's too, to
+            # make something of a file that this one refuses.
+            reader = FrontEndManager().load_by_framework("onnx")
+            model = reader.convert(reader.load(path))
+            return OpenVinoSession(self._core, self._config, model, path)
+        except Exception as exc:  # its readers' exceptions share no base class
             raise BackendError(f"{path}: OpenVINO {self.version} refused it: {exc}") from exc
-        return OpenVinoSession(self._core, self._config, model, path)
 
 
 class OpenVinoSession:

@@ -52,6 +52,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--scale", type=float, metavar="S", help="1 to 4 (default: the bundle's, 4)")
     add("--bundle", type=Path, metavar="DIR", help="default: the embedded model")
+    add(
+        "--require-signature",
+        type=Path,
+        metavar="PEM",
+        help="Ed25519 public key that must have signed the bundle",
+    )
     add("--device", default="auto", help="auto or cpu (default: %(default)s)")
     add("--backend", choices=("auto", "openvino", "onnxruntime"), default="auto")
     add(
@@ -124,6 +130,7 @@ def _run(arguments: argparse.Namespace) -> int:
         arguments.backend,
         precision=arguments.precision,
         threads=arguments.threads,
+        require_signature=arguments.require_signature,
     ) as upscaler:
         if len(jobs) == 1:
             _one(upscaler, *jobs[0], options, show_tiles=True)

@@ -21,9 +21,9 @@ class Recorder:
         self.asked: list[list[tuple[str, dict[str, Any]]]] = []
         real = ort.InferenceSession
 
-        def session(path: str, options: Any, providers: Any) -> Any:
+        def session(path: str, options: Any, providers: Any, **rest: Any) -> Any:
             self.asked.append(providers)
-            opened = real(path, options, providers=[CPU])
+            opened = real(path, options, providers=[CPU], **rest)
             names = [name for name, _ in providers] if works else [CPU]
             monkeypatch.setattr(opened, "get_providers", lambda: names, raising=False)
             return opened

@@ -1,0 +1,73 @@
+"""Files from outside, read within bounds; files of our own, written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import BinaryIO
+
+from rcod_runtime.errors import OutputError
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading. A pipe, a socket or a device is refused and not waited for.
+
+    Raises:
+        OSError: it can't be opened, or is not a regular file; ``strerror`` says what it is.
+    """
+    # Without O_NONBLOCK, opening a pipe waits until somebody writes into it.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, flags)
+    mode = os.fstat(handle).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(handle)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "a pipe, a socket or a device, not a file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def read_bounded(path: Path, max_bytes: int) -> bytes:
+    """The content of a regular file; not more than ``max_bytes`` are ever read.
+
+    Raises:
+        OSError: it can't be read, is not a regular file, or is larger.
+    """
+    with open_regular(path) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"over the limit of {max_bytes} bytes", str(path))
+    return data
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all; an existing one is replaced.
+
+    Raises:
+        OutputError: the folder is missing or can't be written, or the disk is full.
+    """
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    except OSError as exc:
+        raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
+    partial = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.chmod(0o666 & ~_umask())
+        partial.replace(path)
+    except OSError as exc:
+        raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,102 @@
+"""The fuzzer: a small part of it as a test, what it found before, and its watchdog."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from benchmarks.corpus import image_corpus
+from benchmarks.fuzz import main, run_cases
+from benchmarks.fuzz_cases import KINDS, open_cases, outcome
+from benchmarks.mutate import with_valid_png_sums
+from rcod_runtime.errors import ImageError
+from rcod_runtime.image_io import decode_image
+
+SEED = 1
+COUNTS = {"images": 400, "bundles": 120}
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    """Decoders warn of damage, which is what they are given."""
+    logging.disable()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_input_ends_in_a_result_or_a_typed_error(kind: str, tmp_path: Path) -> None:
+    case = open_cases(kind, tmp_path)
+    results = [outcome(case, SEED, kind, number) for number in range(COUNTS[kind])]
+    found = [r for r in results if r["outcome"] == "untyped" or r["seconds"] > 5]
+    assert not found
+    kinds = {r["outcome"] for r in results}
+    expected = {"images": {"image", "ImageError"}, "bundles": {"upscaled", "ManifestError"}}
+    assert expected[kind] <= kinds  # the damage is neither harmless nor always fatal
+
+
+def test_a_case_is_made_from_its_number_alone(tmp_path: Path) -> None:
+    case = open_cases("images", tmp_path)
+    again = [outcome(case, SEED, "images", n)["outcome"] for n in (7, 3, 7, 3)]
+    assert again[:2] == again[2:]
+
+
+def test_every_format_and_mode_of_the_corpus_is_read_undamaged() -> None:
+    for name, data in image_corpus().items():
+        if name == "tiff-F":
+            with pytest.raises(ImageError, match="floating point"):
+                decode_image(data, name)
+        else:
+            assert decode_image(data, name).pixels.shape[:2] in [(24, 32), (32, 24)], name
+
+
+def test_a_png_with_wrong_sums_gets_right_ones() -> None:
+    data = image_corpus()["png-RGB"]
+    assert with_valid_png_sums(data) == data
+    changed = bytearray(data)
+    changed[19] = 33  # of the width
+    assert with_valid_png_sums(bytes(changed)) != bytes(changed)
+    assert with_valid_png_sums(data[:40])[:29] == data[:29]
+
+
+WORKER = """
+import json, os, sys, time
+for number in range(int(sys.argv[1]), int(sys.argv[2])):
+    print(json.dumps({"case": number}), flush=True)
+    if number == 1:
+        os.abort()
+    if number == 3:
+        time.sleep(60)
+    if number == 5:
+        sys.exit(9)
+    print("noise of a library")
+    print(json.dumps({"case": number, "outcome": "fine", "seconds": 6.0 * (number == 6)}))
+"""
+
+
+def test_crashes_hangs_and_slow_cases_are_recorded_and_the_run_goes_on() -> None:
+    tally = run_cases((sys.executable, "-c", WORKER), range(8), hang_s=1.5)
+    assert tally.counts == {"fine": 5, "crash": 2, "hang": 1}
+    assert [(f["case"], f["outcome"], f.get("detail")) for f in tally.findings] == [
+        (1, "crash", "SIGABRT"),
+        (3, "hang", None),
+        (5, "crash", "exit code 9"),
+        (6, "slow", None),
+    ]
+
+
+def test_the_command_prints_one_document_and_runs_single_cases(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--case", "images", "3"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["benchmark"] == "fuzz" and sum(document["images"]["counts"].values()) == 1
+    assert main(["--case", "sounds", "3"]) == 2
