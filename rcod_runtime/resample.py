@@ -32,7 +32,10 @@ class Resampler:
         ]
 
     def box(self, top: int, left: int, height: int, width: int) -> Floats:
-        """Rows top.. and columns left.. of the result -> (height, width, C) float32."""
+        """Rows top.. and columns left.. of the result -> (height, width, C) float32.
+
+        In memory the channels lie one after another, as the graphs take them.
+        """
         from PIL import Image
 
         y, x = (s / t for s, t in zip(self.source_hw, self.size_hw, strict=True))
@@ -44,11 +47,10 @@ class Resampler:
             min(region[2], float(self.source_hw[1])),
             min(region[3], float(self.source_hw[0])),
         )
-        out = np.empty((height, width, len(self._planes)), np.float32)
+        out = np.empty((len(self._planes), height, width), np.float32)
         for c, plane in enumerate(self._planes):
-            resized = plane.resize((width, height), Image.Resampling.BICUBIC, region)
-            out[:, :, c] = np.asarray(resized)
-        return out
+            out[c] = np.asarray(plane.resize((width, height), Image.Resampling.BICUBIC, region))
+        return out.transpose(1, 2, 0)
 
 
 def upsample(image: npt.NDArray[np.generic], size_hw: tuple[int, int]) -> Floats:
