@@ -12,6 +12,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from rcod_runtime.parallel import in_parallel
 from rcod_runtime.resample import Resampler
 
 ColourMatch = Literal["none", "adain", "wavelet"]
@@ -21,7 +22,7 @@ DEFAULT_COLOUR_MATCH: ColourMatch = "wavelet"
 Floats = npt.NDArray[np.float32]
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
-BAND_ROWS = 256
+BAND_ROWS = 64  # in work at once: what fits the processor's cache
 LOW_PASS_PX = 4  # of the input: what is broader than this comes from the input
 
 
@@ -51,26 +52,23 @@ def _reduced(sr: Pixels, size_hw: tuple[int, ...]) -> Floats:
 
     height, width = size_hw
     out = np.empty((height, width, sr.shape[2]), np.float32)
-    for c in range(sr.shape[2]):
-        # Row bands keep the float copy of a plane small; edges lie on whole pixels of the result.
-        for top, bottom in _bands(height, max(1, BAND_ROWS // 4)):
-            y = sr.shape[0] / height
-            first, last = int(top * y), min(sr.shape[0], int(np.ceil(bottom * y)))
+    y = sr.shape[0] / height
+
+    def reduce(rows: slice) -> None:
+        first, last = int(rows.start * y), min(sr.shape[0], int(np.ceil(rows.stop * y)))
+        box = (0, rows.start * y - first, sr.shape[1], min(rows.stop * y - first, last - first))
+        size = (width, rows.stop - rows.start)
+        for c in range(sr.shape[2]):
             plane = Image.fromarray(sr[first:last, :, c].astype(np.float32))
-            box = (0.0, top * y - first, float(sr.shape[1]), min(bottom * y - first, last - first))
-            size = (width, bottom - top)
-            out[top:bottom, :, c] = np.asarray(plane.resize(size, Image.Resampling.BOX, box))
+            out[rows, :, c] = np.asarray(plane.resize(size, Image.Resampling.BOX, box))
+
+    in_parallel(reduce, _bands(height))
     return out
 
 
-def _bands(height: int, rows: int) -> Iterator[tuple[int, int]]:
-    for top in range(0, height, rows):
-        yield top, min(height, top + rows)
-
-
-def _store(sr: Pixels, rows: slice, values: Floats) -> None:
-    limit = np.iinfo(sr.dtype).max
-    sr[rows] = np.rint(np.clip(values, 0, limit))
+def _bands(height: int) -> Iterator[slice]:
+    for top in range(0, height, BAND_ROWS):
+        yield slice(top, min(height, top + BAND_ROWS))
 
 
 def _adain(sr: Pixels, small: Floats, lq: Floats) -> None:
@@ -78,8 +76,16 @@ def _adain(sr: Pixels, small: Floats, lq: Floats) -> None:
     gain = lq.std((0, 1)) / np.maximum(small.std((0, 1)), 1e-3)
     # A flat image has no contrast to match, and a ratio of two roundings would be noise.
     gain = np.where(lq.std((0, 1)) < 1.0, 1.0, gain).astype(np.float32)
-    for top, bottom in _bands(sr.shape[0], BAND_ROWS):
-        _store(sr, slice(top, bottom), (sr[top:bottom] - mean_sr) * gain + mean_lq)
+
+    def correct(rows: slice) -> None:
+        for c in range(sr.shape[2]):
+            values = sr[rows, :, c].astype(np.float32)
+            values -= mean_sr[c]
+            values *= gain[c]
+            values += mean_lq[c]
+            _store(sr[rows, :, c], values)
+
+    in_parallel(correct, _bands(sr.shape[0]))
 
 
 def _wavelet(sr: Pixels, small: Floats, lq: Floats) -> None:
@@ -100,6 +106,19 @@ def _wavelet(sr: Pixels, small: Floats, lq: Floats) -> None:
     )
     height, width = sr.shape[:2]
     correction = Resampler(coarse, (height, width))
-    for top, bottom in _bands(height, BAND_ROWS):
-        field = correction.box(top, 0, bottom - top, width)
-        _store(sr, slice(top, bottom), sr[top:bottom] + field)
+
+    def correct(rows: slice) -> None:
+        field = correction.box(rows.start, 0, rows.stop - rows.start, width)
+        for c in range(sr.shape[2]):
+            values = field[:, :, c]
+            values += sr[rows, :, c]
+            _store(sr[rows, :, c], values)
+
+    in_parallel(correct, _bands(height))
+
+
+def _store(plane: Pixels, values: Floats) -> None:
+    """Round ``values`` into ``plane`` of the same shape; ``values`` is used up."""
+    np.clip(values, 0, np.iinfo(plane.dtype).max, out=values)
+    np.rint(values, out=values)
+    plane[:] = values
