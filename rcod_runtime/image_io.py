@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import os
 import struct
 import tempfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rcod_runtime.errors import ImageError, OutputError
+from rcod_runtime.png import encode_png
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,9 +34,10 @@ FORMATS = {
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"quality": 95},
-    "PNG": {"compress_level": 4},
     "TIFF": {"compression": "tiff_deflate"},
 }
+PARTIAL_SUFFIX = ".rcod-partial"
+_PREFIX_LENGTH = 14
 # What Pillow's decoders raise on damaged files.
 _DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError,
@@ -177,11 +181,11 @@ def _cmyk_to_srgb(image: Image, icc: bytes | None) -> Image:
     return image.convert("RGB")
 
 
-def check_format(path: Path, pixels_dtype: Any = None, alpha: bool = False) -> str:
-    """The format a suffix stands for, if it can hold such an image.
+def format_of(path: Path) -> str:
+    """The format that the suffix of a file to be written stands for.
 
     Raises:
-        OutputError: an unknown suffix, or a format that would lose alpha or depth.
+        OutputError: an unknown suffix.
     """
     format_name = FORMATS.get(path.suffix.lower())
     if format_name is None:
@@ -189,24 +193,22 @@ def check_format(path: Path, pixels_dtype: Any = None, alpha: bool = False) -> s
             f"{path}: expected a name that ends in one of {', '.join(FORMATS)}, "
             f"found {path.suffix or 'no suffix'!r}."
         )
-    if alpha and format_name in ("JPEG", "BMP"):
-        raise OutputError(f"{path}: {format_name} can't hold transparency. Write PNG or WebP.")
-    if pixels_dtype == np.uint16 and format_name not in ("PNG", "TIFF"):
-        raise OutputError(f"{path}: {format_name} can't hold 16 bits. Write PNG or TIFF.")
     return format_name
 
 
 def write_image(path: Path | str, pixels: Pixels, icc: bytes | None = None) -> None:
     """Encode by the suffix and write whole or not at all; an existing file is replaced.
 
+    The bytes go to a hidden file beside it first. A process that is killed meanwhile leaves that
+    one behind: see :func:`remove_partials`.
+
     Raises:
         OutputError: the folder is missing or can't be written, or the format can't hold the image.
     """
     path = Path(path)
-    alpha = pixels.ndim == 3 and pixels.shape[2] in (2, 4)
-    data = _encoded(pixels, check_format(path, pixels.dtype, alpha), path, icc)
+    data = encode_image(pixels, format_of(path), str(path), icc)
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        handle, name = tempfile.mkstemp(PARTIAL_SUFFIX, _partial_prefix(path), path.parent)
     except OSError as exc:
         raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
     partial = Path(name)
@@ -223,17 +225,59 @@ def write_image(path: Path | str, pixels: Pixels, icc: bytes | None = None) -> N
         partial.unlink(missing_ok=True)
 
 
+def remove_partials(paths: Iterable[Path]) -> None:
+    """Remove what killed processes left of ``paths`` while they wrote them; other files' hidden
+    parts, which a running process may be writing, stay.
+
+    Raises:
+        OutputError: one can't be removed.
+    """
+    prefixes: dict[Path, set[str]] = {}
+    for path in paths:
+        prefixes.setdefault(path.parent, set()).add(_partial_prefix(path))
+    for folder, expected in prefixes.items():
+        for partial in folder.glob(f".*{PARTIAL_SUFFIX}"):
+            if partial.name[:_PREFIX_LENGTH] in expected:
+                try:
+                    partial.unlink(missing_ok=True)
+                except OSError as exc:
+                    raise OutputError(
+                        f"{partial}: left by a process that was killed; can't be removed "
+                        f"({exc.strerror or exc})."
+                    ) from exc
+
+
+def _partial_prefix(path: Path) -> str:
+    # Not the name itself: a long one would become longer than file systems take.
+    return f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[: _PREFIX_LENGTH - 2]}."
+
+
 def _umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
 
 
-def _encoded(pixels: Pixels, format_name: str, path: Path, icc: bytes | None) -> bytes:
+def encode_image(pixels: Pixels, format_name: str, target: str, icc: bytes | None = None) -> bytes:
+    """The content of an image file; ``target`` names it in messages.
+
+    Args:
+        pixels: as in Photo.
+        format_name: a value of FORMATS.
+
+    Raises:
+        OutputError: the format can't hold the image's alpha, depth or size.
+    """
     from PIL import Image
 
+    if pixels.ndim == 3 and pixels.shape[2] in (2, 4) and format_name in ("JPEG", "BMP"):
+        raise OutputError(f"{target}: {format_name} can't hold transparency. Write PNG or WebP.")
+    if pixels.dtype == np.uint16 and format_name not in ("PNG", "TIFF"):
+        raise OutputError(f"{target}: {format_name} can't hold 16 bits. Write PNG or TIFF.")
+    if format_name == "PNG":
+        return encode_png(pixels, icc)
     if pixels.dtype == np.uint16 and pixels.ndim == 3:
-        return _encoded_deep(pixels, path)
+        return _encoded_deep_tiff(pixels, target)
     options = dict(SAVE_OPTIONS.get(format_name, {}))
     if icc and format_name != "BMP":
         options["icc_profile"] = icc
@@ -241,22 +285,23 @@ def _encoded(pixels: Pixels, format_name: str, path: Path, icc: bytes | None) ->
     try:
         Image.fromarray(pixels).save(buffer, format_name, **options)
     except (OSError, ValueError, struct.error) as exc:
-        raise OutputError(f"{path}: can't be encoded as {format_name} ({exc}).") from exc
+        raise OutputError(f"{target}: can't be encoded as {format_name} ({exc}).") from exc
     return buffer.getvalue()
 
 
-def _encoded_deep(pixels: Pixels, path: Path) -> bytes:
+def _encoded_deep_tiff(pixels: Pixels, target: str) -> bytes:
     """16-bit colour, which Pillow can't write."""
     try:
         import cv2
     except ImportError as exc:
         raise OutputError(
-            f'{path}: writing 16-bit colour needs OpenCV: pip install "rcod[opencv]"'
+            f"{target}: a TIFF of 16-bit colour needs OpenCV, a PNG doesn't. "
+            'pip install "rcod[opencv]"'
         ) from exc
     if pixels.shape[2] == 2:
-        raise OutputError(f"{path}: 16-bit grey with alpha can't be written. Use RGBA.")
+        raise OutputError(f"{target}: TIFF can't hold 16-bit grey with alpha. Write PNG.")
     order = [2, 1, 0, 3][: pixels.shape[2]]
-    good, data = cv2.imencode(path.suffix.lower(), np.ascontiguousarray(pixels[:, :, order]))
+    good, data = cv2.imencode(".tiff", np.ascontiguousarray(pixels[:, :, order]))
     if not good:
-        raise OutputError(f"{path}: can't be encoded.")
+        raise OutputError(f"{target}: can't be encoded.")
     return bytes(data)
