@@ -1,9 +1,9 @@
-"""Work on several parts of an image at once."""
+"""Parts of an image: bands of rows, and work on several at once."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -11,6 +11,12 @@ Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 MAX_THREADS = 4  # memory traffic, not arithmetic, is the limit of such work
+
+
+def row_bands(height: int, rows: int = 64) -> Iterator[slice]:
+    """All rows, from top to bottom, some at a time: few enough for the processor's cache."""
+    for top in range(0, height, rows):
+        yield slice(top, min(height, top + rows))
 
 
 def in_parallel(work: Callable[[Part], Result], parts: Iterable[Part]) -> list[Result]:

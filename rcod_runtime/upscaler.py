@@ -172,6 +172,8 @@ class Upscaler:
                 f"the result would have {width} x {height} px; the limit is "
                 f"{MAX_OUTPUT_PIXELS / 1e6:g} million pixels. Cut the image into parts."
             )
+        if out is not None and np.may_share_memory(image, out):  # at scale 1: still to be read
+            prepared = prepare_image(image.copy())
         out = _checked_out(out, (height, width, *image.shape[2:]), image.dtype)
         tile_px = contract.tile_px if tile_px is None else tile_px
         overlap_px = min(contract.overlap_px, tile_px // 2) if overlap_px is None else overlap_px
@@ -185,7 +187,7 @@ class Upscaler:
         direct = out.ndim == 3 and out.shape[2] == 3
         sr = out if direct else np.empty((height, width, 3), image.dtype)
         job.run(sr, weights, str(realism), progress)
-        match_colour(sr, prepared.lq * (np.iinfo(sr.dtype).max / 255.0), colour_match)
+        match_colour(sr, prepared.lq, colour_match)
         if not direct:
             restore_layout(sr, prepared, out)
         return out
@@ -224,8 +226,8 @@ class _Job:
     def __init__(self, upscaler: Upscaler, image: Prepared, plan: TilePlan, batch: int) -> None:
         self.upscaler, self.plan = upscaler, plan
         self.batch = min(batch, plan.count)
-        self.lq = image.lq
-        self.resampler = Resampler(image.lq, (plan.y.length_px, plan.x.length_px))
+        self.image = image
+        self.resampler = Resampler(image.lq, (plan.y.length_px, plan.x.length_px), image.unit)
         self.tokens: Array | None = None
         self.window = guide_window(image.lq) if upscaler.manifest.is_guided else None
         self.guided: dict[str, Array] = {}  # what the guide says of the image, for every tile
@@ -289,7 +291,8 @@ class _Job:
         self.upscaler._bind(self.batch, tile_hw, self.window)
         if self.tokens is None:
             side = self.upscaler.manifest.image.tokens_px
-            small = resize_for_tokens(self.lq, side).transpose(2, 0, 1)[None] / 127.5 - 1.0
+            small = resize_for_tokens(self.image.lq, side, self.image.unit)
+            small = small.transpose(2, 0, 1)[None] / 127.5 - 1.0
             feeds = {"image": np.ascontiguousarray(small, np.float32)}
             tokens = self.upscaler._run("vpim", feeds)["tokens"]
             _check_finite(tokens, "vpim", "any", None)

@@ -190,6 +190,12 @@ def test_out_is_filled_and_returned(upscaler: Upscaler, photo: Photo) -> None:
     np.testing.assert_array_equal(upscaler(rgba, out=strided), upscaler(rgba))
 
 
+def test_an_image_may_be_replaced_by_its_own_result(upscaler: Upscaler, photo: Photo) -> None:
+    lq = photo(200, 150)
+    expected = upscaler(lq, scale=1)
+    np.testing.assert_array_equal(upscaler(lq, scale=1, out=lq), expected)
+
+
 def test_the_same_input_gives_the_same_bytes(upscaler: Upscaler, photo: Photo) -> None:
     lq = photo(60, 50)
     first = upscaler(lq, 0.3)
