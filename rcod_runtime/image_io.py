@@ -75,8 +75,6 @@ def read_image(path: Path | str, max_pixels: int = MAX_INPUT_PIXELS) -> Photo:
         raise ImageError(f"{path}: expected an image file, found a folder.") from exc
     except OSError as exc:
         raise ImageError(f"{path}: can't be read ({exc.strerror or exc}).") from exc
-    if not data:
-        raise ImageError(f"{path}: expected an image, found an empty file.")
     return decode_image(data, str(path), max_pixels)
 
 
@@ -84,6 +82,8 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
     """The same for the content of a file; ``source`` names it in messages."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    if not data:
+        raise ImageError(f"{source}: expected an image, found an empty file.")
     try:
         with Image.open(io.BytesIO(data)) as image:
             width, height = image.size

@@ -15,6 +15,7 @@ Exit codes: 0 all written, 2 wrong arguments, 3 an input image, 4 the bundle, 5 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import os
 import signal
@@ -102,6 +103,8 @@ class Terminated(BaseException):
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``rcod-upscale``; returns the exit code."""
     arguments = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names are bytes
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
         with _sigterm_raises():
