@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from rcod_runtime.cli.files import STREAM, Task
 from rcod_runtime.cli.report import Record, Report
@@ -58,8 +59,11 @@ def run_tasks(
         PartialFailure: some of several images failed; each was reported.
         RcodError: why the only image failed, or what is wrong for all of them.
     """
-    unit, form = ("image", IMAGES_BAR) if several else ("tile", None)
-    with tqdm(total=len(tasks), unit=unit, bar_format=form, disable=None, leave=several) as bar:
+    unit, form = (" images", IMAGES_BAR) if several else (" tiles", None)
+    with (
+        logging_redirect_tqdm(),
+        tqdm(total=len(tasks), unit=unit, bar_format=form, disable=None, leave=several) as bar,
+    ):
         run = _Run(upscaler, options, report, bar, several)
         if not several:
             run.do(tasks[0])  # in this thread, where Ctrl-C ends even the wait for stdin
