@@ -11,6 +11,8 @@ from rcod_runtime.parallel import row_bands
 
 Floats = npt.NDArray[np.float32]
 
+TOKEN_BAND_ROWS = 256  # of the image, in work at once
+
 
 class Resampler:
     """Resizes one image to one size, box by box; equal to the crop of the whole result.
@@ -68,6 +70,6 @@ def resize_for_tokens(image: npt.NDArray[np.generic], side_px: int, unit: float 
     """The whole image squashed to a square, antialiased: (H, W, C) -> (S, S, C) float32."""
     resampler = Resampler(image, (side_px, side_px), unit)
     out = np.empty((side_px, side_px, image.shape[2]), np.float32)
-    for rows in row_bands(side_px):
+    for rows in row_bands(side_px, max(1, TOKEN_BAND_ROWS * side_px // image.shape[0])):
         out[rows] = resampler.box(rows.start, 0, rows.stop - rows.start, side_px)
     return out
