@@ -176,6 +176,8 @@ class Upscaler:
                 f"the result would have {width} x {height} px; the limit is "
                 f"{MAX_OUTPUT_PIXELS / 1e6:g} million pixels. Cut the image into parts."
             )
+        if out is not None and np.may_share_memory(image, out):  # at scale 1: still to be read
+            prepared = prepare_image(image.copy())
         out = _checked_out(out, (height, width, *image.shape[2:]), image.dtype)
         tile_px = self._tile_px(tile_px)
         overlap_px = min(contract.overlap_px, tile_px // 2) if overlap_px is None else overlap_px
@@ -188,7 +190,7 @@ class Upscaler:
         direct = out.ndim == 3 and out.shape[2] == 3
         sr = out if direct else np.empty((height, width, 3), image.dtype)
         job.run(sr, weights, str(realism), progress)
-        match_colour(sr, prepared.lq * (np.iinfo(sr.dtype).max / 255.0), colour_match)
+        match_colour(sr, prepared.lq, colour_match)
         if not direct:
             restore_layout(sr, prepared, out)
         return out
@@ -310,8 +312,9 @@ class _Job:
     ) -> None:
         self.chain, self.manifest, self.plan = chain, manifest, plan
         self.batch = max(chain.batches[0], min(batch, plan.count))
-        self.resampler = Resampler(image.lq, (plan.y.length_px, plan.x.length_px))
-        small = resize_for_tokens(image.lq, manifest.image.tokens_px).transpose(2, 0, 1)[None]
+        self.resampler = Resampler(image.lq, (plan.y.length_px, plan.x.length_px), image.unit)
+        small = resize_for_tokens(image.lq, manifest.image.tokens_px, image.unit)
+        small = small.transpose(2, 0, 1)[None]
         self.feed = ImageFeed(
             self.batch,
             (plan.y.tile_px, plan.x.tile_px),

@@ -16,7 +16,7 @@ Array = npt.NDArray[np.float32]
 Shapes = Mapping[str, tuple[int, ...]]
 BackendName = Literal["openvino", "onnxruntime"]
 BACKENDS: tuple[BackendName, ...] = ("openvino", "onnxruntime")  # in the order of preference
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
 class Session(Protocol):

@@ -9,6 +9,8 @@ import onnxruntime as ort
 import pytest
 
 from rcod_runtime import Upscaler
+from rcod_runtime.backends.choice import CHOICES
+from rcod_runtime.cli.upscale import BACKENDS
 from rcod_runtime.errors import BackendError, EngineMismatch, UsageError
 
 CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
@@ -30,6 +32,10 @@ class Recorder:
 
         monkeypatch.setattr(ort, "InferenceSession", session)
         monkeypatch.setattr(ort, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
+
+
+def test_the_command_offers_every_backend() -> None:
+    assert BACKENDS == CHOICES
 
 
 @pytest.mark.parametrize(
