@@ -24,6 +24,7 @@ def main(family: str, folder: Path) -> int:
     if family == "rcod-s":
         layout = RCOD_S
         parts.guide, parts.mem = Guide(), GuidedMem()
+        torch.nn.init.constant_(parts.mem.mlp[0].bias, 0.5)  # opens its ReLU
         for network in (parts.vae, parts.unet):
             parts.guide.add_branches(network)
             for name, parameter in network.named_parameters():

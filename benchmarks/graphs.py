@@ -29,7 +29,7 @@ def graph_stages(
     """
     bundle = open_bundle(bundle_path)
     contract = bundle.manifest.image
-    backend = choose(backend_name, "cpu", precision, threads)
+    backend = choose(backend_name, precision, threads)
     size_hw = (lq.shape[0] * contract.scale, lq.shape[1] * contract.scale)
     calls: dict[str, Callable[[], object]] = {}
 

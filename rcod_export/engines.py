@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import signal
 import subprocess
 import sys
@@ -20,16 +19,11 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from rcod_export.sign import drop_signature
-from rcod_export.trt_build import (
-    BuildRefused,
-    Job,
-    Shapes,
-    load_library,
-    operating_system,
-    sm_here,
-)
+from rcod_export.trt_build import Job, Shapes
+from rcod_runtime.backends.trt.cache import cache_folder
+from rcod_runtime.backends.trt.libraries import load_cuda, load_tensorrt, operating_system, sm_of
 from rcod_runtime.bundle import Bundle, open_bundle
-from rcod_runtime.errors import ExportError, OutputError, UsageError
+from rcod_runtime.errors import BackendError, ExportError, OutputError, UsageError
 from rcod_runtime.files import write_whole
 from rcod_runtime.manifest import (
     GUIDE,
@@ -45,12 +39,6 @@ log = logging.getLogger(__name__)
 
 LOG_LINES_SHOWN = 8
 MIN_GUIDE_PX = 16
-
-
-def cache_folder() -> Path:
-    """Logs and timing caches of builds; they belong to this machine, not into the bundle."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "rcod"
 
 
 @dataclass(frozen=True)
@@ -95,9 +83,9 @@ def build_engines(folder: Path, config: EngineConfig) -> Manifest:
     """
     bundle = open_bundle(folder)
     try:
-        version = str(load_library(config.target).__version__)
-        sms = config.sms if config.target == "tensorrt-rtx" else (sm_here(),)
-    except BuildRefused as exc:
+        version = str(load_tensorrt(config.target).__version__)
+        sms = config.sms if config.target == "tensorrt-rtx" else (sm_of(load_cuda(), 0),)
+    except BackendError as exc:
         raise ExportError(str(exc)) from exc
     config = dataclasses.replace(config, sms=sms)
     _check(bundle, config)
@@ -106,7 +94,7 @@ def build_engines(folder: Path, config: EngineConfig) -> Manifest:
         manifest.graphs.items(), desc=config.target, unit="engine", dynamic_ncols=True
     ) as bar:
         for name, graph in bar:
-            wanted = _wanted(manifest, name, graph, config, version)
+            wanted = planned_engine(manifest, name, graph, config, version)
             reason = _out_of_date(bundle.folder, manifest, wanted)
             if reason is None:
                 log.info("%s: up to date", wanted.file)
@@ -129,7 +117,7 @@ def _check(bundle: Bundle, config: EngineConfig) -> None:
         raise UsageError(f"tile {config.tile_px} px: expected a multiple of {multiple}.")
 
 
-def _wanted(
+def planned_engine(
     manifest: Manifest, name: str, graph: Graph, config: EngineConfig, version: str
 ) -> Engine:
     """The manifest's entry of an engine as it should be; hash and sizes come with the build."""

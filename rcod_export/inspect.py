@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rcod_export.cost import GPUS, Cost, measure_cost
-from rcod_export.trt_build import BuildRefused, load_library, operating_system, sm_here
 from rcod_runtime.backends import BACKENDS, installed, precisions
+from rcod_runtime.backends.trt.engines import obstacle
 from rcod_runtime.bundle import Bundle, open_bundle
 from rcod_runtime.errors import HashMismatch
-from rcod_runtime.manifest import Engine, Precision, sha256_file
+from rcod_runtime.manifest import Precision, sha256_file
 from rcod_runtime.selftest import self_test
 
 NODE_KINDS_SHOWN = 12
@@ -93,19 +93,5 @@ def check_engines(bundle: Bundle) -> None:
 
 def _loadable(bundle: Bundle) -> Iterator[str]:
     for engine in bundle.manifest.engines:
-        obstacle = _obstacle(engine)
-        yield f"{engine.file}: {'loads here' if obstacle is None else 'not here, ' + obstacle}"
-
-
-def _obstacle(engine: Engine) -> str | None:
-    """Why this machine can't load an engine, by its entry; nothing is loaded."""
-    if engine.os != operating_system():
-        return f"built for {engine.os}, this is {operating_system()}"
-    try:
-        version = str(load_library(engine.target).__version__)
-        if version != engine.version:
-            return f"built by {engine.target} {engine.version}, {version} is installed"
-        sm = sm_here()
-    except BuildRefused as exc:
-        return str(exc)
-    return None if sm in engine.sm else f"built for sm {engine.sm}, this GPU has {sm}"
+        reason = obstacle(engine)
+        yield f"{engine.file}: {'fits this machine' if reason is None else 'not here, ' + reason}"

@@ -7,19 +7,15 @@ result or an error. The builder's log goes to stderr.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-import platform
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
-INSTALL_LINES = {
-    "tensorrt": 'pip install "rcod[tensorrt]"',
-    "tensorrt-rtx": 'pip install "rcod[tensorrt-rtx]"',
-}
+from rcod_runtime.backends.trt.libraries import load_cuda, load_tensorrt, sm_of
+from rcod_runtime.errors import BackendError
+
 Shapes = dict[str, tuple[tuple[int, ...], ...]]
 ACTIVATION_LINE = "Total Activation Memory: "  # the builder says it; no API does without a GPU
 
@@ -44,26 +40,6 @@ class BuildRefused(Exception):
     """The library refused something; the message says what."""
 
 
-def load_library(target: str) -> Any:
-    """The module of a target: tensorrt (10, 11) or tensorrt_rtx.
-
-    Raises:
-        BuildRefused: not installed; says the pip line.
-    """
-    try:
-        return importlib.import_module(MODULES[target])
-    except ImportError as exc:
-        raise BuildRefused(
-            f"target {target}: the package {MODULES[target]} is missing or can't be loaded "
-            f"({exc}). {INSTALL_LINES[target]}"
-        ) from exc
-
-
-def operating_system() -> str:
-    """The platform an engine is tied to, e.g. linux-x86_64."""
-    return f"{platform.system().lower()}-{platform.machine().lower()}"
-
-
 def build(job: Job) -> dict[str, Any]:
     """Build the engine and write it to ``job.out``.
 
@@ -72,8 +48,9 @@ def build(job: Job) -> dict[str, Any]:
 
     Raises:
         BuildRefused: the library refuses the graph or a setting.
+        BackendError: the library or the GPU it needs is missing.
     """
-    trt = load_library(job.target)
+    trt = load_tensorrt(job.target)
     log = _logger(trt)
     builder = trt.Builder(log)
     network = builder.create_network(_network_flags(trt))
@@ -126,7 +103,7 @@ def _configure(trt: Any, builder: Any, network: Any, config: Any, job: Job) -> l
         }[job.hardware_compatibility]
     config.progress_monitor = _progress(trt)
     if job.target != "tensorrt-rtx":
-        return [sm_here()]
+        return [sm_of(load_cuda(), 0)]
     config.num_compute_capabilities = len(job.sms)
     for index, sm in enumerate(job.sms):
         capability = getattr(trt.ComputeCapability, f"SM{sm}", None)
@@ -152,32 +129,6 @@ def _network_flags(trt: Any) -> int:
     """Strongly typed: the only typing both majors share, and version 11's only one."""
     flag = getattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
-
-
-def sm_here() -> int:
-    """Compute capability of this machine's GPU, e.g. 89.
-
-    Raises:
-        BuildRefused: no GPU, no driver, or no cuda-bindings.
-    """
-    try:
-        from cuda.bindings import runtime
-    except ImportError as exc:
-        raise BuildRefused(
-            f"cuda-bindings is missing ({exc}). {INSTALL_LINES['tensorrt']}"
-        ) from exc
-    error, device = runtime.cudaGetDevice()
-    if int(error) != 0:
-        raise BuildRefused(f"no GPU answers here ({error.name})")
-    names = runtime.cudaDeviceAttr
-    values = [
-        runtime.cudaDeviceGetAttribute(name, device)[1]
-        for name in (
-            names.cudaDevAttrComputeCapabilityMajor,
-            names.cudaDevAttrComputeCapabilityMinor,
-        )
-    ]
-    return int(10 * values[0] + values[1])
 
 
 def _accepted(answer: bool | None, what: str) -> None:
@@ -240,7 +191,7 @@ def main(path: str) -> int:
     job = Job(**{name: raw[name] for name in names})
     try:
         say(result=build(job))
-    except BuildRefused as exc:
+    except (BuildRefused, BackendError) as exc:
         say(error=str(exc))
         return 1
     except OSError as exc:

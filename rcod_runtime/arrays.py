@@ -10,7 +10,8 @@ import numpy.typing as npt
 
 from rcod_runtime.errors import UsageError
 from rcod_runtime.manifest import MAX_GUIDE_PX
-from rcod_runtime.resample import upsample
+from rcod_runtime.parallel import row_bands
+from rcod_runtime.resample import Resampler
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
@@ -19,12 +20,17 @@ GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)  # of R, G, B in luma
 
 @dataclass(frozen=True)
 class Prepared:
-    """An input image. ``lq`` is (H, W, 3) float32 in 0..255 whatever the depth."""
+    """An input image, without copies of the user's array. ``lq`` is (H, W, 3) in its own dtype."""
 
-    lq: npt.NDArray[np.float32]
+    lq: Pixels
     alpha: Pixels | None  # (H, W, 1)
     grey: bool
     dtype: np.dtype[Any]
+
+    @property
+    def unit(self) -> float:
+        """Factor from values of ``lq`` to 0..255."""
+        return 255.0 / np.iinfo(self.dtype).max
 
 
 def prepare_image(image: npt.NDArray[Any]) -> Prepared:
@@ -51,10 +57,7 @@ def prepare_image(image: npt.NDArray[Any]) -> Prepared:
         raise UsageError(f"image: expected at least one pixel, found shape {image.shape}.")
     planes = image.reshape(*image.shape[:2], channels)
     grey = channels <= 2
-    colour = np.repeat(planes[:, :, :1], 3, axis=2) if grey else planes[:, :, :3]
-    lq = colour.astype(np.float32)
-    if image.dtype == np.uint16:
-        lq *= np.float32(255.0 / 65535.0)
+    lq = np.broadcast_to(planes[:, :, :1], (*image.shape[:2], 3)) if grey else planes[:, :, :3]
     alpha = planes[:, :, -1:] if channels in (2, 4) else None
     return Prepared(lq, alpha, grey, image.dtype)
 
@@ -65,18 +68,23 @@ def restore_layout(sr: Pixels, source: Prepared, out: Pixels) -> None:
     if not np.shares_memory(planes, out):  # a strided view: fill it channel by channel instead
         planes = out if out.ndim == 3 else out[:, :, None]
     colours = 1 if source.grey else 3
-    if source.grey:
-        planes[:, :, 0] = np.rint(sr @ GREY_WEIGHTS)
-    else:
-        planes[:, :, :colours] = sr
+    height, width = out.shape[:2]
     if source.alpha is not None:
-        alpha = upsample(source.alpha, (out.shape[0], out.shape[1]))[:, :, 0]
-        planes[:, :, colours] = np.rint(np.clip(alpha, 0, np.iinfo(out.dtype).max))
+        upsampled = Resampler(source.alpha, (height, width))
+    for rows in row_bands(height):
+        if source.grey:
+            planes[rows, :, 0] = np.rint(sr[rows] @ GREY_WEIGHTS)
+        else:
+            planes[rows, :, :3] = sr[rows]
+        if source.alpha is not None:
+            alpha = upsampled.box(rows.start, 0, rows.stop - rows.start, width)[:, :, 0]
+            planes[rows, :, colours] = np.rint(np.clip(alpha, 0, np.iinfo(out.dtype).max))
 
 
-def guide_window(lq: npt.NDArray[np.float32] | npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """What the guide of rcod-s looks at: lq (H, W, 3) in 0..255 -> (1, 3, h, w) in [0, 1], the
-    centre of at most MAX_GUIDE_PX a side."""
+def guide_window(lq: npt.NDArray[np.float32] | Pixels) -> npt.NDArray[np.float32]:
+    """What the guide of rcod-s looks at: lq (H, W, 3) -> (1, 3, h, w) in [0, 1], the centre of at
+    most MAX_GUIDE_PX a side. Floats are in 0..255."""
     top, left = (max(0, side - MAX_GUIDE_PX) // 2 for side in lq.shape[:2])
     window = lq[top : top + MAX_GUIDE_PX, left : left + MAX_GUIDE_PX]
-    return np.ascontiguousarray(window.transpose(2, 0, 1)[None] / 255.0, np.float32)
+    limit = 65535.0 if lq.dtype == np.uint16 else 255.0
+    return np.ascontiguousarray(window.transpose(2, 0, 1)[None] / limit, np.float32)

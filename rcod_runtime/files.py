@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
 from rcod_runtime.errors import OutputError
+
+PARTIAL_SUFFIX = ".rcod-partial"
+_PREFIX_LENGTH = 14
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -36,9 +41,12 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
     Raises:
         OSError: it can't be read, is not a regular file, or is larger.
     """
+    data = b""
     with open_regular(path) as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
+        large = os.fstat(file.fileno()).st_size > max_bytes
+        if not large:
+            data = file.read(max_bytes + 1)  # it may grow meanwhile
+    if large or len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"over the limit of {max_bytes} bytes", str(path))
     return data
 
@@ -50,7 +58,7 @@ def write_whole(path: Path, data: bytes) -> None:
         OutputError: the folder is missing or can't be written, or the disk is full.
     """
     try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        handle, name = tempfile.mkstemp(PARTIAL_SUFFIX, _partial_prefix(path), path.parent)
     except OSError as exc:
         raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
     partial = Path(name)
@@ -65,6 +73,33 @@ def write_whole(path: Path, data: bytes) -> None:
         raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partials(paths: Iterable[Path]) -> None:
+    """Remove what killed processes left of ``paths`` while they wrote them; other files' hidden
+    parts, which a running process may be writing, stay.
+
+    Raises:
+        OutputError: one can't be removed.
+    """
+    prefixes: dict[Path, set[str]] = {}
+    for path in paths:
+        prefixes.setdefault(path.parent, set()).add(_partial_prefix(path))
+    for folder, expected in prefixes.items():
+        for partial in folder.glob(f".*{PARTIAL_SUFFIX}"):
+            if partial.name[:_PREFIX_LENGTH] in expected:
+                try:
+                    partial.unlink(missing_ok=True)
+                except OSError as exc:
+                    raise OutputError(
+                        f"{partial}: left by a process that was killed; can't be removed "
+                        f"({exc.strerror or exc})."
+                    ) from exc
+
+
+def _partial_prefix(path: Path) -> str:
+    # Not the name itself: a long one would become longer than file systems take.
+    return f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[: _PREFIX_LENGTH - 2]}."
 
 
 def _umask() -> int:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from rcod_runtime.errors import ImageError, OutputError
 from rcod_runtime.files import read_bounded, write_whole
+from rcod_runtime.png import encode_png
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,7 +36,6 @@ FORMATS = {
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
     "WEBP": {"quality": 95},
-    "PNG": {"compress_level": 4},
     "TIFF": {"compression": "tiff_deflate"},
 }
 # What Pillow's decoders raise on damaged files.
@@ -79,8 +79,6 @@ def read_image(path: Path | str, max_pixels: int = MAX_INPUT_PIXELS) -> Photo:
         raise ImageError(f"{path}: expected an image file, found a folder.") from exc
     except OSError as exc:
         raise ImageError(f"{path}: can't be read ({exc.strerror or exc}).") from exc
-    if not data:
-        raise ImageError(f"{path}: expected an image, found an empty file.")
     return decode_image(data, str(path), max_pixels)
 
 
@@ -88,6 +86,8 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
     """The same for the content of a file; ``source`` names it in messages."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
+    if not data:
+        raise ImageError(f"{source}: expected an image, found an empty file.")
     try:
         with Image.open(io.BytesIO(data), formats=READ_FORMATS) as image:
             width, height = image.size
@@ -244,11 +244,11 @@ def _cmyk_to_srgb(image: Image, icc: bytes | None) -> Image:
     return image.convert("RGB")
 
 
-def check_format(path: Path, pixels_dtype: Any = None, alpha: bool = False) -> str:
-    """The format a suffix stands for, if it can hold such an image.
+def format_of(path: Path) -> str:
+    """The format that the suffix of a file to be written stands for.
 
     Raises:
-        OutputError: an unknown suffix, or a format that would lose alpha or depth.
+        OutputError: an unknown suffix.
     """
     format_name = FORMATS.get(path.suffix.lower())
     if format_name is None:
@@ -256,29 +256,42 @@ def check_format(path: Path, pixels_dtype: Any = None, alpha: bool = False) -> s
             f"{path}: expected a name that ends in one of {', '.join(FORMATS)}, "
             f"found {path.suffix or 'no suffix'!r}."
         )
-    if alpha and format_name in ("JPEG", "BMP"):
-        raise OutputError(f"{path}: {format_name} can't hold transparency. Write PNG or WebP.")
-    if pixels_dtype == np.uint16 and format_name not in ("PNG", "TIFF"):
-        raise OutputError(f"{path}: {format_name} can't hold 16 bits. Write PNG or TIFF.")
     return format_name
 
 
 def write_image(path: Path | str, pixels: Pixels, icc: bytes | None = None) -> None:
     """Encode by the suffix and write whole or not at all; an existing file is replaced.
 
+    The bytes go to a hidden file beside it first. A process that is killed meanwhile leaves that
+    one behind: see :func:`remove_partials`.
+
     Raises:
         OutputError: the folder is missing or can't be written, or the format can't hold the image.
     """
     path = Path(path)
-    alpha = pixels.ndim == 3 and pixels.shape[2] in (2, 4)
-    write_whole(path, _encoded(pixels, check_format(path, pixels.dtype, alpha), path, icc))
+    write_whole(path, encode_image(pixels, format_of(path), str(path), icc))
 
 
-def _encoded(pixels: Pixels, format_name: str, path: Path, icc: bytes | None) -> bytes:
+def encode_image(pixels: Pixels, format_name: str, target: str, icc: bytes | None = None) -> bytes:
+    """The content of an image file; ``target`` names it in messages.
+
+    Args:
+        pixels: as in Photo.
+        format_name: a value of FORMATS.
+
+    Raises:
+        OutputError: the format can't hold the image's alpha, depth or size.
+    """
     from PIL import Image
 
+    if pixels.ndim == 3 and pixels.shape[2] in (2, 4) and format_name in ("JPEG", "BMP"):
+        raise OutputError(f"{target}: {format_name} can't hold transparency. Write PNG or WebP.")
+    if pixels.dtype == np.uint16 and format_name not in ("PNG", "TIFF"):
+        raise OutputError(f"{target}: {format_name} can't hold 16 bits. Write PNG or TIFF.")
+    if format_name == "PNG":
+        return encode_png(pixels, icc)
     if pixels.dtype == np.uint16 and pixels.ndim == 3:
-        return _encoded_deep(pixels, path)
+        return _encoded_deep_tiff(pixels, target)
     options = dict(SAVE_OPTIONS.get(format_name, {}))
     if icc and format_name != "BMP":
         options["icc_profile"] = icc
@@ -286,22 +299,23 @@ def _encoded(pixels: Pixels, format_name: str, path: Path, icc: bytes | None) ->
     try:
         Image.fromarray(pixels).save(buffer, format_name, **options)
     except (OSError, ValueError, struct.error) as exc:
-        raise OutputError(f"{path}: can't be encoded as {format_name} ({exc}).") from exc
+        raise OutputError(f"{target}: can't be encoded as {format_name} ({exc}).") from exc
     return buffer.getvalue()
 
 
-def _encoded_deep(pixels: Pixels, path: Path) -> bytes:
+def _encoded_deep_tiff(pixels: Pixels, target: str) -> bytes:
     """16-bit colour, which Pillow can't write."""
     try:
         import cv2
     except ImportError as exc:
         raise OutputError(
-            f'{path}: writing 16-bit colour needs OpenCV: pip install "rcod[opencv]"'
+            f"{target}: a TIFF of 16-bit colour needs OpenCV, a PNG doesn't. "
+            'pip install "rcod[opencv]"'
         ) from exc
     if pixels.shape[2] == 2:
-        raise OutputError(f"{path}: 16-bit grey with alpha can't be written. Use RGBA.")
+        raise OutputError(f"{target}: TIFF can't hold 16-bit grey with alpha. Write PNG.")
     order = [2, 1, 0, 3][: pixels.shape[2]]
-    good, data = cv2.imencode(path.suffix.lower(), np.ascontiguousarray(pixels[:, :, order]))
+    good, data = cv2.imencode(".tiff", np.ascontiguousarray(pixels[:, :, order]))
     if not good:
-        raise OutputError(f"{path}: can't be encoded.")
+        raise OutputError(f"{target}: can't be encoded.")
     return bytes(data)

@@ -2,60 +2,74 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import math
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from PIL.Image import Image as PilImage
+from rcod_runtime.parallel import row_bands
 
 Floats = npt.NDArray[np.float32]
+
+TOKEN_BAND_ROWS = 256  # of the image, in work at once
 
 
 class Resampler:
     """Resizes one image to one size, box by box; equal to the crop of the whole result.
 
+    Makes no copy of the image: a box converts what it looks at.
+
     Args:
-        image: (H, W, C), any real dtype; values are kept in their units.
+        image: (H, W, C), any real dtype.
         size_hw: height and width of the whole result.
+        unit: a factor on the image's values.
     """
 
-    def __init__(self, image: npt.NDArray[np.generic], size_hw: tuple[int, int]) -> None:
-        from PIL import Image
-
-        self.size_hw = size_hw
-        self.source_hw = image.shape[:2]
-        planes = image.astype(np.float32, copy=False)
-        self._planes: list[PilImage] = [
-            Image.fromarray(np.ascontiguousarray(planes[:, :, c])) for c in range(image.shape[2])
-        ]
+    def __init__(
+        self, image: npt.NDArray[np.generic], size_hw: tuple[int, int], unit: float = 1.0
+    ) -> None:
+        self.image, self.size_hw, self.unit = image, size_hw, np.float32(unit)
 
     def box(self, top: int, left: int, height: int, width: int) -> Floats:
-        """Rows top.. and columns left.. of the result -> (height, width, C) float32."""
+        """Rows top.. and columns left.. of the result -> (height, width, C) float32.
+
+        In memory the channels lie one after another, as the graphs take them.
+        """
         from PIL import Image
 
-        y, x = (s / t for s, t in zip(self.source_hw, self.size_hw, strict=True))
-        region = (left * x, top * y, (left + width) * x, (top + height) * y)
-        # Rounding must not push the region over the edge, where Pillow refuses it.
-        region = (
-            region[0],
-            region[1],
-            min(region[2], float(self.source_hw[1])),
-            min(region[3], float(self.source_hw[0])),
-        )
-        out = np.empty((height, width, len(self._planes)), np.float32)
-        for c, plane in enumerate(self._planes):
-            resized = plane.resize((width, height), Image.Resampling.BICUBIC, region)
-            out[:, :, c] = np.asarray(resized)
-        return out
+        rows, first_y, last_y = _looked_at(top, height, self.size_hw[0], self.image.shape[0])
+        columns, first_x, last_x = _looked_at(left, width, self.size_hw[1], self.image.shape[1])
+        region = (first_x, first_y, last_x, last_y)
+        out = np.empty((self.image.shape[2], height, width), np.float32)
+        for c in range(self.image.shape[2]):
+            plane = self.image[rows, columns, c].astype(np.float32, order="C")
+            plane *= self.unit
+            resized = Image.fromarray(plane).resize(
+                (width, height), Image.Resampling.BICUBIC, region
+            )
+            out[c] = np.asarray(resized)
+        return out.transpose(1, 2, 0)
 
 
-def upsample(image: npt.NDArray[np.generic], size_hw: tuple[int, int]) -> Floats:
-    """The whole image at another size: (H, W, C) -> (height, width, C) float32, same units."""
-    return Resampler(image, size_hw).box(0, 0, *size_hw)
+def _looked_at(start: int, length: int, size: int, source: int) -> tuple[slice, float, float]:
+    """What ``length`` pixels of the result from ``start`` on are made of, along one axis: pixels
+    of the source, and where in them the result's first pixel begins and its last one ends."""
+    ratio = source / size
+    begin, end = start * ratio, min((start + length) * ratio, float(source))
+    reach = 2 * max(1.0, ratio) + 1  # the filter's, and one pixel for rounding
+    first, last = max(0, math.floor(begin - reach)), min(source, math.ceil(end + reach))
+    return slice(first, last), begin - first, end - first
 
 
-def resize_for_tokens(image: npt.NDArray[np.generic], side_px: int) -> Floats:
+def upsample(image: npt.NDArray[np.generic], size_hw: tuple[int, int], unit: float = 1.0) -> Floats:
+    """The whole image at another size: (H, W, C) -> (height, width, C) float32, times ``unit``."""
+    return Resampler(image, size_hw, unit).box(0, 0, *size_hw)
+
+
+def resize_for_tokens(image: npt.NDArray[np.generic], side_px: int, unit: float = 1.0) -> Floats:
     """The whole image squashed to a square, antialiased: (H, W, C) -> (S, S, C) float32."""
-    return upsample(image, (side_px, side_px))
+    resampler = Resampler(image, (side_px, side_px), unit)
+    out = np.empty((side_px, side_px, image.shape[2]), np.float32)
+    for rows in row_bands(side_px, max(1, TOKEN_BAND_ROWS * side_px // image.shape[0])):
+        out[rows] = resampler.box(rows.start, 0, rows.stop - rows.start, side_px)
+    return out

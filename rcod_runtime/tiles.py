@@ -13,6 +13,8 @@ from rcod_runtime.errors import UsageError
 
 Floats = npt.NDArray[np.float32]
 
+CACHED_ROWS = 16
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -82,13 +84,14 @@ class TilePlan:
 class Blender:
     """Adds weighted tiles and yields rows of the image as soon as no later tile touches them.
 
-    Holds one row of tiles in float32, whatever the image's height.
+    Holds one row of tiles in float32, whatever the image's height; in memory the channels lie one
+    after another, as they come from the graphs.
     """
 
     def __init__(self, plan: TilePlan, channels: int) -> None:
         self.plan = plan
         height = min(plan.y.tile_px, plan.y.length_px)
-        self._band = np.zeros((height, plan.x.length_px, channels), np.float32)
+        self._band = np.zeros((channels, height, plan.x.length_px), np.float32)
         self._top = 0
 
     def add(self, row: int, column: int, tile: Floats) -> None:
@@ -96,20 +99,26 @@ class Blender:
         y, x = self.plan.y, self.plan.x
         height, width = y.valid(row), x.valid(column)
         left = x.starts[column]
-        weights = y.weights[row][:, None, None] * x.weights[column][None, :, None]
-        self._band[:height, left : left + width] += tile[:height, :width] * weights
+        weights = y.weights[row][:, None] * x.weights[column][None, :]
+        planes = tile.transpose(2, 0, 1)
+        for band, plane in zip(self._band, planes, strict=True):
+            band[:height, left : left + width] += plane[:height, :width] * weights
 
     def finish_row(self, row: int) -> Iterator[tuple[int, Floats]]:
-        """After a row's last tile: (top, rows) that are final. Use them before the next add."""
+        """After a row's last tile: all (top, rows (n, width, C)) that are final, a few at a time,
+        so that what is made of them stays in the processor's cache. Use them before the next add.
+        """
         starts = self.plan.y.starts
         last = row == len(starts) - 1
         until = self.plan.y.length_px if last else starts[row + 1]
         ready = until - self._top
-        yield self._top, self._band[:ready]
+        rows = self._band.transpose(1, 2, 0)
+        for first in range(0, ready, CACHED_ROWS):
+            yield self._top + first, rows[first : min(ready, first + CACHED_ROWS)]
         if not last:
-            kept = len(self._band) - ready
-            self._band[:kept] = self._band[ready:].copy()
-            self._band[kept:] = 0.0
+            kept = self._band.shape[1] - ready
+            self._band[:, :kept] = self._band[:, ready:].copy()
+            self._band[:, kept:] = 0.0
             self._top = until
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -16,18 +16,19 @@ import numpy as np
 import numpy.typing as npt
 
 from rcod_runtime.arrays import Prepared, guide_window, prepare_image, restore_layout
-from rcod_runtime.backends import Array, Session, Shapes, choose
+from rcod_runtime.backends import Array
+from rcod_runtime.backends.choice import open_chain
 from rcod_runtime.bundle import Bundle, open_bundle
-from rcod_runtime.checked import CheckedSession
+from rcod_runtime.chain import STAGES, Chain, ImageFeed, TileOutputs, check_finite
 from rcod_runtime.colour import (
     COLOUR_MATCHES,
     DEFAULT_COLOUR_MATCH,
     ColourMatch,
     match_colour,
 )
-from rcod_runtime.errors import NonFiniteOutput, UsageError
+from rcod_runtime.errors import UsageError
 from rcod_runtime.levels import ADAPTIVE, adaptive_level, level_weights
-from rcod_runtime.manifest import GUIDE, Manifest
+from rcod_runtime.manifest import Manifest
 from rcod_runtime.resample import Resampler, resize_for_tokens
 from rcod_runtime.tiles import Blender, TilePlan, pad_to, plan_axis
 
@@ -44,16 +45,20 @@ Progress = Callable[[int, int], None]
 class Upscaler:
     """A bundle, opened and ready.
 
-    One Upscaler may be shared by threads: it runs one tile batch at a time, and what happens around
+    One Upscaler may be shared by threads. On the CPU they take turns tile batch by tile batch, on a
+    GPU image by image (a progress callback must not call the Upscaler there); what happens around
     the graphs (resampling, blending, colours) overlaps. The same input gives the same bytes on one
     backend and precision.
 
     Args:
         bundle: folder of a bundle; None is the embedded model.
-        device: ``auto`` or ``cpu``.
-        backend: ``auto``, ``openvino`` or ``onnxruntime``.
+        device: ``auto``, ``cpu``, or ``cuda:N``. auto takes the bundle's engines where they fit a
+            GPU of this machine, otherwise the CPU.
+        backend: ``auto``, ``tensorrt``, ``openvino``, ``onnxruntime`` or ``onnxruntime-tensorrt``
+            (see rcod_runtime.backends.choice.open_chain).
         precision: ``fp32``; ``bf16`` (openvino, on processors that compute it natively), twice as
-            fast and a few grey levels off; or ``auto``, bf16 where that is so, otherwise fp32.
+            fast and a few grey levels off; or ``auto``, bf16 where that is so, otherwise fp32. A
+            GPU computes in the precision of the graphs.
         threads: compute threads, 0 for the backend's choice.
         require_signature: PEM file of the Ed25519 public key that must have signed the bundle.
 
@@ -87,17 +92,7 @@ class Upscaler:
             "threads": threads,
             "require_signature": require_signature and Path(require_signature).absolute(),
         }
-        self._backend = choose(backend, device, precision, threads)
-        graphs = self._bundle.manifest.graphs
-        paths = {name: self._bundle.graph_path(name) for name in graphs}
-        # The largest first: while it is loaded, it needs the most memory beside what is loaded.
-        sizes = {name: self._bundle.graph_bytes(name) for name in graphs}
-        self._sessions: dict[str, Session] = {
-            name: CheckedSession(self._backend.load(paths[name]), paths[name], graphs[name])
-            for name in sorted(graphs, key=lambda name: -sizes[name])
-        }
-        self._bound: Shapes = {}
-        self._lock = threading.Lock()
+        self._chain = open_chain(self._bundle, backend, device, precision, threads)
         self._closed = False
         log.info("backend %s", self.backend)
 
@@ -109,15 +104,14 @@ class Upscaler:
     @property
     def backend(self) -> str:
         """Name, version and precision of what runs the graphs."""
-        return f"{self._backend.name} {self._backend.version} {self._backend.precision}"
+        return f"{self._chain.name} {self._chain.version} {self._chain.precision}"
 
     def close(self) -> None:
         """Release the graphs. Twice is harmless; a call afterwards is an error."""
         if os.getpid() != self._process:  # a fork's child: nothing here is its own
             return
-        with self._lock:
-            self._closed = True
-            self._sessions = {}
+        self._closed = True
+        self._chain.close()
 
     def __enter__(self) -> Upscaler:
         return self
@@ -140,7 +134,7 @@ class Upscaler:
         colour_match: ColourMatch = DEFAULT_COLOUR_MATCH,
         tile_px: int | None = None,
         overlap_px: int | None = None,
-        batch: int = 1,
+        batch: int | None = None,
         progress: Progress | None = None,
     ) -> Pixels:
         """Upscale one image.
@@ -155,7 +149,7 @@ class Upscaler:
             out: array for the result; without it a fresh one is made, which the caller owns.
             colour_match: how colours are held to the input's (see rcod_runtime.colour).
             tile_px, overlap_px: of tiles in the result; None is the bundle's choice.
-            batch: tiles run together.
+            batch: tiles run together; None is the backend's choice.
             progress: called with (tiles done, tiles in all).
 
         Returns:
@@ -165,26 +159,15 @@ class Upscaler:
             UsageError: an argument that can't be used; says which, and what is expected.
             NonFiniteOutput: a graph gave NaN or infinity; names graph, level and tile.
         """
-        self._check_process()
-        if self._closed:
-            raise UsageError("this Upscaler is closed; make a new one.")
+        self._check_usable()
         contract = self.manifest.image
         scale = float(contract.scale) if scale is None else _checked_scale(scale)
         if colour_match not in COLOUR_MATCHES:
             raise UsageError(
                 f"colour_match {colour_match!r}: expected one of {', '.join(COLOUR_MATCHES)}."
             )
-        if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= 64:
-            raise UsageError(f"batch {batch!r}: expected an integer in 1..64.")
-        weights = None
-        if realism == ADAPTIVE:
-            if not self.manifest.has_metric_estimator:
-                raise UsageError(
-                    f"realism adaptive: the bundle {self.manifest.identity.name} has no metric "
-                    "estimation module. Choose a level or a number in [0, 1]."
-                )
-        else:
-            weights = level_weights(realism, self.manifest.levels)
+        batch = self._batch(batch)
+        weights = self._weights(realism)
 
         prepared = prepare_image(image)
         height, width = (max(1, round(side * scale)) for side in prepared.lq.shape[:2])
@@ -193,20 +176,21 @@ class Upscaler:
                 f"the result would have {width} x {height} px; the limit is "
                 f"{MAX_OUTPUT_PIXELS / 1e6:g} million pixels. Cut the image into parts."
             )
+        if out is not None and np.may_share_memory(image, out):  # at scale 1: still to be read
+            prepared = prepare_image(image.copy())
         out = _checked_out(out, (height, width, *image.shape[2:]), image.dtype)
-        tile_px = contract.tile_px if tile_px is None else tile_px
+        tile_px = self._tile_px(tile_px)
         overlap_px = min(contract.overlap_px, tile_px // 2) if overlap_px is None else overlap_px
-        y, x = (
-            plan_axis(side, tile_px, overlap_px, contract.size_multiple) for side in (height, width)
-        )
-        job = _Job(self, prepared, TilePlan(y, x), batch)
+        multiple = self._chain.tile_px or contract.size_multiple
+        y, x = (plan_axis(side, tile_px, overlap_px, multiple) for side in (height, width))
+        job = _Job(self._chain, self.manifest, prepared, TilePlan(y, x), batch)
         # A guide sees the whole image, and so does a single tile: there the graphs choose.
         if weights is None and job.plan.count > 1 and not self.manifest.is_guided:
             weights = job.adaptive_weights()
         direct = out.ndim == 3 and out.shape[2] == 3
         sr = out if direct else np.empty((height, width, 3), image.dtype)
         job.run(sr, weights, str(realism), progress)
-        match_colour(sr, prepared.lq * (np.iinfo(sr.dtype).max / 255.0), colour_match)
+        match_colour(sr, prepared.lq, colour_match)
         if not direct:
             restore_layout(sr, prepared, out)
         return out
@@ -217,93 +201,166 @@ class Upscaler:
             raise UsageError("this Upscaler is closed; a closed one can't be pickled.")
         return functools.partial(type(self), **self._arguments), ()
 
-    def _check_process(self) -> None:
+    def _check_usable(self) -> None:
+        if self._closed:
+            raise UsageError("this Upscaler is closed; make a new one.")
         if os.getpid() != self._process:
             raise UsageError(
                 "this Upscaler was made before a fork, and its threads are not in this process. "
                 'Make one in each process, or start them with multiprocessing\'s "spawn".'
             )
 
-    def _run(self, name: str, feeds: dict[str, Array]) -> dict[str, Array]:
-        """Run a bound graph; the caller holds the lock."""
-        return self._sessions[name].run(feeds)
+    def enqueue(
+        self,
+        image: Any,
+        thumbnail: Any,
+        out: Any,
+        realism: str | float = "neutral",
+        stream: Any = 0,
+    ) -> None:
+        """One tile batch that lies on the GPU, to an array on the GPU, on the caller's stream.
 
-    def _bind(self, batch: int, tile_hw: tuple[int, int], window: Array | None) -> None:
-        """Make all graphs ready for a tile shape and for the guide's window; the caller holds the
-        lock."""
-        shapes = self._shapes(batch, tile_hw)
-        if window is not None:
-            shapes[GUIDE] = {"lq": window.shape}
-        if shapes == self._bound:
-            return
-        with ThreadPoolExecutor(len(shapes)) as pool:  # compiling releases the GIL
-            list(pool.map(lambda name: self._sessions[name].bind(shapes[name]), shapes))
-        self._bound = shapes
+        Nothing passes through the host and nothing is waited for: the caller's stream is, from here
+        on, behind the result. Upsampling, tiles, blending and colours are the caller's here, and so
+        is a check for NaN.
 
-    def _shapes(self, batch: int, tile_hw: tuple[int, int]) -> dict[str, Any]:
-        """Input shapes of every graph; the tokens are the image's, so their graph runs once."""
-        return {
-            name: {
-                tensor.name: tensor.sized(1 if name == "vpim" else batch, *tile_hw)
-                for tensor in graph.inputs
-            }
-            for name, graph in self.manifest.graphs.items()
-            if name != GUIDE
-        }
+        Args:
+            image: float32 (B, 3, tile, tile) in [-1, 1], upsampled to the output's size, C order,
+                with __cuda_array_interface__ (torch, CuPy, JAX, Numba).
+            thumbnail: float32 (1, 3, tokens, tokens) in [-1, 1]: the whole photo at the manifest's
+                tokens_px.
+            out: float32, shape of ``image``: receives the result in [-1, 1].
+            realism: as in a call.
+            stream: CUDA's handle of the caller's stream, which made the inputs.
+
+        Raises:
+            UsageError: no engines are in use, or an array can't be used; says what is expected.
+            BackendError: the device refuses something.
+        """
+        self._check_usable()
+        run = getattr(self._chain, "enqueue_on", None)
+        if run is None:
+            raise UsageError(
+                f"arrays on the GPU need the bundle's engines, {self.backend} is in use. "
+                'Open it with backend="tensorrt".'
+            )
+        run(stream, image, thumbnail, out, self._weights(realism))
+
+    def warmup(self, batch: int | None = None) -> None:
+        """Do now what the first image of a shape would wait for: compiling, capturing."""
+        height, width = self._tile_lq()
+        image = np.zeros((height, width * self._batch(batch), 3), np.uint8)  # one tile batch
+        for _ in range(2):  # the first run of an engine is as it is, the second is captured
+            self(image, self.manifest.levels[0].name, overlap_px=0, batch=batch)
+
+    def profile(self, runs: int = 10, batch: int | None = None) -> dict[str, float]:
+        """Median milliseconds of encoder, denoiser and decoder for one tile batch.
+
+        On a GPU they are measured by events on the stream that computes, without copies.
+        """
+        self._check_usable()
+        chain, manifest = self._chain, self.manifest
+        side = self._tile_px(None)
+        batch = self._batch(batch)
+        prepared = prepare_image(np.full((*self._tile_lq(), 3), 128, np.uint8))
+        axis = plan_axis(side, side, 0, manifest.image.size_multiple)
+        job = _Job(chain, manifest, prepared, TilePlan(axis, axis), batch)
+        feed = dataclasses.replace(job.feed, batch=batch)
+        return chain.profile(feed, np.zeros((batch, 3, side, side), np.float32), runs)
+
+    def _weights(self, realism: str | float) -> Array | None:
+        """Weights on the levels, (n,); None leaves the choice to the graphs."""
+        if realism != ADAPTIVE:
+            return level_weights(realism, self.manifest.levels)
+        if not self.manifest.has_metric_estimator:
+            raise UsageError(
+                f"realism adaptive: the bundle {self.manifest.identity.name} has no metric "
+                "estimation module. Choose a level or a number in [0, 1]."
+            )
+        return None
+
+    def _tile_lq(self) -> tuple[int, int]:
+        """(H, W) of an input that fills one tile."""
+        side = self._tile_px(None) // self.manifest.image.scale
+        return side, side
+
+    def _batch(self, batch: int | None) -> int:
+        low, high = self._chain.batches
+        if batch is None:
+            return self._chain.batch
+        if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= high:
+            raise UsageError(f"batch {batch!r}: expected an integer in 1..{high}.")
+        return max(low, batch)
+
+    def _tile_px(self, tile_px: int | None) -> int:
+        only = self._chain.tile_px
+        if tile_px is None:
+            return only or self.manifest.image.tile_px
+        if only is not None and tile_px != only:
+            raise UsageError(
+                f"tile size {tile_px} px: the engines are built for {only} px. Build others: "
+                f"rcod-export engines BUNDLE --tile {tile_px}"
+            )
+        return tile_px
 
 
 class _Job:
     """One image on its way through the graphs."""
 
-    def __init__(self, upscaler: Upscaler, image: Prepared, plan: TilePlan, batch: int) -> None:
-        self.upscaler, self.plan = upscaler, plan
-        self.batch = min(batch, plan.count)
-        self.lq = image.lq
-        self.resampler = Resampler(image.lq, (plan.y.length_px, plan.x.length_px))
-        self.tokens: Array | None = None
-        self.window = guide_window(image.lq) if upscaler.manifest.is_guided else None
-        self.guided: dict[str, Array] = {}  # what the guide says of the image, for every tile
+    def __init__(
+        self, chain: Chain, manifest: Manifest, image: Prepared, plan: TilePlan, batch: int
+    ) -> None:
+        self.chain, self.manifest, self.plan = chain, manifest, plan
+        self.batch = max(chain.batches[0], min(batch, plan.count))
+        self.resampler = Resampler(image.lq, (plan.y.length_px, plan.x.length_px), image.unit)
+        small = resize_for_tokens(image.lq, manifest.image.tokens_px, image.unit)
+        small = small.transpose(2, 0, 1)[None]
+        self.feed = ImageFeed(
+            self.batch,
+            (plan.y.tile_px, plan.x.tile_px),
+            np.ascontiguousarray(small / 127.5 - 1.0, np.float32),
+            guide_window(image.lq) if manifest.is_guided else None,
+        )
 
     def run(
         self, sr: Pixels, weights: Array | None, realism: str, progress: Progress | None
     ) -> None:
-        """All tiles into ``sr`` (H, W, 3), uint8 or uint16; weights None: the encoder's choice."""
+        """All tiles into ``sr`` (H, W, 3), uint8 or uint16; weights None: the graphs' choice."""
         plan = self.plan
         gain = np.iinfo(sr.dtype).max / 255.0
         blender = Blender(plan, 3)
         done = 0
-        for row in range(len(plan.y.starts)):
-            for columns in self._chunks(row):
-                tiles = self._upscaled(row, columns, weights, realism)
-                for column, tile in zip(columns, tiles, strict=False):
+        tiles = (self._tiles(row, columns) for row, columns in self._chunks())
+        with contextlib.closing(self.chain.run(self.feed, weights, tiles)) as results:
+            for (row, columns), outputs in zip(self._chunks(), results, strict=True):
+                _check_tile(outputs, realism, row, columns[0])
+                for column, tile in zip(columns, outputs.pixels, strict=False):
                     blender.add(row, column, tile)
                 done += len(columns)
                 if progress is not None:
                     progress(done, plan.count)
-            for top, rows in blender.finish_row(row):
-                sr[top : top + len(rows)] = np.rint(np.clip(rows, 0.0, 255.0) * gain)
+                if columns[-1] == len(plan.x.starts) - 1:
+                    for top, rows in blender.finish_row(row):
+                        sr[top : top + len(rows)] = np.rint(np.clip(rows, 0.0, 255.0) * gain)
 
     def adaptive_weights(self) -> Array:
         """One-hot weights of the level that Eq. 5 gives for the mean of M over the image."""
         positions = self.plan.positions()
         count = min(ADAPTIVE_TILES, len(positions))
         chosen = [positions[i * len(positions) // count] for i in range(count)]
-        values = []
-        for row, column in chosen:
-            with self.upscaler._lock:
-                self._prepare()
-                image = self._tiles(row, [column])
-                outputs = self.upscaler._run("encoder", {"image": image})
-                values.append(float(outputs["m_l"][0]))
-        manifest = self.upscaler.manifest
-        level = adaptive_level(float(np.mean(values)), manifest.metric, manifest.levels)
-        log.info("adaptive: M is estimated at %.3f, level %s", np.mean(values), level.name)
+        tiles = (self._tiles(row, [column]) for row, column in chosen)
+        m_l = float(np.mean(self.chain.estimate(self.feed, tiles)))
+        manifest = self.manifest
+        level = adaptive_level(m_l, manifest.metric, manifest.levels)
+        log.info("adaptive: M is estimated at %.3f, level %s", m_l, level.name)
         return level_weights(level.name, manifest.levels)
 
-    def _chunks(self, row: int) -> Iterator[list[int]]:
+    def _chunks(self) -> Iterator[tuple[int, list[int]]]:
+        """Tile batches as (row, columns), row by row."""
         columns = list(range(len(self.plan.x.starts)))
-        for first in range(0, len(columns), self.batch):
-            yield columns[first : first + self.batch]
+        for row in range(len(self.plan.y.starts)):
+            for first in range(0, len(columns), self.batch):
+                yield row, columns[first : first + self.batch]
 
     def _tiles(self, row: int, columns: list[int]) -> Array:
         """Upsampled input of tiles, (batch, 3, h, w) in [-1, 1]; a short batch is filled up."""
@@ -317,64 +374,11 @@ class _Job:
         image -= 1.0
         return image
 
-    def _prepare(self) -> None:
-        """Bind the graphs to this image, compute its tokens and matrices; under the lock."""
-        tile_hw = (self.plan.y.tile_px, self.plan.x.tile_px)
-        self.upscaler._bind(self.batch, tile_hw, self.window)
-        if self.tokens is None:
-            side = self.upscaler.manifest.image.tokens_px
-            small = resize_for_tokens(self.lq, side).transpose(2, 0, 1)[None] / 127.5 - 1.0
-            feeds = {"image": np.ascontiguousarray(small, np.float32)}
-            tokens = self.upscaler._run("vpim", feeds)["tokens"]
-            _check_finite(tokens, "vpim", "any", None)
-            self.tokens = np.repeat(tokens, self.batch, axis=0)
-            if self.window is not None:
-                for name, values in self.upscaler._run(GUIDE, {"lq": self.window}).items():
-                    _check_finite(values, GUIDE, "any", None)
-                    self.guided[name] = np.repeat(values, self.batch, axis=0)
 
-    def _matrices(self, network: str) -> dict[str, Array]:
-        name = f"{network}_matrices"
-        return {name: self.guided[name]} if self.guided else {}
-
-    def _upscaled(
-        self, row: int, columns: list[int], weights: Array | None, realism: str
-    ) -> list[npt.NDArray[np.float32]]:
-        """Tiles as (h, w, 3) float32 in 0..255."""
-        image = self._tiles(row, columns)
-        upscaler = self.upscaler
-        where = (row, columns[0])
-        with upscaler._lock:
-            if upscaler._closed:
-                raise UsageError("this Upscaler was closed while it ran.")
-            self._prepare()
-            assert self.tokens is not None
-            feeds = {"image": image, **self._matrices("vae")}
-            encoded = upscaler._run("encoder", feeds)
-            z_lq = encoded["z_lq"]
-            _check_finite(z_lq, "encoder", realism, where)
-            feeds = {"z_lq": z_lq, "tokens": self.tokens, **self._matrices("unet")}
-            if len(upscaler.manifest.levels) > 1:  # with one there is nothing to choose
-                feeds["level"] = (
-                    (self.guided or encoded)["adaptive"]
-                    if weights is None
-                    else np.repeat(weights[None], self.batch, axis=0)
-                )
-            z_sr = upscaler._run("denoiser", feeds)["z_sr"]
-            _check_finite(z_sr, "denoiser", realism, where)
-            decoded = upscaler._run("decoder", {"z_sr": z_sr})["image"]
-            _check_finite(decoded, "decoder", realism, where)
-            sr = (decoded.transpose(0, 2, 3, 1) + 1.0) * np.float32(127.5)
-        return list(sr)
-
-
-def _check_finite(values: Array, graph: str, realism: str, tile: tuple[int, int] | None) -> None:
-    if not np.isfinite(values).all():
-        where = "" if tile is None else f", tile row {tile[0]}, column {tile[1]}"
-        raise NonFiniteOutput(
-            f"graph {graph}, realism {realism}{where}: gave NaN or infinity; nothing was written. "
-            "Try precision fp32, or check the bundle: rcod-doctor --bundle DIR"
-        )
+def _check_tile(outputs: TileOutputs, realism: str, row: int, column: int) -> None:
+    where = f", realism {realism}, tile row {row}, column {column}"
+    for graph, values in zip(STAGES, outputs, strict=True):
+        check_finite(values, graph, where)
 
 
 def _checked_scale(scale: float) -> float:

@@ -16,7 +16,7 @@ Array = npt.NDArray[np.float32]
 Shapes = Mapping[str, tuple[int, ...]]
 BackendName = Literal["openvino", "onnxruntime"]
 BACKENDS: tuple[BackendName, ...] = ("openvino", "onnxruntime")  # in the order of preference
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
 class Session(Protocol):
@@ -61,21 +61,18 @@ def precisions(name: BackendName) -> tuple[str, ...]:
     return ("fp32",)
 
 
-def choose(name: str, device: str, precision: str, threads: int) -> Backend:
-    """The backend to use; ``auto`` is the first one installed.
+def choose(name: str, precision: str, threads: int) -> Backend:
+    """The CPU backend to use; ``auto`` is the first one installed.
 
     Args:
-        device: ``auto`` or ``cpu``.
         precision: ``fp32``, ``bf16`` (openvino, on processors that compute it natively), or
             ``auto``: bf16 where that is so, otherwise fp32.
         threads: compute threads, 0 for the library's choice.
 
     Raises:
-        UsageError: an unknown backend, device or precision.
+        UsageError: an unknown backend or precision, or one that this processor has not.
         BackendError: its library is not installed (the message has the pip line).
     """
-    if device not in ("auto", "cpu"):
-        raise UsageError(f"device {device!r}: expected auto or cpu.")
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}.")
     if name not in ("auto", *BACKENDS):

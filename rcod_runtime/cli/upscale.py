@@ -1,31 +1,39 @@
 """Upscale photos with a realism control.
 
   rcod-upscale photo.jpg -o sharp.png                 the embedded model, on the CPU
-  rcod-upscale photos/ -o sharp/ --realism realism    a folder
-  rcod-upscale a.png b.png -o sharp/ --realism 0.3    between fidelity (0) and realism (1)
+  rcod-upscale photos/ -o sharp/ --realism realism    a folder; --recursive: its subfolders too
+  rcod-upscale "in/*.png" -o sharp/ --realism 0.3     between fidelity (0) and realism (1)
+  rcod-upscale photos/ -o sharp/ --skip-existing      what an earlier run has not written yet
+  rcod-upscale - -o - < photo.jpg > sharp.png         stdin to stdout
 
 The paths of the written images go to stdout, one a line; progress and messages to stderr.
 Exit codes: 0 all written, 2 wrong arguments, 3 an input image, 4 the bundle, 5 the backend,
-6 an output, 10 some of several images failed and the others are written, 130 stopped by Ctrl-C.
+6 an output, 7 engines built for another machine, 10 some of several images failed and the others
+are written, 130 stopped by Ctrl-C, 143 by SIGTERM; what is written by then is whole.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import os
+import signal
 import sys
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import FrameType
 
-from rcod_runtime.errors import ImageError, OutputError, PartialFailure, RcodError, UsageError
-
-if TYPE_CHECKING:
-    from rcod_runtime.upscaler import Upscaler
+from rcod_runtime.cli.files import SUFFIXES, Task, make_folders, plan_tasks
+from rcod_runtime.cli.report import Record, Report
+from rcod_runtime.errors import RcodError, UsageError
 
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+# As rcod_runtime.backends.choice.CHOICES, which --help must not import numpy for.
+BACKENDS = ("auto", "tensorrt", "openvino", "onnxruntime", "onnxruntime-tensorrt")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -35,14 +43,18 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("inputs", nargs="+", type=Path, metavar="IN", help="images, or folders of images")
+    add(
+        "inputs",
+        nargs="+",
+        metavar="IN",
+        help="images, folders of images, quoted patterns, or - for stdin",
+    )
     add(
         "-o",
         "--out",
-        type=Path,
         required=True,
         metavar="OUT",
-        help="a file for one image, otherwise a folder (made if it is missing)",
+        help="a file for one image, otherwise a folder (made if it is missing), or - for stdout",
     )
     add(
         "--realism",
@@ -51,6 +63,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="fidelity, neutral, realism, adaptive, or a number in 0..1 (default: %(default)s)",
     )
     add("--scale", type=float, metavar="S", help="1 to 4 (default: the bundle's, 4)")
+    add("--recursive", action="store_true", help="folders with their subfolders, kept in OUT")
+    add("--skip-existing", action="store_true", help="leave out images whose output is there")
+    add(
+        "--format",
+        choices=tuple(SUFFIXES),
+        help="of results in a folder (default: the input's, PNG where it can't be written) or on "
+        "stdout (default: png)",
+    )
+    add("--report", type=Path, metavar="FILE", help="what became of each image, as JSON Lines")
     add("--bundle", type=Path, metavar="DIR", help="default: the embedded model")
     add(
         "--require-signature",
@@ -58,17 +79,18 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PEM",
         help="Ed25519 public key that must have signed the bundle",
     )
-    add("--device", default="auto", help="auto or cpu (default: %(default)s)")
-    add("--backend", choices=("auto", "openvino", "onnxruntime"), default="auto")
+    add("--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)")
+    add("--backend", choices=BACKENDS, default="auto", help="tensorrt: the bundle's engines")
     add(
         "--precision",
-        choices=("auto", "fp32", "bf16"),
+        choices=("auto", "fp32", "fp16", "bf16"),
         default="auto",
         help="bf16 is faster and a few grey levels off; auto: where the processor has it "
         "(default: %(default)s)",
     )
     add("--tile", type=int, metavar="PX", help="side of a tile in the result (default: bundle's)")
     add("--overlap", type=int, metavar="PX", help="overlap of tiles (default: bundle's)")
+    add("--batch", type=int, metavar="N", help="tiles run together (default: backend's choice)")
     add("--colour-match", choices=("none", "adain", "wavelet"), default="wavelet")
     add(
         "--jobs",
@@ -79,51 +101,99 @@ def build_parser() -> argparse.ArgumentParser:
         "(default: %(default)s)",
     )
     add("--threads", type=int, default=0, metavar="N", help="compute threads (default: all)")
-    return parser  # fmt: skip
+    return parser
 
 
-@dataclass(frozen=True)
-class Options:
-    """What a run does to each image."""
-
-    realism: str | float
-    scale: float | None
-    colour_match: Any
-    tile_px: int | None
-    overlap_px: int | None
+class Terminated(BaseException):
+    """SIGTERM came."""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``rcod-upscale``; returns the exit code."""
     arguments = build_parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")  # file names are bytes
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        return _run(arguments)
+        with _sigterm_raises():
+            _run(arguments)
     except RcodError as error:
-        _report(error)
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated) as stop:
         print("stopped; the images listed are whole", file=sys.stderr)
-        return EXIT_INTERRUPTED
+        return EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
+    return 0
 
 
-def _report(error: RcodError) -> None:
-    print(f"{type(error).__name__}: {error}", file=sys.stderr)
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM ends the run as Ctrl-C does, in the block."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+    before = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> None:
     if arguments.jobs < 1:
         raise UsageError(f"--jobs {arguments.jobs}: expected at least 1.")
-    jobs = plan_files(arguments.inputs, arguments.out)
+    if arguments.out == "-" and sys.stdout.isatty():
+        raise UsageError("-o -: expected a file or a pipe as stdout, found a terminal.")
+    tasks = plan_tasks(arguments.inputs, arguments.out, arguments.format, arguments.recursive)
+    _check_report(arguments.report, tasks)
+    make_folders(tasks)
+    from rcod_runtime.files import remove_partials
+
+    remove_partials(task.target for task in tasks if task.target is not None)
+    with Report(arguments.report) as report:
+        pending = _pending(tasks, report) if arguments.skip_existing else tasks
+        if pending:
+            _upscale(arguments, pending, report, several=len(tasks) > 1)
+
+
+def _check_report(path: Path | None, tasks: Sequence[Task]) -> None:
+    """A report must not replace a photo."""
+    images = {image for task in tasks for image in (task.source, task.target) if image is not None}
+    if path is not None and os.path.realpath(path) in map(os.path.realpath, images):
+        raise UsageError(f"--report {path}: expected a file of its own, found an image's name.")
+
+
+def _pending(tasks: Sequence[Task], report: Report) -> list[Task]:
+    """The tasks whose output is not there. Outputs appear whole, so what is there is done."""
+    pending = []
+    for task in tasks:
+        if task.target is not None and task.target.is_file():
+            report.add(Record(str(task), str(task.target), "skipped"))
+        else:
+            pending.append(task)
+    if len(pending) < len(tasks):
+        print(f"{len(tasks) - len(pending)} of {len(tasks)} exist already", file=sys.stderr)
+    return pending
+
+
+def _upscale(
+    arguments: argparse.Namespace, tasks: Sequence[Task], report: Report, several: bool
+) -> None:
+    from rcod_runtime.cli.run import Options, run_tasks
+    from rcod_runtime.upscaler import Upscaler
+
     options = Options(
         _realism(arguments.realism),
         arguments.scale,
         arguments.colour_match,
         arguments.tile,
         arguments.overlap,
+        arguments.batch,
     )
-    from rcod_runtime.upscaler import Upscaler
-
     with Upscaler(
         arguments.bundle,
         arguments.device,
@@ -132,11 +202,7 @@ def _run(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         require_signature=arguments.require_signature,
     ) as upscaler:
-        if len(jobs) == 1:
-            _one(upscaler, *jobs[0], options, show_tiles=True)
-            print(jobs[0][1])
-            return 0
-        return _many(upscaler, jobs, options, arguments.jobs)
+        run_tasks(upscaler, tasks, options, report, arguments.jobs, several)
 
 
 def _realism(text: str) -> str | float:
@@ -144,110 +210,6 @@ def _realism(text: str) -> str | float:
         return float(text)
     except ValueError:
         return text
-
-
-def plan_files(inputs: Iterable[Path], out: Path) -> list[tuple[Path, Path]]:
-    """(input, output) of every image; folders are made here, so that a bad one shows early.
-
-    Raises:
-        ImageError: an input is missing, or a folder holds no image.
-        OutputError: the output can't be made, or two inputs would write the same file.
-        UsageError: an output would replace its input.
-    """
-    from rcod_runtime.image_io import FORMATS, READ_SUFFIXES, check_format
-
-    inputs = list(inputs)
-    sources: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in READ_SUFFIXES)
-            if not found:
-                raise ImageError(f"{path}: a folder without images ({', '.join(READ_SUFFIXES)}).")
-            sources += found
-        elif path.exists():
-            sources.append(path)
-        else:
-            raise ImageError(f"{path}: not found.")
-    as_file = len(inputs) == 1 and not inputs[0].is_dir() and not out.is_dir() and out.suffix
-    if as_file:
-        check_format(out)
-        if not out.parent.is_dir():
-            raise OutputError(f"{out}: the folder {out.parent} does not exist. Make it first.")
-        pairs = [(sources[0], out)]
-    else:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as exc:
-            raise OutputError(f"{out}: can't be made ({exc.strerror or exc}).") from exc
-        pairs = []
-        for source in sources:
-            suffix = source.suffix if source.suffix.lower() in FORMATS else ".png"
-            pairs.append((source, out / (source.stem + suffix)))
-    targets: dict[Path, Path] = {}
-    for source, target in pairs:
-        if target.exists() and target.samefile(source):
-            raise UsageError(f"{target}: would replace its input. Choose another -o.")
-        if target in targets:
-            raise OutputError(f"{target}: both {targets[target]} and {source} would write it.")
-        targets[target] = source
-    return pairs
-
-
-def _one(
-    upscaler: Upscaler, source: Path, target: Path, options: Options, show_tiles: bool = False
-) -> Path:
-    from tqdm import tqdm
-
-    from rcod_runtime.image_io import read_image, write_image
-
-    photo = read_image(source)
-    with tqdm(
-        desc=source.name, unit="tile", disable=None if show_tiles else True, leave=False
-    ) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        sr = upscaler(
-            photo.pixels,
-            options.realism,
-            options.scale,
-            colour_match=options.colour_match,
-            tile_px=options.tile_px,
-            overlap_px=options.overlap_px,
-            progress=progress,
-        )
-    write_image(target, sr, photo.icc)
-    return target
-
-
-def _many(upscaler: Upscaler, jobs: list[tuple[Path, Path]], options: Options, workers: int) -> int:
-    """Each image by itself: one that fails is reported and the rest goes on."""
-    from tqdm import tqdm
-
-    failed = 0
-    with ThreadPoolExecutor(workers) as pool:
-        futures: dict[Future[Path], Path] = {
-            pool.submit(_one, upscaler, source, target, options): source for source, target in jobs
-        }
-        try:
-            for future in tqdm(
-                as_completed(futures), total=len(futures), unit="image", disable=None
-            ):
-                try:
-                    print(future.result(), flush=True)
-                except UsageError:
-                    raise  # wrong for one image is wrong for all
-                except RcodError as error:
-                    failed += 1
-                    _report(error)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    if failed:
-        raise PartialFailure(f"{failed} of {len(jobs)} images failed; the others are written.")
-    return 0
 
 
 if __name__ == "__main__":

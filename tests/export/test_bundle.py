@@ -105,6 +105,13 @@ def test_comparison_names_shapes_and_non_finite_values() -> None:
         measure("vpim", None, Precision.FP32, one, one * np.float32("nan"), limit)
     with pytest.raises(ParityError, match="cosine"):
         measure("vpim", None, Precision.FP32, np.float32([1e-5, 0]), np.float32([0, 1e-5]), limit)
+    with pytest.raises(ParityError, match="cosine"):
+        measure("vpim", None, Precision.FP32, np.zeros(2, np.float32), np.float32([1e-5, 0]), limit)
+
+
+def test_two_zeros_agree() -> None:
+    zero = np.zeros(1, np.float32)
+    assert measure("guide", "m_l", Precision.FP32, zero, zero, Limit(1e-4, 0.999)).cosine == 1
 
 
 def test_a_folder_that_is_no_bundle_is_not_replaced(

@@ -20,6 +20,8 @@ from rcod_runtime.manifest import Precision, read_manifest
 from rcod_train.bases import load_base
 from rcod_train.checkpoint import load_merged, save_merged
 from rcod_train.official import official_info
+from tests.runtime.simulated.cudart import SimulatedGpu
+from tests.runtime.simulated.tensorrt import add_engines, install
 from tests.tiny_sd import save_base, tiny_guided_parts
 
 CONFIG = ExportConfig(tile_px=128, overlap_px=32)
@@ -125,6 +127,24 @@ def test_with_a_guide_the_graphs_choose_the_adaptive_level_for_all_tiles(
         candidates = [upscaler(lq, x.name, batch=2) for x in upscaler.manifest.levels]
     equal = [np.array_equal(adaptive, candidate) for candidate in candidates]
     assert equal.count(True) == 1
+
+
+@pytest.mark.parametrize("realism", ["adaptive", 0.3])
+def test_the_tensorrt_backend_feeds_them_too(
+    guided_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, realism: str | float
+) -> None:
+    """On the simulated device: guide and tokens once, a row for every tile of the batch."""
+    folder = Path(shutil.copytree(guided_bundle, tmp_path / "copy"))
+    add_engines(folder, tile_px=128, batch=(1, 2))
+    install(monkeypatch, SimulatedGpu())
+    with (
+        Upscaler(folder, backend="tensorrt") as device,
+        Upscaler(folder, backend="onnxruntime") as host,
+    ):
+        for size in ((40, 50), (60, 33)):
+            lq = np.random.default_rng(5).integers(0, 256, (*size, 3)).astype(np.uint8)
+            expected = host(lq, realism, tile_px=128, batch=2)
+            np.testing.assert_array_equal(device(lq, realism), expected)
 
 
 def test_a_guided_bundle_without_its_guide_is_refused(guided_bundle: Path, tmp_path: Path) -> None:

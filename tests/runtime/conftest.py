@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rcod_runtime import Upscaler
+from rcod_runtime.image_io import write_image
 from tests.runtime.fakes import make_bundle
 
 
@@ -40,3 +41,13 @@ def photo() -> Callable[..., np.ndarray]:
         return np.clip(128 + 50 * waves + rng.normal(0, 10, waves.shape), 0, 255).astype(np.uint8)
 
     return make
+
+
+@pytest.fixture
+def photos(tmp_path: Path, photo: Callable[..., np.ndarray]) -> Path:
+    """A folder of three small images: 0.png, 1.png, 2.png."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(3):
+        write_image(folder / f"{i}.png", photo(10 + i, 12, seed=i))
+    return folder

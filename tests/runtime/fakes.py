@@ -6,6 +6,7 @@ enough to reason about: every pixel of the result depends on 3x3 pixels of the u
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +84,13 @@ def _save(
 def make_bundle(
     folder: Path, gains: tuple[float, ...] = GAINS, mem: bool = True, tile_px: int = 64
 ) -> Manifest:
-    """Write the bundle. Its m_l is the mean of the image, so that a test can choose it."""
+    """Write the bundle, with a level for each gain.
+
+    Its m_l is the mean of the image, so that a test can choose it.
+    """
     node = helper.make_node
+    levels = LEVELS[: len(gains)]
+    adaptive = dataclasses.replace(ADAPTIVE, shape=("batch", len(levels)))
     blur = np.zeros((3, 3, 3, 3), np.float32)
     for c in range(3):
         blur[c, c] = np.float32([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
@@ -94,7 +100,7 @@ def make_bundle(
     ]
     weights = {"blur": blur}
     if mem:
-        n = len(LEVELS)
+        n = len(levels)
         encoder_nodes += [
             node("ReduceMean", ["image", "axes"], ["m_l"], keepdims=0),
             # Eq. 5 in the graph: floor(n (m - m_min) / (m_max - m_min)), then one-hot.
@@ -123,20 +129,21 @@ def make_bundle(
         node("Transpose", ["r"], ["tokens"], perm=[0, 2, 1]),
     ]
     denoiser_nodes = [
-        node("MatMul", ["level", "gains"], ["g"]),
-        node("Reshape", ["g", "column"], ["g4"]),
+        node("Reshape", ["gains" if len(levels) == 1 else "g", "column"], ["g4"]),
         node("ReduceMean", ["tokens", "token_axes"], ["t"], keepdims=1),
         node("Mul", ["t", "zero"], ["t0"]),
         node("Reshape", ["t0", "column"], ["t4"]),
         node("Mul", ["z_lq", "g4"], ["scaled"]),
         node("Add", ["scaled", "t4"], ["z_sr"]),
     ]
+    if len(levels) > 1:  # with one there is no input that chooses it
+        denoiser_nodes.insert(0, node("MatMul", ["level", "gains"], ["g"]))
     column = np.array([-1, 1, 1, 1], np.int64)
     graphs = {
         "encoder": _save(
             folder / "onnx/encoder.onnx",
             (IMAGE,),
-            (Z_LQ, M_L, ADAPTIVE) if mem else (Z_LQ,),
+            (Z_LQ, M_L, adaptive) if mem else (Z_LQ,),
             encoder_nodes,
             weights,
         ),
@@ -149,7 +156,7 @@ def make_bundle(
         ),
         "denoiser": _save(
             folder / "onnx/denoiser.onnx",
-            (Z_LQ, TOKENS, LEVEL),
+            (Z_LQ, TOKENS, LEVEL) if len(levels) > 1 else (Z_LQ, TOKENS),
             (Z_SR,),
             denoiser_nodes,
             {
@@ -173,7 +180,7 @@ def make_bundle(
     manifest = Manifest(
         version=1,
         identity=Identity("fake", "nano", "A blur.", "Apache-2.0", ("made by the test",)),
-        levels=LEVELS,
+        levels=levels,
         metric=METRIC,
         image=ImageContract(4, 3, -1.0, 1.0, 32, tile_px, 16, TOKENS_PX),
         graphs=graphs,

@@ -20,15 +20,6 @@ Photo = Callable[..., np.ndarray]
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.fixture
-def photos(tmp_path: Path, photo: Photo) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for i in range(3):
-        write_image(folder / f"{i}.png", photo(10 + i, 12, seed=i))
-    return folder
-
-
 def run(bundle: Path, *arguments: object) -> int:
     return upscale.main([*map(str, arguments), "--bundle", str(bundle)])
 

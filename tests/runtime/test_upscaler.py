@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import pytest
 from PIL import Image
 
 from rcod_runtime import Upscaler
-from rcod_runtime.backends import precisions
+from rcod_runtime.backends import BACKENDS, precisions
+from rcod_runtime.colour import ColourMatch
 from rcod_runtime.errors import BackendError, NonFiniteOutput, UsageError
 from rcod_runtime.levels import adaptive_level, level_weights
 from rcod_runtime.manifest import MetricRange
@@ -75,6 +77,18 @@ def test_adaptive_level_follows_eq_5_and_is_clamped() -> None:
         assert adaptive_level(m, metric, LEVELS).timestep == t
     assert adaptive_level(-1.0, metric, LEVELS).timestep == 750
     assert adaptive_level(1.4, metric, LEVELS).timestep == 250
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_one_level_with_a_metric_estimator_has_nothing_to_choose(
+    tmp_path: Path, photo: Photo, backend: str
+) -> None:
+    make_bundle(tmp_path, gains=GAINS[2:])
+    with Upscaler(tmp_path, backend=backend, precision="fp32") as upscaler:
+        expected = upscaler(photo(), "fidelity")  # the one level's name in this bundle
+        assert expected.std() > 10
+        np.testing.assert_array_equal(upscaler(photo(), "adaptive"), expected)
+        np.testing.assert_array_equal(upscaler(photo(8, 8), 0.7), upscaler(photo(8, 8), "adaptive"))
 
 
 def test_adaptive_without_a_metric_estimator_is_refused(tmp_path: Path, photo: Photo) -> None:
@@ -190,6 +204,12 @@ def test_out_is_filled_and_returned(upscaler: Upscaler, photo: Photo) -> None:
     np.testing.assert_array_equal(upscaler(rgba, out=strided), upscaler(rgba))
 
 
+def test_an_image_may_be_replaced_by_its_own_result(upscaler: Upscaler, photo: Photo) -> None:
+    lq = photo(200, 150)
+    expected = upscaler(lq, scale=1)
+    np.testing.assert_array_equal(upscaler(lq, scale=1, out=lq), expected)
+
+
 def test_the_same_input_gives_the_same_bytes(upscaler: Upscaler, photo: Photo) -> None:
     lq = photo(60, 50)
     first = upscaler(lq, 0.3)
@@ -283,9 +303,7 @@ def test_a_closed_upscaler_says_so_and_closing_twice_is_harmless(
         upscaler(photo())
 
 
-@pytest.mark.parametrize(
-    "options", [{"backend": "tpu"}, {"device": "cuda:0"}, {"precision": "int8"}]
-)
+@pytest.mark.parametrize("options", [{"backend": "tpu"}, {"device": "gpu"}, {"precision": "int8"}])
 def test_unknown_backends_devices_and_precisions_are_refused(
     bundle: Path, options: dict[str, str]
 ) -> None:
@@ -334,3 +352,27 @@ def test_progress_counts_every_tile(upscaler: Upscaler, photo: Photo) -> None:
     seen: list[tuple[int, int]] = []
     upscaler(photo(40, 60), progress=lambda done, total: seen.append((done, total)))
     assert seen == [(i + 1, len(seen)) for i in range(len(seen))] and len(seen) > 4
+
+
+@pytest.mark.parametrize(
+    ("scale", "channels", "method"), [(1, 3, "wavelet"), (2.37, 4, "adain"), (4, 1, "wavelet")]
+)
+def test_no_copy_in_floats_of_input_or_result_is_made(
+    upscaler: Upscaler, photo: Photo, scale: float, channels: int, method: ColourMatch
+) -> None:
+    def extra_bytes(height: int) -> int:
+        lq = np.tile(photo(60, 64, channels), (height // 60, 1, 1))
+        shape = (round(height * scale), round(64 * scale), channels)
+        out = np.empty(shape, np.uint8)
+        rgb_bytes = 0 if channels == 3 else 3 * shape[0] * shape[1]  # what the tiles go into
+        tracemalloc.start()
+        try:
+            upscaler(lq, scale=scale, out=out, colour_match=method)
+            return tracemalloc.get_traced_memory()[1] - rgb_bytes
+        finally:
+            tracemalloc.stop()
+
+    extra_bytes(120)  # what is bound and cached once
+    small, large = extra_bytes(240), extra_bytes(1440)
+    one_plane = 4 * 64 * (1440 - 240)
+    assert large - small < one_plane, f"{small} bytes, then {large}"

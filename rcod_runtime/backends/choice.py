@@ -1,0 +1,100 @@
+"""Which backend runs a bundle on this machine: engines where they fit, otherwise a CPU."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from rcod_runtime.backends import BACKENDS, PRECISIONS, choose, installed
+from rcod_runtime.bundle import Bundle
+from rcod_runtime.chain import Chain, HostChain
+from rcod_runtime.errors import BackendError, EngineMismatch, UsageError
+
+log = logging.getLogger(__name__)
+
+TENSORRT = "tensorrt"
+ORT, ORT_TENSORRT = "onnxruntime", "onnxruntime-tensorrt"
+CHOICES = ("auto", TENSORRT, *BACKENDS, ORT_TENSORRT)
+DEVICES = "auto, cpu or cuda:N"
+
+
+def open_chain(bundle: Bundle, backend: str, device: str, precision: str, threads: int) -> Chain:
+    """The chain that runs a bundle.
+
+    ``auto`` takes the bundle's engines where they fit this machine's GPU, and says in a warning why
+    not where the bundle has engines and they don't; then it takes the CPU. A GPU that is asked for
+    by its number is never replaced by the CPU: without engines, ONNX Runtime's CUDA provider it is.
+
+    Args:
+        backend: ``auto``, ``tensorrt`` (the bundle's engines), ``openvino``, ``onnxruntime`` (CPU,
+            or CUDA with a device cuda:N), or ``onnxruntime-tensorrt`` (it builds engines at first
+            use).
+        device: ``auto``, ``cpu`` or ``cuda:N``.
+        precision: on a CPU; a GPU computes in the precision of the graphs.
+        threads: compute threads on the CPU, 0 for the library's choice.
+
+    Raises:
+        UsageError: an unknown backend, device or precision, or two that exclude each other.
+        EngineMismatch: engines were asked for and none fits.
+        BackendError: a library is missing or refuses a graph.
+    """
+    if backend not in CHOICES:
+        raise UsageError(f"backend {backend!r}: expected one of {', '.join(CHOICES)}.")
+    if precision not in PRECISIONS:
+        raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}.")
+    index = gpu_index(device)
+    only_gpu, only_cpu = backend in (TENSORRT, ORT_TENSORRT), backend == "openvino"
+    if (only_gpu and device == "cpu") or (only_cpu and index is not None):
+        raise UsageError(f"backend {backend} does not run on device {device}.")
+    if backend == ORT_TENSORRT or (backend == ORT and index is not None):
+        return _onnxruntime(bundle, backend, index or 0, precision)
+    asked = backend == TENSORRT or index is not None
+    if device == "cpu" or backend in BACKENDS or not (asked or bundle.manifest.engines):
+        return HostChain(bundle, choose(backend, precision, threads))
+    from rcod_runtime.backends.trt.engines import find_engines
+
+    found = find_engines(bundle.manifest, index or 0)
+    if not isinstance(found, str):
+        from rcod_runtime.backends.trt.chain import open_device_chain
+
+        return open_device_chain(bundle, found, index or 0, precision)
+    if backend == TENSORRT or (asked and not _has_cuda_provider()):
+        raise EngineMismatch(f"{bundle.folder}: {found}")
+    log.warning("the bundle's engines are not used: %s", found)
+    if asked:
+        return _onnxruntime(bundle, ORT, index or 0, precision)
+    return HostChain(bundle, choose(backend, precision, threads))
+
+
+def _onnxruntime(bundle: Bundle, backend: str, index: int, precision: str) -> HostChain:
+    own = bundle.manifest.graphs["denoiser"].precision.value
+    if precision not in ("auto", own):
+        raise UsageError(
+            f"precision {precision}: on a GPU the graphs run as they are, in {own}. Choose that or "
+            "auto, or export the bundle in another precision."
+        )
+    if not installed("onnxruntime"):
+        raise BackendError(f'backend {backend}: not installed. pip install "rcod[cuda]"')
+    from rcod_runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
+
+    return HostChain(bundle, OnnxRuntimeBackend(own, 0, index, backend == ORT_TENSORRT))
+
+
+def _has_cuda_provider() -> bool:
+    if not installed("onnxruntime"):
+        return False
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def gpu_index(device: str) -> int | None:
+    """N of ``cuda:N``; None for ``auto`` and ``cpu``.
+
+    Raises:
+        UsageError: another text.
+    """
+    match = re.fullmatch(r"cuda:(\d{1,3})", device)
+    if match is None and device not in ("auto", "cpu"):
+        raise UsageError(f"device {device!r}: expected {DEVICES}.")
+    return None if match is None else int(match[1])

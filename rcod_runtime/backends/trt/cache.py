@@ -1,0 +1,59 @@
+"""What TensorRT-RTX compiled for this GPU, kept between processes.
+
+It lies in the user's cache folder and not beside the engines: it is code, and the bundle's manifest
+has no hash of it, so a bundle from elsewhere must not be able to bring one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rcod_runtime.backends.trt.cuda import Cuda
+from rcod_runtime.backends.trt.engine import LoadedEngine
+from rcod_runtime.backends.trt.libraries import sm_of
+from rcod_runtime.manifest import Engine
+
+log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """What belongs to this machine and not into a bundle."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "rcod"
+
+
+def read_cache(engine: LoadedEngine, entry: Engine, cuda: Cuda) -> tuple[Any, Path]:
+    """The runtime cache of an engine, filled where this machine has one, and its file.
+
+    TensorRT-RTX checks the content against version, GPU and driver, and refuses another's.
+    """
+    name = f"{entry.version}-sm{sm_of(cuda.runtime, cuda.index)}-{entry.sha256[:32]}.bin"
+    path = cache_folder() / "runtime" / name
+    cache = engine.new_cache()
+    with contextlib.suppress(OSError):
+        if not cache.deserialize(path.read_bytes()):
+            log.info("%s: is of another machine or version; made anew", path)
+    return cache, path
+
+
+def write_cache(path: Path, cache: Any) -> None:
+    """Keep the cache, whole or not at all; where it can't be written, the next start is slower."""
+    data = bytes(cache.serialize())
+    try:
+        if path.is_file() and path.read_bytes() == data:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            Path(name).replace(path)
+        finally:
+            Path(name).unlink(missing_ok=True)
+    except OSError as exc:
+        log.info("%s: can't be written (%s)", path, exc.strerror or exc)

@@ -1,0 +1,397 @@
+"""The chain on a GPU: a tile goes up, runs through three engines, and comes down.
+
+Latents never leave the device between the graphs. What one tile batch enqueues is captured once per
+shape as a CUDA graph and launched again for any level, because the level is data. Two slots let the
+copies of one tile batch overlap the computation of another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rcod_runtime.backends import Array
+from rcod_runtime.backends.trt.arrays import device_address
+from rcod_runtime.backends.trt.cache import read_cache, write_cache
+from rcod_runtime.backends.trt.cuda import (
+    FLOAT_BYTES,
+    CapturedGraph,
+    Cuda,
+    DeviceBuffer,
+    Event,
+)
+from rcod_runtime.backends.trt.engine import LoadedEngine, float_bytes, make_logger
+from rcod_runtime.backends.trt.engines import EngineSet
+from rcod_runtime.backends.trt.libraries import load_cuda, load_tensorrt
+from rcod_runtime.backends.trt.memory import DOWN, SLOTS, Memory, Slot, kept
+from rcod_runtime.bundle import Bundle
+from rcod_runtime.chain import (
+    STAGES,
+    ImageFeed,
+    TileOutputs,
+    check_finite,
+    input_shapes,
+    to_pixels,
+)
+from rcod_runtime.errors import BackendError, UsageError
+from rcod_runtime.manifest import GUIDE
+
+log = logging.getLogger(__name__)
+
+
+def open_device_chain(
+    bundle: Bundle, engines: EngineSet, index: int, precision: str
+) -> DeviceChain:
+    """The chain on GPU ``index``.
+
+    Raises:
+        UsageError: a precision that the engines have not.
+        BackendError: a library or the device refuses something.
+        EngineMismatch: TensorRT refuses an engine.
+        HashMismatch: an engine's file was changed.
+    """
+    if precision not in ("auto", engines.precision):
+        raise UsageError(
+            f"precision {precision}: the engines compute in {engines.precision}. Choose that or "
+            "auto, or export the bundle in another precision."
+        )
+    trt = load_tensorrt(engines.target)
+    return DeviceChain(bundle, engines, trt, Cuda(load_cuda(engines.target), index))
+
+
+class DeviceChain:
+    """All graphs of a bundle as engines on one GPU. Threads take turns image by image."""
+
+    def __init__(self, bundle: Bundle, engines: EngineSet, trt: Any, cuda: Cuda) -> None:
+        self.name, self.version = engines.target, engines.version
+        self.precision = engines.precision
+        self.tile_px: int | None = engines.tile_px
+        self.batches, self.batch = engines.batches, engines.batches[1]
+        self._manifest, self._cuda, self._lock = bundle.manifest, cuda, threading.Lock()
+        self._captured: dict[bool, CapturedGraph | None] = {}
+        self._ran: set[bool] = set()
+        self._bound: dict[str, Any] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}  # of what comes down
+        self._caches: list[tuple[Path, Any]] = []
+        self._resources = contextlib.ExitStack()
+        self._closed = False
+        with cuda.guard(), contextlib.ExitStack() as undo:
+            undo.push(self._resources)
+            self._engines = self._load(bundle, engines, trt)
+            self._memory = Memory(
+                cuda, self._resources, bundle.manifest, engines.tile_px, engines.batches[1]
+            )
+            self._memory.bind(bundle.manifest, self._engines)
+            undo.pop_all()
+
+    def run(
+        self, feed: ImageFeed, level: Array | None, tiles: Iterable[Array]
+    ) -> Generator[TileOutputs, None, None]:
+        with self._lock, self._whole_or_reset():
+            with self._cuda.guard():
+                self._start(feed, level)
+            pending: deque[Slot] = deque()
+            for number, image in enumerate(tiles):
+                slot = self._memory.slots[number % SLOTS]
+                with self._cuda.guard():
+                    self._submit(slot, image, adaptive=level is None)
+                    pending.append(slot)
+                    if len(pending) < SLOTS:
+                        continue
+                    outputs = self._collect(pending.popleft())
+                yield outputs
+            while pending:
+                with self._cuda.guard():
+                    outputs = self._collect(pending.popleft())
+                yield outputs
+
+    def estimate(self, feed: ImageFeed, tiles: Iterable[Array]) -> list[float]:
+        memory, values = self._memory, []
+        with self._lock, self._whole_or_reset(), self._cuda.guard():
+            self._bind(feed)
+            for image in tiles:
+                self._upload(memory.slots[0], image)
+                self._engines["encoder"].enqueue(memory.compute)
+                m_l, nbytes = memory.host["m_l"], float_bytes((feed.batch,))
+                source = memory.tensors["m_l"].address
+                self._cuda.copy(m_l.address, source, nbytes, "DeviceToHost", memory.compute)
+                memory.compute.synchronize()
+                values.append(float(m_l.floats((1,))[0]))
+        return values
+
+    def enqueue_on(
+        self, stream: Any, image: Any, thumbnail: Any, out: Any, level: Array | None
+    ) -> None:
+        """Arrays of the GPU in and out, without the host: see Upscaler.enqueue."""
+        manifest, side, memory = self._manifest, self.tile_px or 0, self._memory
+        batch = _batch_of(image, self.batches)
+        shape = (batch, 3, side, side)
+        thumbnail_shape = (1, 3, manifest.image.tokens_px, manifest.image.tokens_px)
+        source = device_address(image, "image", shape)
+        small = device_address(thumbnail, "thumbnail", thumbnail_shape)
+        target = device_address(out, "out", shape, writeable=True)
+        if manifest.is_guided:
+            raise UsageError("arrays on the GPU: a bundle with a guide does not take them yet.")
+        # Only its shapes count here: the values are on the GPU already.
+        feed = ImageFeed(batch, (side, side), np.empty(thumbnail_shape, np.float32))
+        with self._lock, self._whole_or_reset(), self._cuda.guard():
+            self._bind(feed)
+            memory.caller.record(stream)
+            memory.compute.wait(memory.caller)
+            copy, nbytes = self._cuda.copy, float_bytes(thumbnail_shape)
+            copy(memory.once["thumbnail"].address, small, nbytes, "DeviceToDevice", memory.compute)
+            self._engines["vpim"].enqueue(memory.compute)
+            self._repeat(batch, memory.once["tokens"], memory.tensors["tokens"])
+            self._set_level(batch, level)
+            nbytes = float_bytes(shape)
+            copy(memory.tensors["image"].address, source, nbytes, "DeviceToDevice", memory.compute)
+            self._run_stages(adaptive=level is None)
+            decoded = memory.tensors["decoded"].address
+            copy(target, decoded, nbytes, "DeviceToDevice", memory.compute)
+            memory.caller.record(memory.compute)
+            memory.caller.delay(stream)
+
+    def profile(self, feed: ImageFeed, tile: Array, runs: int) -> dict[str, float]:
+        compute, times = self._memory.compute, []
+        n = len(self._manifest.levels)
+        with (
+            self._lock,
+            self._whole_or_reset(),
+            self._cuda.guard(),
+            contextlib.ExitStack() as keep,
+        ):
+            stamps = [kept(keep, Event(self._cuda, timing=True)) for _ in (*STAGES, "end")]
+            self._start(feed, np.full(n, 1 / n, np.float32))
+            self._upload(self._memory.slots[0], tile)
+            for _ in range(runs + 1):  # the first one warms up
+                stamps[0].record(compute)
+                for name, stamp in zip(STAGES, stamps[1:], strict=True):
+                    self._engines[name].enqueue(compute)
+                    stamp.record(compute)
+                compute.synchronize()
+                times.append([b.ms_since(a) for a, b in zip(stamps, stamps[1:], strict=False)])
+        medians = np.median(times[1:], axis=0)
+        return {name: float(ms) for name, ms in zip(STAGES, medians, strict=True)}
+
+    def close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            with self._cuda.guard(), self._resources:
+                try:
+                    self._drain()
+                finally:
+                    self._drop_captures()
+
+    def _load(self, bundle: Bundle, engines: EngineSet, trt: Any) -> dict[str, LoadedEngine]:
+        logger = make_logger(trt)
+        runtime = trt.Runtime(logger)
+        runtime.engine_host_code_allowed = False
+        loaded: dict[str, LoadedEngine] = {}
+        # The largest first: while it is loaded, it needs the most memory beside what is loaded.
+        for name, entry in sorted(engines.engines.items(), key=lambda item: -item[1].bytes):
+            path, graph = bundle.path(entry.file), bundle.manifest.graphs[name]
+            engine = LoadedEngine(trt, runtime, logger, path, entry, graph)
+            loaded[name] = kept(self._resources, engine)
+        # One arena: the engines run one after another on one stream, so they share it.
+        nbytes = max(engine.scratch_bytes for engine in loaded.values())
+        arena = kept(self._resources, DeviceBuffer(self._cuda, nbytes))
+        for name, engine in loaded.items():
+            cache = None
+            if engines.target == "tensorrt-rtx":
+                cache, path = read_cache(engine, engines.engines[name], self._cuda)
+                self._caches.append((path, cache))
+            engine.open_context(trt, cache)
+            engine.use_memory(arena.address, arena.nbytes)
+        return loaded
+
+    # One image.
+
+    def _bind(self, feed: ImageFeed) -> None:
+        """Shapes of this image's graphs; a new tile batch drops the captured graphs."""
+        if self._closed:
+            raise UsageError("this Upscaler is closed; make a new one.")
+        for name, shapes in input_shapes(self._manifest, feed).items():
+            if self._bound.get(name) == shapes:
+                continue
+            if name in STAGES:
+                self._drop_captures()
+            self._bound.pop(name, None)
+            self._engines[name].bind_shapes(shapes)
+            self._bound[name] = shapes
+        self._shapes = {
+            tensor.name: tensor.sized(feed.batch, *feed.tile_hw)
+            for name in STAGES
+            for tensor in self._manifest.graphs[name].outputs
+            if tensor.name in DOWN
+        }
+
+    def _start(self, feed: ImageFeed, level: Array | None) -> None:
+        """Tokens, matrices and level onto the device, once for an image."""
+        self._bind(feed)
+        self._run_once("vpim", feed, "thumbnail", feed.thumbnail)
+        if feed.window is not None:
+            self._run_once(GUIDE, feed, "lq", feed.window)
+        self._set_level(feed.batch, level)
+
+    def _set_level(self, batch: int, level: Array | None) -> None:
+        """The level of what is enqueued from here on; None leaves it to the graphs."""
+        memory = self._memory
+        if "level" not in memory.tensors:
+            return
+        if level is not None:
+            shape = (batch, len(level))
+            host, device = memory.host["level"], memory.tensors["level"]
+            memory.level_read.synchronize()  # the former level, where nobody waited for its image
+            host.floats(shape)[:] = level
+            nbytes = float_bytes(shape)
+            self._cuda.copy(device.address, host.address, nbytes, "HostToDevice", memory.compute)
+            memory.level_read.record(memory.compute)
+        elif self._manifest.is_guided:
+            self._repeat(batch, memory.once["adaptive"], memory.tensors["level"])
+
+    def _run_once(self, name: str, feed: ImageFeed, given: str, values: Array) -> None:
+        """A graph that looks at the whole image; its outputs stay on the device for every tile."""
+        memory, compute = self._memory, self._memory.compute
+        memory.once_host[given].floats(values.shape)[:] = values
+        target, source = memory.once[given].address, memory.once_host[given].address
+        self._cuda.copy(target, source, float_bytes(values.shape), "HostToDevice", compute)
+        self._engines[name].enqueue(compute)
+        outputs = {}
+        for tensor in self._manifest.graphs[name].outputs:
+            shape = outputs[tensor.name] = tensor.sized(1, 0, 0)
+            made, host = memory.once[tensor.name], memory.once_host[tensor.name]
+            self._cuda.copy(host.address, made.address, float_bytes(shape), "DeviceToHost", compute)
+            if tensor.name in memory.tensors:
+                self._repeat(feed.batch, made, memory.tensors[tensor.name])
+        compute.synchronize()
+        for output, shape in outputs.items():
+            check_finite(memory.once_host[output].floats(shape), name)
+
+    def _repeat(self, batch: int, once: DeviceBuffer, target: DeviceBuffer) -> None:
+        """An image's row for every tile of the batch."""
+        for i in range(batch):
+            address = target.address + i * once.nbytes
+            self._cuda.copy(
+                address, once.address, once.nbytes, "DeviceToDevice", self._memory.compute
+            )
+
+    # One tile batch.
+
+    def _submit(self, slot: Slot, image: Array, adaptive: bool) -> None:
+        """Enqueue a tile batch; its slot is free, because it was collected."""
+        memory = self._memory
+        self._upload(slot, image)
+        self._run_stages(adaptive)
+        nbytes = {name: float_bytes(shape) for name, shape in self._shapes.items()}
+        for name in DOWN:
+            source = memory.tensors["decoded" if name == "image" else name]
+            self._move(slot.device[name], source, nbytes[name])
+        slot.computed.record(memory.compute)
+        memory.down.wait(slot.computed)
+        for name in DOWN:
+            target, source = slot.host[name], slot.device[name]
+            self._cuda.copy(
+                target.address, source.address, nbytes[name], "DeviceToHost", memory.down
+            )
+        slot.done.record(memory.down)
+
+    def _upload(self, slot: Slot, image: Array) -> None:
+        """Tiles to the encoder's input, through the slot."""
+        memory, nbytes = self._memory, float_bytes(image.shape)
+        host, device = slot.host["image"], slot.device["image"]
+        host.floats(image.shape)[:] = image
+        self._cuda.copy(device.address, host.address, nbytes, "HostToDevice", memory.up)
+        slot.uploaded.record(memory.up)
+        memory.compute.wait(slot.uploaded)
+        self._move(memory.tensors["image"], device, nbytes)
+
+    def _run_stages(self, adaptive: bool) -> None:
+        """The first time as it is, so that TensorRT does what it does lazily; then as a graph."""
+        if adaptive in self._ran and adaptive not in self._captured:
+            self._captured[adaptive] = self._capture(adaptive)
+        captured = self._captured.get(adaptive)
+        if captured is not None:
+            captured.launch(self._memory.compute)
+            return
+        self._enqueue_stages(adaptive)
+        self._ran.add(adaptive)
+
+    def _capture(self, adaptive: bool) -> CapturedGraph | None:
+        compute = self._memory.compute
+        refusing = [name for name in STAGES if not self._engines[name].is_capturable(compute)]
+        if refusing:
+            log.info("no CUDA graph: %s can't be captured", ", ".join(refusing))
+            return None
+        return CapturedGraph(self._cuda, compute, lambda: self._enqueue_stages(adaptive))
+
+    def _enqueue_stages(self, adaptive: bool) -> None:
+        memory = self._memory
+        for name in STAGES:
+            self._engines[name].enqueue(memory.compute)
+            chosen = memory.tensors.get("adaptive") if name == "encoder" and adaptive else None
+            if chosen is not None and "level" in memory.tensors:
+                nbytes = self._shapes["z_lq"][0] * len(self._manifest.levels) * FLOAT_BYTES
+                self._move(memory.tensors["level"], chosen, nbytes)
+
+    def _collect(self, slot: Slot) -> TileOutputs:
+        """Wait for a tile batch; the slot is free afterwards."""
+        slot.done.synchronize()
+        z_lq, z_sr, decoded = (slot.host[name].floats(self._shapes[name]) for name in DOWN)
+        return TileOutputs(z_lq.copy(), z_sr.copy(), to_pixels(decoded))
+
+    def _move(self, target: DeviceBuffer, source: DeviceBuffer, nbytes: int) -> None:
+        """From one buffer of the device to another, in the order of the computing stream."""
+        compute = self._memory.compute
+        self._cuda.copy(target.address, source.address, nbytes, "DeviceToDevice", compute)
+
+    # Afterwards.
+
+    @contextlib.contextmanager
+    def _whole_or_reset(self) -> Iterator[None]:
+        """After an error, or an iterator left early: nothing in flight, and all bound anew."""
+        try:
+            yield
+        except BaseException:
+            self._bound = {}
+            with contextlib.suppress(BackendError), self._cuda.guard():
+                try:
+                    self._drain()
+                finally:
+                    self._drop_captures()
+            raise
+        caches, self._caches = self._caches, []
+        for path, cache in caches:  # compiled for this GPU now: the next start will be faster
+            write_cache(path, cache)
+
+    def _drain(self) -> None:
+        for stream in (self._memory.up, self._memory.compute, self._memory.down):
+            stream.synchronize()
+
+    def _drop_captures(self) -> None:
+        captured, self._captured, self._ran = self._captured, {}, set()
+        with contextlib.ExitStack() as release:
+            for graph in captured.values():
+                if graph is not None:
+                    release.callback(graph.close)
+
+
+def _batch_of(image: Any, batches: tuple[int, int]) -> int:
+    """How many tiles an array of the GPU holds; its other axes are checked with the rest."""
+    shape = getattr(image, "__cuda_array_interface__", {}).get("shape", ())
+    batch = int(shape[0]) if shape else 1
+    low, high = batches
+    if not low <= batch <= high:
+        raise UsageError(
+            f"image: {batch} tiles; the engines are built for {low} to {high}. Build others: "
+            f"rcod-export engines BUNDLE --batch {min(low, batch)} {max(high, batch)}"
+        )
+    return batch

@@ -1,0 +1,179 @@
+"""CUDA's runtime API, every return checked, every resource with one owner that releases it.
+
+Every object here belongs to one device; callers hold ``Cuda.guard()`` around what they do with it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from rcod_runtime.backends import Array
+from rcod_runtime.errors import BackendError
+
+FLOAT_BYTES = 4
+
+
+class Cuda:
+    """One GPU, through the module cuda.bindings.runtime."""
+
+    def __init__(self, runtime: Any, index: int) -> None:
+        self.runtime, self.index = runtime, index
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """Call a function; returns what comes after its error code: nothing, a value, or a tuple.
+
+        Raises:
+            BackendError: any code but success; names the call and CUDA's error.
+        """
+        error, *values = getattr(self.runtime, name)(*arguments)
+        if int(error) != 0:
+            raise BackendError(
+                f"cuda:{self.index}: {name} gave {error.name}. "
+                "Check the GPU with nvidia-smi: memory, driver, other processes."
+            )
+        return values[0] if len(values) == 1 else tuple(values)
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Make this GPU the thread's current one, and the former one afterwards."""
+        before = self.call("cudaGetDevice")
+        self.call("cudaSetDevice", self.index)
+        try:
+            yield
+        finally:
+            self.call("cudaSetDevice", before)
+
+    def copy(self, target: int, source: int, nbytes: int, kind: str, stream: Stream) -> None:
+        """Enqueue a copy; kind is ``HostToDevice``, ``DeviceToHost`` or ``DeviceToDevice``."""
+        self.call(
+            "cudaMemcpyAsync",
+            target,
+            source,
+            nbytes,
+            getattr(self.runtime.cudaMemcpyKind, f"cudaMemcpy{kind}"),
+            stream.handle,
+        )
+
+
+class _Owned:
+    """A handle that is released once."""
+
+    def __init__(self, cuda: Cuda, release: str, handle: Any) -> None:
+        self._cuda, self._release, self.handle = cuda, release, handle
+
+    def close(self) -> None:
+        """Release it. Twice is harmless."""
+        handle, self.handle = self.handle, None
+        if handle is not None:
+            self._cuda.call(self._release, handle)
+
+
+class DeviceBuffer(_Owned):
+    """Memory of the GPU, aligned to 256 bytes at least."""
+
+    def __init__(self, cuda: Cuda, nbytes: int) -> None:
+        self.nbytes = nbytes
+        super().__init__(cuda, "cudaFree", cuda.call("cudaMalloc", max(1, nbytes)))
+
+    @property
+    def address(self) -> int:
+        return int(self.handle)
+
+
+class PinnedBuffer(_Owned):
+    """Host memory that the GPU copies from and to while the host goes on."""
+
+    def __init__(self, cuda: Cuda, nbytes: int) -> None:
+        self.nbytes = nbytes
+        super().__init__(cuda, "cudaFreeHost", cuda.call("cudaMallocHost", max(1, nbytes)))
+        self._floats: Array = np.ctypeslib.as_array(
+            (ctypes.c_float * (nbytes // FLOAT_BYTES)).from_address(self.address)
+        )
+
+    @property
+    def address(self) -> int:
+        return int(self.handle)
+
+    def floats(self, shape: tuple[int, ...]) -> Array:
+        """Its beginning as a float32 array: a view, valid while the buffer lives."""
+        return self._floats[: math.prod(shape)].reshape(shape)
+
+
+class Stream(_Owned):
+    """A stream of its own that does not wait for the default one."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        flags = cuda.runtime.cudaStreamNonBlocking
+        super().__init__(
+            cuda, "cudaStreamDestroy", cuda.call("cudaStreamCreateWithFlags", int(flags))
+        )
+
+    def wait(self, event: Event) -> None:
+        """What is enqueued from here on waits for the event."""
+        self._cuda.call("cudaStreamWaitEvent", self.handle, event.handle, 0)
+
+    def synchronize(self) -> None:
+        """Wait for all that is enqueued."""
+        self._cuda.call("cudaStreamSynchronize", self.handle)
+
+
+class Event(_Owned):
+    """A point in a stream."""
+
+    def __init__(self, cuda: Cuda, timing: bool = False) -> None:
+        flags = 0 if timing else int(cuda.runtime.cudaEventDisableTiming)
+        super().__init__(cuda, "cudaEventDestroy", cuda.call("cudaEventCreateWithFlags", flags))
+
+    def record(self, stream: Any) -> None:
+        """In a Stream, or in a caller's stream: CUDA's handle of it."""
+        self._cuda.call("cudaEventRecord", self.handle, getattr(stream, "handle", stream))
+
+    def delay(self, stream: Any) -> None:
+        """What a caller enqueues on its stream from here on waits for the event."""
+        self._cuda.call("cudaStreamWaitEvent", stream, self.handle, 0)
+
+    def synchronize(self) -> None:
+        """Wait until it is reached."""
+        self._cuda.call("cudaEventSynchronize", self.handle)
+
+    def ms_since(self, earlier: Event) -> float:
+        """Milliseconds between two reached events that were made with timing."""
+        return float(self._cuda.call("cudaEventElapsedTime", earlier.handle, self.handle))
+
+
+class CapturedGraph(_Owned):
+    """Work captured from a stream, launched again at once.
+
+    Raises:
+        BackendError: the capture was refused or is empty. The stream is out of capture again.
+    """
+
+    def __init__(self, cuda: Cuda, stream: Stream, enqueue: Callable[[], None]) -> None:
+        # Thread-local: what other threads of the process call must not break the capture.
+        mode = cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+        cuda.call("cudaStreamBeginCapture", stream.handle, mode)
+        try:
+            enqueue()
+        except BaseException:
+            with contextlib.suppress(BackendError):
+                graph = cuda.call("cudaStreamEndCapture", stream.handle)
+                cuda.call("cudaGraphDestroy", graph)
+            raise
+        graph = cuda.call("cudaStreamEndCapture", stream.handle)
+        try:
+            _, count = cuda.call("cudaGraphGetNodes", graph)
+            if count == 0:
+                raise BackendError(f"cuda:{cuda.index}: the captured CUDA graph is empty.")
+            executable = cuda.call("cudaGraphInstantiate", graph, 0)
+        finally:
+            cuda.call("cudaGraphDestroy", graph)
+        super().__init__(cuda, "cudaGraphExecDestroy", executable)
+
+    def launch(self, stream: Stream) -> None:
+        self._cuda.call("cudaGraphLaunch", self.handle, stream.handle)

@@ -1,0 +1,166 @@
+"""One engine of a bundle: checked, deserialised, and its execution context."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rcod_runtime.backends.trt.cuda import FLOAT_BYTES, Stream
+from rcod_runtime.errors import BackendError, EngineMismatch, HashMismatch
+from rcod_runtime.files import read_bounded
+from rcod_runtime.manifest import Engine, Graph
+
+LOG_LINES_KEPT = 4
+
+
+def make_logger(trt: Any) -> Any:
+    """A TensorRT logger that keeps its last warnings and errors, for messages."""
+
+    class Log(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.lines: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= trt.ILogger.Severity.WARNING:
+                self.lines = [*self.lines[1 - LOG_LINES_KEPT :], f"{severity.name}: {message}"]
+
+        def tail(self) -> str:
+            return "".join(f"\n    {line}" for line in self.lines)
+
+    return Log()
+
+
+class LoadedEngine:
+    """An engine and its one context, whose activation memory is the caller's.
+
+    Args:
+        trt: module tensorrt or tensorrt_rtx.
+        runtime: its Runtime.
+        logger: what make_logger gave.
+        path: the engine's file.
+        entry: its entry in the manifest.
+        graph: the graph it was built from.
+
+    Raises:
+        HashMismatch: the file is not the one that was built.
+        EngineMismatch: TensorRT refuses it, or its inputs and outputs are not the graph's.
+    """
+
+    def __init__(
+        self, trt: Any, runtime: Any, logger: Any, path: Path, entry: Engine, graph: Graph
+    ) -> None:
+        self.name, self._path, self._logger = entry.graph, path, logger
+        # Hashed and loaded from the same bytes: an engine is a program.
+        try:
+            data = read_bounded(path, entry.bytes)
+        except OSError as exc:
+            raise HashMismatch(
+                f"{path}: expected a file of {entry.bytes} bytes, found {exc.strerror or exc}. "
+                "Build it again: rcod-export engines"
+            ) from exc
+        if hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise HashMismatch(
+                f"{path}: changed after it was built. Engines are programs: it was not loaded. "
+                "Build it again: rcod-export engines"
+            )
+        engine = runtime.deserialize_cuda_engine(data)
+        if engine is None:
+            raise EngineMismatch(
+                f"{path}: {entry.target} {trt.__version__} refuses it. Build it here: "
+                f"rcod-export engines{logger.tail()}"
+            )
+        self._engine = engine
+        self._graph = graph
+        self._check_tensors(trt)
+        self.scratch_bytes = int(engine.device_memory_size_v2)
+        self._context: Any = None
+
+    def open_context(self, trt: Any, cache: Any) -> None:
+        """Make the context; ``cache`` is TensorRT-RTX's runtime cache, otherwise None."""
+        user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if cache is not None:
+            config = self._engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(user_managed)
+            config.set_runtime_cache(cache)
+            self._context = self._engine.create_execution_context(config)
+        else:
+            self._context = self._engine.create_execution_context(user_managed)
+        self._require(self._context is not None, "create_execution_context")
+
+    def new_cache(self) -> Any:
+        """An empty runtime cache (TensorRT-RTX only)."""
+        return self._engine.create_runtime_config().create_runtime_cache()
+
+    def use_memory(self, address: int, nbytes: int) -> None:
+        """Where its activations go while it runs."""
+        self._context.set_device_memory(address, nbytes)
+
+    def bind_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Set the shapes of its inputs.
+
+        Raises:
+            BackendError: a shape is outside the engine's profile.
+        """
+        for name, shape in shapes.items():
+            accepted = self._context.set_input_shape(name, shape)
+            self._require(accepted, f"set_input_shape({name}, {shape})")
+        missing = self._context.infer_shapes()
+        self._require(not missing, f"infer_shapes, {', '.join(missing)} not specified,")
+
+    def bind_address(self, name: str, address: int) -> None:
+        """Where an input or output lies on the device."""
+        accepted = self._context.set_tensor_address(name, address)
+        self._require(accepted, f"set_tensor_address({name})")
+
+    def enqueue(self, stream: Stream) -> None:
+        """Enqueue one run."""
+        self._require(self._context.execute_async_v3(stream.handle), "execute_async_v3")
+
+    def is_capturable(self, stream: Stream) -> bool:
+        """Whether a CUDA graph can hold it; versions that can't say can do it."""
+        ask = getattr(self._context, "is_stream_capturable", None)
+        return ask is None or bool(ask(stream.handle))
+
+    def close(self) -> None:
+        """Drop the context, then the engine. Twice is harmless."""
+        self._context = None
+        self._engine = None
+
+    def _check_tensors(self, trt: Any) -> None:
+        engine = self._engine
+        names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+        found = {
+            mode: {name for name in names if engine.get_tensor_mode(name) == mode}
+            for mode in (trt.TensorIOMode.INPUT, trt.TensorIOMode.OUTPUT)
+        }
+        for mode, tensors in (
+            (trt.TensorIOMode.INPUT, self._graph.inputs),
+            (trt.TensorIOMode.OUTPUT, self._graph.outputs),
+        ):
+            wanted = {tensor.name for tensor in tensors}
+            if found[mode] != wanted:
+                raise EngineMismatch(
+                    f"{self._path}: {mode.name.lower()}s: expected {sorted(wanted)}, found "
+                    f"{sorted(found[mode])}. Build it again: rcod-export engines"
+                )
+        for name in names:
+            if engine.get_tensor_dtype(name) != trt.DataType.FLOAT:
+                raise EngineMismatch(
+                    f"{self._path}: {name}: expected float32, found "
+                    f"{engine.get_tensor_dtype(name).name}. Build it again: rcod-export engines"
+                )
+
+    def _require(self, good: bool, call: str) -> None:
+        if not good:
+            raise BackendError(f"{self._path}: {call} was refused.{self._logger.tail()}")
+
+
+def float_bytes(shape: tuple[int, ...]) -> int:
+    """Bytes of a float32 tensor."""
+    nbytes = FLOAT_BYTES
+    for side in shape:
+        nbytes *= side
+    return nbytes

@@ -1,0 +1,105 @@
+"""Which of a bundle's engines fit this machine, by the manifest alone; nothing is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from rcod_runtime.backends.trt.libraries import load_cuda, load_tensorrt, operating_system, sm_of
+from rcod_runtime.errors import BackendError
+from rcod_runtime.manifest import Engine, Manifest
+
+AMPERE = 80
+
+
+@dataclass(frozen=True)
+class EngineSet:
+    """The engines of all graphs of a bundle, built together."""
+
+    folder: str
+    engines: dict[str, Engine]
+
+    @property
+    def target(self) -> str:
+        return self.engines["encoder"].target
+
+    @property
+    def version(self) -> str:
+        return self.engines["encoder"].version
+
+    @property
+    def precision(self) -> str:
+        return self.engines["denoiser"].precision.value
+
+    @property
+    def tile_px(self) -> int:
+        """Side of the tiles; ``flaw`` has made sure that there is one size only."""
+        return self.engines["encoder"].profile["image"][2][-1]
+
+    @property
+    def batches(self) -> tuple[int, int]:
+        """Smallest and largest tile batch."""
+        lowest, _, highest = self.engines["encoder"].profile["image"]
+        return lowest[0], highest[0]
+
+
+def engine_sets(manifest: Manifest) -> list[EngineSet]:
+    """Engines by the folder they lie in, in the manifest's order."""
+    folders: dict[str, dict[str, Engine]] = {}
+    for engine in manifest.engines:
+        folder = str(PurePosixPath(engine.file).parent)
+        folders.setdefault(folder, {})[engine.graph] = engine
+    return [EngineSet(folder, engines) for folder, engines in folders.items()]
+
+
+def flaw(manifest: Manifest, engines: EngineSet) -> str | None:
+    """Why a set can't run a bundle anywhere, or None."""
+    missing = sorted(set(manifest.graphs) - set(engines.engines))
+    if missing:
+        return f"no engine for {', '.join(missing)}; run rcod-export engines again"
+    kinds = {(e.target, e.version, e.sm, e.os) for e in engines.engines.values()}
+    if len(kinds) > 1:
+        return "its engines were not built together; run rcod-export engines again"
+    for name, engine in engines.engines.items():
+        wanted = {tensor.name for tensor in manifest.graphs[name].inputs}
+        if set(engine.profile) != wanted:
+            return f"{name}: its profile has not the inputs {', '.join(sorted(wanted))}"
+    low, _, high = engines.engines["encoder"].profile["image"]
+    if len(high) != 4 or low[2:] != high[2:] or high[2] != high[3]:
+        return f"its tiles are {low} to {high}; one square tile size is expected"
+    if high[2] % manifest.image.size_multiple:
+        return f"its tiles are {high[2]} px, not a multiple of {manifest.image.size_multiple}"
+    return None
+
+
+def obstacle(engine: Engine, index: int = 0) -> str | None:
+    """Why this machine can't load an engine, by its entry, or None."""
+    if engine.os != operating_system():
+        return f"built for {engine.os}, this is {operating_system()}"
+    try:
+        version = str(load_tensorrt(engine.target).__version__)
+        if version != engine.version:
+            return f"built by {engine.target} {engine.version}, {version} is installed"
+        sm = sm_of(load_cuda(engine.target), index)
+    except BackendError as exc:
+        return str(exc)
+    if sm in engine.sm or (_for_later_gpus(engine) and sm >= AMPERE):
+        return None
+    return f"built for {', '.join(f'sm_{n}' for n in engine.sm)}, this GPU is sm_{sm}"
+
+
+def _for_later_gpus(engine: Engine) -> bool:
+    return engine.options.get("hardware_compatibility") == "ampere-plus"
+
+
+def find_engines(manifest: Manifest, index: int) -> EngineSet | str:
+    """The first set that fits GPU ``index``, or why none does, with what to do about it."""
+    reasons = []
+    for engines in engine_sets(manifest):
+        reason = flaw(manifest, engines) or obstacle(engines.engines["encoder"], index)
+        if reason is None:
+            return engines
+        reasons.append(f"{engines.folder}: {reason}")
+    if not reasons:
+        return "the bundle has no engines. Build them: rcod-export engines BUNDLE"
+    return "; ".join(reasons) + ". Build others: rcod-export engines BUNDLE (or --device cpu)"

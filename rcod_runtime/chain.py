@@ -1,0 +1,227 @@
+"""The graphs of a bundle as one chain: what an image asks of them, and their order on a CPU."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Generator, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from rcod_runtime.backends import Array, Backend, Session, Shapes
+from rcod_runtime.bundle import Bundle
+from rcod_runtime.checked import CheckedSession
+from rcod_runtime.errors import NonFiniteOutput, UsageError
+from rcod_runtime.manifest import GUIDE, Manifest
+
+STAGES = ("encoder", "denoiser", "decoder")  # what runs for every tile
+
+
+@dataclass
+class ImageFeed:
+    """What the graphs need of one image besides its tiles.
+
+    ``thumbnail`` (1, 3, S, S) in [-1, 1] is what the tokens are made of; ``window`` (1, 3, h, w) in
+    [0, 1] is what the guide of rcod-s sees. ``kept`` is the chain's: what it made of the two.
+    """
+
+    batch: int
+    tile_hw: tuple[int, int]
+    thumbnail: Array
+    window: Array | None = None
+    kept: dict[str, Array] = field(default_factory=dict)
+
+
+class TileOutputs(NamedTuple):
+    """What a tile batch gives: the latents before and after (B, C, h/8, w/8), and the image
+    (B, h, w, 3) in 0..255. The arrays are the caller's."""
+
+    z_lq: Array
+    z_sr: Array
+    pixels: Array
+
+
+class Chain(Protocol):
+    """The graphs of one bundle on one device. May be shared by threads.
+
+    ``tile_px`` is the only tile size it takes, None where any will do; ``batches`` the smallest and
+    largest tile batch, ``batch`` the one to take where nobody chose.
+    """
+
+    name: str
+    version: str
+    precision: str
+    tile_px: int | None
+    batches: tuple[int, int]
+    batch: int
+
+    def run(
+        self, feed: ImageFeed, level: Array | None, tiles: Iterable[Array]
+    ) -> Generator[TileOutputs, None, None]:
+        """Tile batches (B, 3, h, w) in [-1, 1] -> their outputs, in order.
+
+        Close the iterator if it is left before its end. ``level`` (n,) weighs the levels; None
+        leaves the choice to the graphs.
+
+        Raises:
+            BackendError: the device or the library refuses something.
+            NonFiniteOutput: tokens or matrices hold NaN or infinity.
+        """
+        ...
+
+    def estimate(self, feed: ImageFeed, tiles: Iterable[Array]) -> list[float]:
+        """m_l of the first tile of every batch (Eq. 6, as the MEM sees it)."""
+        ...
+
+    def profile(self, feed: ImageFeed, tile: Array, runs: int) -> dict[str, float]:
+        """Median milliseconds of every stage for one tile batch."""
+        ...
+
+    def close(self) -> None:
+        """Release everything. Twice is harmless; a call afterwards is an error."""
+        ...
+
+
+class HostChain:
+    """The chain on a backend whose inputs and outputs lie in host memory.
+
+    Threads take turns tile batch by tile batch.
+    """
+
+    tile_px: int | None = None
+    batches = (1, 64)
+    batch = 1
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.name, self.version, self.precision = backend.name, backend.version, backend.precision
+        self._manifest = bundle.manifest
+        # The largest first: while it is loaded, it needs the most memory beside what is loaded.
+        sizes = {name: bundle.graph_bytes(name) for name in bundle.manifest.graphs}
+        self._sessions: dict[str, Session] = {
+            name: CheckedSession(
+                backend.load(bundle.graph_path(name)),
+                bundle.graph_path(name),
+                bundle.manifest.graphs[name],
+            )
+            for name in sorted(sizes, key=lambda name: -sizes[name])
+        }
+        self._bound: dict[str, Shapes] = {}
+        self._lock = threading.Lock()
+
+    def run(
+        self, feed: ImageFeed, level: Array | None, tiles: Iterable[Array]
+    ) -> Generator[TileOutputs, None, None]:
+        for image in tiles:
+            with self._lock:
+                self._prepare(feed)
+                z_lq, z_sr, decoded = self._tile(feed, level, image, [])
+                outputs = TileOutputs(z_lq.copy(), z_sr.copy(), to_pixels(decoded))
+            yield outputs
+
+    def estimate(self, feed: ImageFeed, tiles: Iterable[Array]) -> list[float]:
+        values = []
+        for image in tiles:
+            with self._lock:
+                self._prepare(feed)
+                values.append(float(self._encode(feed, image)["m_l"][0]))
+        return values
+
+    def profile(self, feed: ImageFeed, tile: Array, runs: int) -> dict[str, float]:
+        level = np.full(len(self._manifest.levels), 1 / len(self._manifest.levels), np.float32)
+        times = []
+        with self._lock:
+            self._prepare(feed)
+            self._tile(feed, level, tile, [])
+            for _ in range(runs):
+                stamps = [time.perf_counter()]
+                self._tile(feed, level, tile, stamps)
+                times.append(np.diff(stamps) * 1e3)
+        medians = np.median(times, axis=0)
+        return {name: float(ms) for name, ms in zip(STAGES, medians, strict=True)}
+
+    def close(self) -> None:
+        with self._lock:
+            self._sessions = {}
+
+    def _tile(
+        self, feed: ImageFeed, level: Array | None, image: Array, stamps: list[float]
+    ) -> tuple[Array, Array, Array]:
+        """z_lq, z_sr and the decoded image, valid until the next tile batch. Under the lock.
+
+        The time after every stage goes to ``stamps``.
+        """
+        encoded = self._encode(feed, image)
+        z_lq = encoded["z_lq"]
+        stamps.append(time.perf_counter())
+        feeds = {"z_lq": z_lq, "tokens": feed.kept["tokens"]}
+        if "unet_matrices" in feed.kept:
+            feeds["unet_matrices"] = feed.kept["unet_matrices"]
+        if len(self._manifest.levels) > 1:  # with one there is nothing to choose
+            feeds["level"] = (
+                (feed.kept if self._manifest.is_guided else encoded)["adaptive"]
+                if level is None
+                else np.repeat(level[None], feed.batch, axis=0)
+            )
+        z_sr = self._sessions["denoiser"].run(feeds)["z_sr"]
+        stamps.append(time.perf_counter())
+        decoded = self._sessions["decoder"].run({"z_sr": z_sr})["image"]
+        stamps.append(time.perf_counter())
+        return z_lq, z_sr, decoded
+
+    def _encode(self, feed: ImageFeed, image: Array) -> dict[str, Array]:
+        feeds = {"image": image}
+        if "vae_matrices" in feed.kept:
+            feeds["vae_matrices"] = feed.kept["vae_matrices"]
+        return self._sessions["encoder"].run(feeds)
+
+    def _prepare(self, feed: ImageFeed) -> None:
+        """Bind the graphs to this image's shapes, compute its tokens and matrices once."""
+        if not self._sessions:
+            raise UsageError("this Upscaler was closed while it ran.")
+        shapes = input_shapes(self._manifest, feed)
+        if shapes != self._bound:
+            with ThreadPoolExecutor(len(shapes)) as pool:  # compiling releases the GIL
+                list(pool.map(lambda name: self._sessions[name].bind(shapes[name]), shapes))
+            self._bound = shapes
+        if feed.kept:
+            return
+        tokens = self._sessions["vpim"].run({"image": feed.thumbnail})["tokens"]
+        check_finite(tokens, "vpim")
+        kept = {"tokens": np.repeat(tokens, feed.batch, axis=0)}
+        if feed.window is not None:
+            for name, values in self._sessions[GUIDE].run({"lq": feed.window}).items():
+                check_finite(values, GUIDE)
+                kept[name] = np.repeat(values, feed.batch, axis=0)
+        feed.kept.update(kept)
+
+
+def input_shapes(manifest: Manifest, feed: ImageFeed) -> dict[str, Shapes]:
+    """Shapes of every graph's inputs; tokens and matrices are the image's, so theirs run once."""
+    shapes: dict[str, Shapes] = {
+        name: {
+            tensor.name: tensor.sized(1 if name == "vpim" else feed.batch, *feed.tile_hw)
+            for tensor in graph.inputs
+        }
+        for name, graph in manifest.graphs.items()
+        if name != GUIDE
+    }
+    if feed.window is not None:
+        shapes[GUIDE] = {"lq": feed.window.shape}
+    return shapes
+
+
+def to_pixels(decoded: Array) -> Array:
+    """What the decoder gives, (B, 3, h, w) in [-1, 1] -> a new (B, h, w, 3) in 0..255."""
+    return (decoded.transpose(0, 2, 3, 1) + 1.0) * np.float32(127.5)
+
+
+def check_finite(values: Array, graph: str, where: str = "") -> None:
+    """Raises NonFiniteOutput where values hold NaN or infinity; ``where`` goes into the message."""
+    if not np.isfinite(values).all():
+        raise NonFiniteOutput(
+            f"graph {graph}{where}: gave NaN or infinity; nothing was written. "
+            "Try precision fp32, or check the bundle: rcod-doctor --bundle DIR"
+        )

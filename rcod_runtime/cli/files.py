@@ -1,0 +1,180 @@
+"""Which images a command line means, and where each result goes."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rcod_runtime.errors import ImageError, OutputError, UsageError
+
+STREAM = "-"  # stdin as an input, stdout as the output
+SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "tiff": ".tif", "bmp": ".bmp"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One image to upscale. ``source`` None is stdin, ``target`` None is stdout."""
+
+    source: Path | None
+    target: Path | None
+    format_name: str
+
+    def __str__(self) -> str:
+        return STREAM if self.source is None else str(self.source)
+
+
+def plan_tasks(
+    inputs: Sequence[str], out: str, format_choice: str | None = None, recursive: bool = False
+) -> list[Task]:
+    """Every image of ``inputs`` with its output. Makes no folder and writes nothing.
+
+    Args:
+        inputs: files, folders, patterns (``*``, ``?``, ``[a-z]``, ``**``) or ``-``, stdin.
+        out: a file for one image, a folder, or ``-``, stdout.
+        format_choice: a key of SUFFIXES for results in a folder or on stdout; None keeps each
+            input's format where it can be written and is PNG otherwise.
+        recursive: folders with their subfolders, whose structure the results keep.
+
+    Raises:
+        ImageError: an input is missing, or a folder or a pattern holds no image.
+        OutputError: the output's format is unknown, its folder is missing, or two inputs would
+            write the same file.
+        UsageError: stdin or stdout where several images are meant, or an output that would replace
+            an input.
+    """
+    from rcod_runtime.image_io import FORMATS, format_of
+
+    if STREAM in inputs:
+        if len(inputs) > 1:
+            raise UsageError("- (stdin): expected no other input beside it.")
+        sources: list[tuple[Path | None, Path]] = [(None, Path("stdin"))]
+    else:
+        sources = list(_sources(inputs, Path(out), recursive))
+    chosen = None if format_choice is None else SUFFIXES[format_choice]
+    if out == STREAM:
+        if len(sources) != 1:
+            raise UsageError(f"-o - (stdout): expected one image, found {len(sources)}.")
+        return [Task(sources[0][0], None, FORMATS[chosen or ".png"])]
+    folder = Path(out)
+    single = len(sources) == 1 and not os.path.isdir(inputs[0])
+    if folder.is_dir() or not folder.suffix:
+        as_file = False
+    elif not single and folder.suffix.lower() in FORMATS:
+        raise UsageError(f"{out}: expected a folder for several images, found an image's name.")
+    else:
+        as_file = single
+    if as_file:
+        tasks = [Task(sources[0][0], folder, _file_format(folder, format_choice))]
+    elif sources[0][0] is None:
+        raise UsageError(f"{out}: expected the name of an image for what comes from stdin, or -.")
+    else:
+        tasks = []
+        for source, relative in sources:
+            own = relative.suffix if relative.suffix.lower() in FORMATS else ".png"
+            target = folder / relative.with_suffix(chosen or own)
+            tasks.append(Task(source, target, format_of(target)))
+    _check_targets(tasks)
+    return tasks
+
+
+def make_folders(tasks: Sequence[Task]) -> None:
+    """The folders of all outputs, so that one that can't be made shows before the work.
+
+    Raises:
+        OutputError: one can't be made.
+    """
+    for folder in dict.fromkeys(task.target.parent for task in tasks if task.target is not None):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as exc:
+            raise OutputError(f"{folder}: can't be made ({exc.strerror or exc}).") from exc
+
+
+def _file_format(target: Path, format_choice: str | None) -> str:
+    from rcod_runtime.image_io import FORMATS, format_of
+
+    format_name = format_of(target)
+    if format_choice is not None and format_name != FORMATS[SUFFIXES[format_choice]]:
+        raise UsageError(f"{target}: its name says {format_name}, --format {format_choice}.")
+    if not target.parent.is_dir():
+        raise OutputError(f"{target}: the folder {target.parent} does not exist. Make it first.")
+    return format_name
+
+
+def _sources(inputs: Sequence[str], out: Path, recursive: bool) -> Iterator[tuple[Path, Path]]:
+    """(file, its path below the input folder, or its name) of every image."""
+    for text in inputs:
+        path = Path(text)
+        if path.is_dir():
+            try:
+                found = list(_walk(path, out) if recursive else _images(path, os.listdir(path)))
+            except OSError as exc:
+                where = exc.filename or path
+                raise ImageError(f"{where}: can't be listed ({exc.strerror or exc}).") from exc
+            if not found:
+                raise ImageError(f"{path}: a folder without images ({_known()}).")
+            yield from ((image, image.relative_to(path)) for image in found)
+        elif path.exists():
+            yield path, Path(path.name)
+        elif glob.has_magic(text):
+            matches = sorted(glob.glob(text, recursive=True))
+            images = [Path(match) for match in matches if _is_image(match)]
+            if not images:
+                raise ImageError(f"{text}: no image matches this pattern ({_known()}).")
+            yield from ((image, Path(image.name)) for image in images)
+        else:
+            raise ImageError(f"{path}: not found.")
+
+
+def _walk(top: Path, out: Path) -> Iterator[Path]:
+    """Images in ``top`` and its subfolders; not in hidden ones, nor in the output's own."""
+
+    def unreadable(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, names in os.walk(top, onerror=unreadable):
+        here = Path(folder)
+        subfolders[:] = sorted(
+            name
+            for name in subfolders
+            if not name.startswith(".")
+            and not (out.is_dir() and os.path.samefile(here / name, out))
+        )
+        yield from _images(here, names)
+
+
+def _images(folder: Path, names: list[str]) -> Iterator[Path]:
+    for name in sorted(names):
+        if _is_image(str(folder / name)):
+            yield folder / name
+
+
+def _is_image(path: str) -> bool:
+    from rcod_runtime.image_io import READ_SUFFIXES
+
+    name = os.path.basename(path)
+    suffix = os.path.splitext(name)[1].lower()
+    return not name.startswith(".") and suffix in READ_SUFFIXES and os.path.isfile(path)
+
+
+def _known() -> str:
+    from rcod_runtime.image_io import READ_SUFFIXES
+
+    return ", ".join(sorted(READ_SUFFIXES))
+
+
+def _check_targets(tasks: Sequence[Task]) -> None:
+    sources = {os.path.realpath(task.source): task.source for task in tasks if task.source}
+    writers: dict[Path, Task] = {}
+    for task in tasks:
+        assert task.target is not None
+        if os.path.realpath(task.target) in sources:
+            raise UsageError(f"{task.target}: would replace an input. Choose another -o.")
+        if task.target in writers:
+            raise OutputError(
+                f"{task.target}: both {writers[task.target]} and {task} would write it."
+            )
+        writers[task.target] = task

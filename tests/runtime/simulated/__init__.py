@@ -1,0 +1,9 @@
+"""A GPU that exists in software, for tests: memory.py and streams.py are the device, cudart.py and
+tensorrt.py stand in for cuda.bindings.runtime and for tensorrt.
+
+What it holds the shipping code to: memory of the device is apart from the host's and poisoned when
+it is allocated and when it is freed; an address that is freed, off by one or too short is an error;
+nothing runs before a synchronisation, then in the order of each stream and, between streams, in an
+order drawn from a seed; a captured graph repeats exactly the recorded calls with their addresses;
+two contexts in one arena at once are an error.
+"""

@@ -1,0 +1,77 @@
+"""Streams, events and captured graphs: work waits until somebody synchronises."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from tests.runtime.simulated.memory import Violation
+
+Work = Callable[[], None]
+
+
+@dataclass(eq=False)
+class Event:
+    """``records`` counts how often it was recorded, ``reached`` how often that was executed."""
+
+    timing: bool
+    records: int = 0
+    reached: int = 0
+    tick: int = 0
+
+
+@dataclass(eq=False)
+class Graph:
+    """Work recorded from a stream, with the addresses it had."""
+
+    work: list[Work] = field(default_factory=list)
+    executables: int = 0
+
+
+@dataclass(eq=False)
+class Stream:
+    """A queue. An item is work, or (event, n): wait until it is reached for the n-th time."""
+
+    queue: deque[Work | tuple[Event, int]] = field(default_factory=deque)
+    capture: Graph | None = None
+
+
+class Scheduler:
+    """Runs what is due. Between streams the order is drawn from the seed, as a GPU's would be."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed)
+        self.streams: set[Stream] = set()
+        self.ticks = 0
+
+    def enqueue(self, stream: Stream, work: Work) -> None:
+        if stream.capture is not None:
+            stream.capture.work.append(work)
+        else:
+            stream.queue.append(work)
+
+    def run_until(self, done: Callable[[], bool], what: str) -> None:
+        """Run streams in a random order until ``done``."""
+        while not done():
+            ready = [s for s in self.streams if s.queue and self._may_run(s)]
+            if not ready:
+                raise Violation(f"{what} waits for something that nobody will do")
+            ready.sort(key=id)
+            self._step(self._random.choice(ready))
+
+    def drain(self, stream: Stream) -> None:
+        if stream.capture is not None:
+            raise Violation("a stream is synchronised while it is captured")
+        self.run_until(lambda: not stream.queue, "a synchronisation")
+
+    def _may_run(self, stream: Stream) -> bool:
+        head = stream.queue[0]
+        return not isinstance(head, tuple) or head[0].reached >= head[1]
+
+    def _step(self, stream: Stream) -> None:
+        self.ticks += 1
+        head = stream.queue.popleft()
+        if not isinstance(head, tuple):
+            head()

@@ -1,0 +1,90 @@
+"""Which backend runs a bundle: ONNX Runtime's providers stand in for a GPU's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnxruntime as ort
+import pytest
+
+from rcod_runtime import Upscaler
+from rcod_runtime.backends.choice import CHOICES
+from rcod_runtime.cli.upscale import BACKENDS
+from rcod_runtime.errors import BackendError, EngineMismatch, UsageError
+
+CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
+
+
+class Recorder:
+    """ONNX Runtime as on a GPU: sessions compute on the CPU and say what they were asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, works: bool = True) -> None:
+        self.asked: list[list[tuple[str, dict[str, Any]]]] = []
+        real = ort.InferenceSession
+
+        def session(path: str, options: Any, providers: Any, **rest: Any) -> Any:
+            self.asked.append(providers)
+            opened = real(path, options, providers=[CPU], **rest)
+            names = [name for name, _ in providers] if works else [CPU]
+            monkeypatch.setattr(opened, "get_providers", lambda: names, raising=False)
+            return opened
+
+        monkeypatch.setattr(ort, "InferenceSession", session)
+        monkeypatch.setattr(ort, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
+
+
+def test_the_command_offers_every_backend() -> None:
+    assert BACKENDS == CHOICES
+
+
+@pytest.mark.parametrize(
+    ("options", "wanted"),
+    [
+        ({"backend": "onnxruntime", "device": "cuda:1"}, [CUDA, CPU]),
+        ({"device": "cuda:1"}, [CUDA, CPU]),
+        ({"backend": "onnxruntime-tensorrt", "device": "cuda:1"}, [TENSORRT, CUDA, CPU]),
+    ],
+)
+def test_a_gpu_without_engines_runs_on_onnxruntimes_providers(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, options: dict[str, str], wanted: list[str]
+) -> None:
+    recorder = Recorder(monkeypatch)
+    with Upscaler(bundle, **options) as upscaler:
+        assert upscaler.backend.startswith(f"onnxruntime {wanted[0]}")
+    assert len(recorder.asked) == 4
+    for providers in recorder.asked:
+        assert [name for name, _ in providers] == wanted
+        assert all(chosen["device_id"] == 1 for name, chosen in providers if name != CPU)
+
+
+def test_a_silent_fallback_to_the_cpu_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path
+) -> None:
+    Recorder(monkeypatch, works=False)
+    with pytest.raises(BackendError, match=f"expected {CUDA}.*fell back to {CPU}"):
+        Upscaler(bundle, backend="onnxruntime", device="cuda:0")
+
+
+@pytest.mark.skipif(CUDA in ort.get_available_providers(), reason="this one has CUDA")
+def test_an_onnxruntime_without_cuda_says_which_package_has_it(bundle: Path) -> None:
+    for backend, missing in (("onnxruntime", CUDA), ("onnxruntime-tensorrt", TENSORRT)):
+        with pytest.raises(BackendError, match=rf"no {missing}.*rcod\[cuda\]"):
+            Upscaler(bundle, backend=backend, device="cuda:0")
+    with pytest.raises(EngineMismatch, match="has no engines. Build them: rcod-export engines"):
+        Upscaler(bundle, device="cuda:0")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "onnxruntime-tensorrt", "device": "cpu"},
+        {"backend": "onnxruntime", "device": "cuda:0", "precision": "bf16"},
+    ],
+)
+def test_choices_that_exclude_each_other_are_refused(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, options: dict[str, str]
+) -> None:
+    Recorder(monkeypatch)
+    with pytest.raises(UsageError):
+        Upscaler(bundle, **options)

@@ -1,0 +1,103 @@
+"""Which images a command line means, and where their results go."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from rcod_runtime.cli.files import Task, plan_tasks
+from rcod_runtime.errors import ImageError, OutputError, RcodError, UsageError
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Empty files: planning opens none."""
+    names = ["in/b.jpg", "in/a.PNG", "in/c.gif", "in/notes.txt", "in/.hidden.png", "in/x[1].png",
+             "in/sub/a.png", "in/sub/deep/d.tif", "in/.trash/t.png", "in/e.png/f.png"]  # fmt: skip
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def pairs(tasks: list[Task]) -> list[tuple[str, str]]:
+    return [(str(task), "-" if task.target is None else task.target.as_posix()) for task in tasks]
+
+
+def test_a_folder_gives_its_own_images_in_order(tree: Path) -> None:
+    assert pairs(plan_tasks(["in"], "out")) == [
+        ("in/a.PNG", "out/a.PNG"),
+        ("in/b.jpg", "out/b.jpg"),
+        ("in/c.gif", "out/c.png"),  # a format that isn't written
+        ("in/x[1].png", "out/x[1].png"),
+    ]
+    assert not Path("out").exists()
+
+
+def test_subfolders_are_kept_and_hidden_ones_left_out(tree: Path) -> None:
+    found = pairs(plan_tasks(["in"], "out", recursive=True))
+    assert found[4:] == [
+        ("in/e.png/f.png", "out/e.png/f.png"),
+        ("in/sub/a.png", "out/sub/a.png"),
+        ("in/sub/deep/d.tif", "out/sub/deep/d.tif"),
+    ]
+
+
+def test_results_inside_the_input_folder_are_not_taken_as_inputs(tree: Path) -> None:
+    before = plan_tasks(["in"], "in/sharp", recursive=True)
+    Path("in/sharp").mkdir()
+    Path("in/sharp/a.png").touch()
+    assert plan_tasks(["in"], "in/sharp", recursive=True) == before
+
+
+def test_patterns_give_images_alone(tree: Path) -> None:
+    assert [s for s, _ in pairs(plan_tasks(["in/*"], "out"))] == [
+        "in/a.PNG", "in/b.jpg", "in/c.gif", "in/x[1].png",
+    ]  # fmt: skip
+    assert [s for s, _ in pairs(plan_tasks(["in/**/[d-f].*"], "out"))] == [
+        "in/e.png/f.png", "in/sub/deep/d.tif",
+    ]  # fmt: skip
+    assert pairs(plan_tasks(["in/b*"], "o.webp")) == [("in/b.jpg", "o.webp")]
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tree: Path) -> None:
+    assert pairs(plan_tasks(["in/x[1].png"], "out")) == [("in/x[1].png", "out/x[1].png")]
+
+
+def test_a_format_is_chosen_for_results_in_a_folder_or_on_stdout(tree: Path) -> None:
+    assert [t for _, t in pairs(plan_tasks(["in/a.PNG", "in/c.gif"], "out", "webp"))] == [
+        "out/a.webp", "out/c.webp",
+    ]  # fmt: skip
+    assert plan_tasks(["-"], "-") == [Task(None, None, "PNG")]
+    assert plan_tasks(["in/b.jpg"], "-", "jpeg") == [Task(Path("in/b.jpg"), None, "JPEG")]
+    assert plan_tasks(["-"], "o.tif") == [Task(None, Path("o.tif"), "TIFF")]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "out", "options", "error", "message"),
+    [
+        (["none.png"], "out", {}, ImageError, "none.png: not found"),
+        (["in/*.webp"], "out", {}, ImageError, r"no image matches"),
+        (["in/sub/deep/../../.trash/.."], "-", {}, UsageError, "expected one image, found 4"),
+        (["-", "in/b.jpg"], "out", {}, UsageError, "no other input"),
+        (["-"], "in", {}, UsageError, "name of an image"),
+        (["-"], "folder", {}, UsageError, "name of an image"),
+        (["in"], "o.png", {}, UsageError, "expected a folder for several images"),
+        (["in/b.jpg"], "o.png", {"format_choice": "jpeg"}, UsageError, "PNG, --format jpeg"),
+        (["in/b.jpg"], "none/o.png", {}, OutputError, "does not exist"),
+        (["in/a.PNG", "in/sub/a.png"], "out", {"format_choice": "png"}, OutputError, "both"),
+        (["in/b.jpg", "in/a.PNG"], "in", {}, UsageError, "would replace an input"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(
+    tree: Path,
+    inputs: list[str],
+    out: str,
+    options: dict[str, str],
+    error: type[RcodError],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        plan_tasks(inputs, out, **options)  # type: ignore[arg-type]
