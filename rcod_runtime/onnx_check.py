@@ -15,6 +15,7 @@ from pathlib import Path
 from rcod_runtime.errors import BundleError
 from rcod_runtime.files import open_regular
 from rcod_runtime.manifest import Graph, Tensor
+from rcod_runtime.onnx_ops import required_inputs
 
 MAX_FIELDS = 1_000_000  # walked in about a second; the largest graph here has a tenth of them
 MAX_DEPTH = 64
@@ -42,6 +43,7 @@ _SCHEMA: dict[str, dict[int, str]] = {
     },
 }
 _DIMS, _DATA_TYPE, _RAW, _EXTERNAL = 1, 2, 9, 13  # TensorProto
+_INPUT, _OPERATOR = 1, 4  # NodeProto
 _KEY, _VALUE = 1, 2  # StringStringEntryProto
 _NAME, _TYPE = 1, 2  # ValueInfoProto
 _ELEMENT, _SHAPE = 1, 2  # TypeProto.Tensor
@@ -104,7 +106,12 @@ class _Walk:
         if depth > MAX_DEPTH:
             raise _NotOnnx(f"messages nested more than {MAX_DEPTH} deep")
         inner = _SCHEMA[kind]
+        inputs, operator = [], ""
         for number, value in self.fields(data):
+            if kind == "node" and number == _INPUT:
+                inputs.append(_text(value))
+            elif kind == "node" and number == _OPERATOR:
+                operator = _text(value)
             part = inner.get(number)
             if part is None:
                 continue
@@ -132,6 +139,9 @@ class _Walk:
                     self.values[part][name] = described
             else:
                 raise _Refused(f"it holds a {part}, which a bundle's graphs don't")
+        needed = required_inputs(operator) if kind == "node" else 0
+        if not all(inputs[:needed]) or len(inputs) < needed:
+            raise _Refused(f"an operator {operator[:60]!r} without the {needed} inputs it needs")
 
     def integers(self, values: Sequence[int]) -> None:
         """Attributes beyond 32 bits: OpenVINO cuts them off, and divides by what is left."""

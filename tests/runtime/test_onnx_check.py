@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from rcod_runtime import Upscaler
 from rcod_runtime.bundle import open_bundle
 from rcod_runtime.errors import BackendError, BundleError, HashMismatch
 from rcod_runtime.manifest import sha256_file
+from rcod_runtime.onnx_ops import REQUIRED_INPUTS, required_inputs
 
 Change = Callable[[onnx.ModelProto], object]
 
@@ -102,6 +104,14 @@ WRONG: dict[str, tuple[Change, str]] = {
     "a negative one": (
         lambda m: m.graph.node[1].attribute[0].CopyFrom(helper.make_attribute("x", [-(2**40)])),
         "an attribute -1099511627776",
+    ),
+    "an operator without its inputs": (
+        lambda m: m.graph.node[0].ClearField("input"),
+        "an operator 'Conv' without the 2 inputs it needs",
+    ),
+    "an operator with an empty input": (
+        lambda m: m.graph.node[0].input.__setitem__(1, ""),
+        "an operator 'Conv' without the 2",
     ),
     "functions": (lambda m: m.functions.add(name="f"), "a function"),
     "training steps": (lambda m: m.training_info.add(), "a training"),
@@ -274,3 +284,17 @@ def test_names_in_messages_do_not_steer_the_terminal(own_bundle: Path, backend: 
     with pytest.raises(BackendError) as caught:
         Upscaler(own_bundle, backend=backend)
     assert "\x1b" not in str(caught.value) and r"\x1b[2JWiped" in str(caught.value)
+
+
+def test_needed_inputs_are_those_of_the_specification() -> None:
+    """Of every operator, the least that a version from opset 17 on needs."""
+    names = {schema.name for schema in onnx.defs.get_all_schemas() if not schema.domain}
+    for name in names:
+        needed = []
+        for opset in range(17, onnx.defs.onnx_opset_version() + 1):
+            with contextlib.suppress(onnx.defs.SchemaError):
+                schema = onnx.defs.get_schema(name, opset)
+                needed += [] if schema.deprecated else [schema.min_input]
+        if needed:
+            assert required_inputs(name) <= min(needed), name
+            assert name not in REQUIRED_INPUTS or required_inputs(name) == min(needed), name
