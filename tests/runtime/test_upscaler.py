@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import subprocess
 import sys
 import textwrap
@@ -299,6 +301,23 @@ def test_unknown_backends_devices_and_precisions_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match="expected"):
         Upscaler(bundle, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="can't be asked here")
+def test_no_thread_is_bound_to_a_processor(bundle: Path, photo: Photo) -> None:
+    """Two Upscalers of one thread each would be bound to the same one."""
+    mine = os.sched_getaffinity(0)
+    if len(mine) < 2:
+        pytest.skip("one processor")
+    with Upscaler(bundle, backend="openvino", threads=1) as upscaler:
+        worker = threading.Thread(target=lambda: upscaler(photo(240, 240), tile_px=320))
+        seen = set()
+        worker.start()
+        while worker.is_alive():
+            for thread in Path("/proc/self/task").iterdir():
+                with contextlib.suppress(OSError):  # it has ended
+                    seen.add(frozenset(os.sched_getaffinity(int(thread.name))))
+    assert seen == {frozenset(mine)}
 
 
 def test_ctrl_c_after_models_were_closed_does_not_crash_the_process(bundle: Path) -> None:
