@@ -20,6 +20,9 @@ from tests.runtime.fakes import make_bundle
 Photo = Callable[..., np.ndarray]
 Capture = pytest.CaptureFixture[str]
 MANY = 60
+SIGINT_COUNTS = (  # shells have background jobs ignore it
+    "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+)
 
 
 def run(bundle: Path, *arguments: object) -> int:
@@ -28,8 +31,8 @@ def run(bundle: Path, *arguments: object) -> int:
 
 def command(*arguments: object, code: str = "") -> list[str]:
     """rcod-upscale as a process of its own, after some code."""
-    program = f"{code}\nimport sys\nfrom rcod_runtime.cli.upscale import main\nsys.exit(main())"
-    return [sys.executable, "-c", program, *map(str, arguments)]
+    main = "import sys\nfrom rcod_runtime.cli.upscale import main\nsys.exit(main())"
+    return [sys.executable, "-c", "\n".join((SIGINT_COUNTS, code, main)), *map(str, arguments)]
 
 
 def records(report: Path) -> list[dict[str, object]]:
