@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import struct
 import zlib
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ log = logging.getLogger(__name__)
 MAX_INPUT_PIXELS = 50_000_000
 MAX_INPUT_BYTES = 2**30  # 50 million pixels of 16-bit RGBA, stored as they are, have 0.4 GB
 READ_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp", ".gif"})
+MAX_SCANS = 100  # encoders write up to some ten
 # Nothing else that Pillow knows: some of its formats run programs (EPS: Ghostscript).
 READ_FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF")
 FORMATS = {
@@ -43,6 +45,8 @@ _DECODER_ERRORS = (
 )  # fmt: skip
 
 _ORIENTATION = 0x0112  # EXIF
+_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # not what stands among a JPEG's values
+_START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
@@ -92,6 +96,11 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
                     f"{source}: {width} x {height} px; the limit is {max_pixels / 1e6:g} million "
                     "pixels. Cut the image into parts, or raise the limit if you trust the file."
                 )
+            if image.format in ("JPEG", "MPO") and _scans(data) > MAX_SCANS:
+                raise ImageError(
+                    f"{source}: expected at most {MAX_SCANS} scans in a JPEG, found "
+                    f"{_scans(data)}: it was made to keep decoders busy."
+                )
             if getattr(image, "n_frames", 1) > 1:
                 log.warning("%s: has several frames; only the first is used", source)
             deep = _deep_colour(data, image)
@@ -116,6 +125,18 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
         ) from exc
     except _DECODER_ERRORS as exc:
         raise ImageError(f"{source}: the image is damaged or cut short ({exc}).") from exc
+
+
+def _scans(data: bytes) -> int:
+    """Scans of a JPEG's first image. Each passes over all pixels, and takes a few bytes."""
+    count, at = 0, 2
+    while match := _MARKER.search(data, at):
+        at, kind = match.start(), data[match.start() + 1]
+        if kind == _END_OF_IMAGE:
+            break
+        count += kind == _START_OF_SCAN
+        at += 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return count
 
 
 def _is_deep_colour(image: Image, data: bytes) -> bool:

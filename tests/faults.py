@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +35,8 @@ _hooked: list[bool] = []
 
 
 def _limit(size: int) -> None:
+    import resource  # not on Windows
+
     # Python ignores SIGXFSZ, so that a write beyond gives OSError: EFBIG.
     _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -48,6 +49,8 @@ def full_disk(folder: Path, full_from: int) -> Iterator[list[str]]:
     if not _hooked:  # an audit hook can't be taken out again
         sys.addaudithook(_disk.hook)
         _hooked.append(True)
+    import resource
+
     before, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     _disk.folder, _disk.full_from, _disk.opened = f"{folder.resolve()}/", full_from, []
     try:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,7 @@ from PIL import Image, ImageCms
 
 from rcod_runtime.errors import ImageError, OutputError
 from rcod_runtime.image_io import decode_image, read_image, write_image
+from tests.faults import full_disk
 
 Photo = Callable[..., np.ndarray]
 
@@ -156,6 +159,74 @@ def test_too_many_pixels_are_refused_before_decoding(photo: Photo) -> None:
             decode_image(bomb, "bomb")
 
 
+@pytest.mark.parametrize("kind", [b"IHDR", b"tEXt", b"IDAT"])
+def test_a_chunk_that_claims_gigabytes_is_refused_at_once(kind: bytes) -> None:
+    """OpenCV made room for it: 4 GB and 15 s for a file of three kilobytes (fuzz, images 1551)."""
+    pytest.importorskip("cv2")
+    data = deep_png(np.full((24, 32, 3), 7, np.uint16))
+    at = data.index(b"IDAT") - 4
+    claimed = struct.pack(">I", 0xFB000007) + kind
+    begin = time.perf_counter()
+    with pytest.raises(ImageError, match="damaged or cut short"):
+        decode_image(data[:at] + claimed + data[at + 8 :], "d.png")
+    assert time.perf_counter() - begin < 2
+
+
+def test_16_bit_colour_is_turned_upright_too(photo: Photo) -> None:
+    pytest.importorskip("cv2")
+    values = photo(6, 9).astype(np.uint16) * 257
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        body = exif.tobytes().removeprefix(b"Exif\0\0")
+        chunk = struct.pack(">I", len(body)) + b"eXIf" + body
+        chunk += struct.pack(">I", zlib.crc32(b"eXIf" + body))
+        data = deep_png(values)
+        data = data[:33] + chunk + data[33:]  # after IHDR
+        eight = decode_image(encoded(Image.fromarray(photo(6, 9)), "PNG", exif=exif), "e").pixels
+        np.testing.assert_array_equal(decode_image(data, "d").pixels // 257, eight)
+
+
+def test_formats_that_run_programs_are_not_opened(photo: Photo) -> None:
+    """Pillow reads EPS through Ghostscript."""
+    data = encoded(Image.fromarray(photo()), "EPS")
+    with pytest.raises(ImageError, match="found another kind of file"):
+        decode_image(data, "a.png")
+
+
+def test_cameras_jpegs_of_several_frames_are_read(photo: Photo) -> None:
+    frames = [Image.fromarray(photo(seed=s)) for s in range(2)]
+    data = encoded(frames[0], "MPO", save_all=True, append_images=frames[1:])
+    assert decode_image(data, "a.jpg").pixels.shape == (24, 40, 3)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused(photo: Photo) -> None:
+    """75 bytes a scan, each a pass over 50 million pixels: minutes for a file of a megabyte."""
+    data = encoded(Image.fromarray(photo(64, 64)), "JPEG", progressive=True)
+    scan, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    for count, good in ((10, True), (5000, False)):
+        longer = data[:end] + data[scan:end] * count + data[end:] + b"\xff\xda" * 1000
+        if good:  # what lies behind the image is not counted
+            assert decode_image(longer, "a.jpg").pixels.shape == (64, 64, 3)
+        else:
+            with pytest.raises(ImageError, match="at most 100 scans in a JPEG, found 50"):
+                decode_image(longer, "a.jpg")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")
+def test_a_pipe_in_a_folder_of_photos_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(ImageError, match="a pipe, a socket or a device"):
+        read_image(tmp_path / "a.png")
+
+
+def test_a_file_beyond_any_size_is_not_read_whole(tmp_path: Path) -> None:
+    with (tmp_path / "a.png").open("wb") as file:
+        file.truncate(2**30 + 1)  # sparse
+    with pytest.raises(ImageError, match="over the limit of 1073741824 bytes"):
+        read_image(tmp_path / "a.png")
+
+
 def test_32_bit_and_float_images_are_refused() -> None:
     deep = Image.fromarray(np.full((4, 4), 70000, np.int32))
     with pytest.raises(ImageError, match="32-bit integers"):
@@ -181,6 +252,20 @@ def test_results_that_cannot_be_written_leave_nothing(
     with pytest.raises(OutputError, match=message):
         write_image(tmp_path / name, np.zeros(shape, dtype))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_runs_full_in_a_write_leaves_the_old_file_and_the_next_write_works(
+    tmp_path: Path, photo: Photo
+) -> None:
+    pytest.importorskip("resource")
+    target = tmp_path / "a.png"
+    write_image(target, photo(seed=0))
+    before = target.read_bytes()
+    with pytest.raises(OutputError, match="a.png: can't be written"), full_disk(tmp_path, 1):
+        write_image(target, photo(seed=1))
+    assert target.read_bytes() == before and list(tmp_path.iterdir()) == [target]
+    write_image(target, photo(seed=1))
+    np.testing.assert_array_equal(read_image(target).pixels, photo(seed=1))
 
 
 def test_a_failing_disk_leaves_the_old_file_whole(

@@ -219,6 +219,20 @@ def test_an_output_of_another_shape_is_named_and_not_stretched(
 
 
 @pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_names_that_are_not_utf_8_are_a_typed_error(
+    own_bundle: Path, backend: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """OpenVINO's binding raised UnicodeDecodeError (fuzz, bundles 290); ONNX Runtime's printed its
+    second try to stdout, where commands print what they wrote."""
+    path = own_bundle / "onnx/vpim.onnx"
+    path.write_bytes(path.read_bytes().replace(b"AveragePool", b"Average\xff\xfeol"))
+    agree(own_bundle, "vpim")
+    with pytest.raises(BackendError, match="vpim.onnx"):
+        Upscaler(own_bundle, backend=backend)
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
 def test_names_in_messages_do_not_steer_the_terminal(own_bundle: Path, backend: str) -> None:
     def hostile(model: onnx.ModelProto) -> None:
         model.graph.node[0].op_type = "\x1b[2JWiped"
