@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import logging
-import os
 import struct
-import tempfile
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +15,7 @@ import numpy.typing as npt
 
 from rcod_runtime.errors import ImageError, OutputError
 from rcod_runtime.png import encode_png
+from rcod_runtime.whole_file import write_whole
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -36,8 +33,6 @@ SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "WEBP": {"quality": 95},
     "TIFF": {"compression": "tiff_deflate"},
 }
-PARTIAL_SUFFIX = ".rcod-partial"
-_PREFIX_LENGTH = 14
 # What Pillow's decoders raise on damaged files.
 _DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError,
@@ -199,63 +194,11 @@ def format_of(path: Path) -> str:
 def write_image(path: Path | str, pixels: Pixels, icc: bytes | None = None) -> None:
     """Encode by the suffix and write whole or not at all; an existing file is replaced.
 
-    The bytes go to a hidden file beside it first. A process that is killed meanwhile leaves that
-    one behind: see :func:`remove_partials`.
-
     Raises:
         OutputError: the folder is missing or can't be written, or the format can't hold the image.
     """
     path = Path(path)
-    data = encode_image(pixels, format_of(path), str(path), icc)
-    try:
-        handle, name = tempfile.mkstemp(PARTIAL_SUFFIX, _partial_prefix(path), path.parent)
-    except OSError as exc:
-        raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(path)
-    except OSError as exc:
-        raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def remove_partials(paths: Iterable[Path]) -> None:
-    """Remove what killed processes left of ``paths`` while they wrote them; other files' hidden
-    parts, which a running process may be writing, stay.
-
-    Raises:
-        OutputError: one can't be removed.
-    """
-    prefixes: dict[Path, set[str]] = {}
-    for path in paths:
-        prefixes.setdefault(path.parent, set()).add(_partial_prefix(path))
-    for folder, expected in prefixes.items():
-        for partial in folder.glob(f".*{PARTIAL_SUFFIX}"):
-            if partial.name[:_PREFIX_LENGTH] in expected:
-                try:
-                    partial.unlink(missing_ok=True)
-                except OSError as exc:
-                    raise OutputError(
-                        f"{partial}: left by a process that was killed; can't be removed "
-                        f"({exc.strerror or exc})."
-                    ) from exc
-
-
-def _partial_prefix(path: Path) -> str:
-    # Not the name itself: a long one would become longer than file systems take.
-    return f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[: _PREFIX_LENGTH - 2]}."
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+    write_whole(path, encode_image(pixels, format_of(path), str(path), icc))
 
 
 def encode_image(pixels: Pixels, format_name: str, target: str, icc: bytes | None = None) -> bytes:
