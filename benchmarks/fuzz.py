@@ -22,7 +22,7 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,7 @@ def run(ranges: dict[str, range], seed: int, found: list[dict[str, Any]]) -> str
         card,
         config={"seed": seed, **{kind: len(numbers) for kind, numbers in ranges.items()}},
         limits={"slow_s": SLOW_S, "hang_s": HANG_S, "peak_bytes": MAX_PEAK_BYTES},
-        **{kind: asdict(tally) for kind, tally in tallies.items()},
+        **{kind: {**vars(tally)} for kind, tally in tallies.items()},
     )
 
 

@@ -21,30 +21,30 @@ class CheckedSession:
     def __init__(self, session: Session, path: Path, graph: Graph) -> None:
         self._session, self._path, self._graph = session, path, graph
 
-    def bind(self, shapes: Shapes) -> None:
-        self._session.bind(shapes)
+    def bind(self, shapes: Shapes, outputs: Shapes | None = None) -> None:
+        self._session.bind(shapes, self._output_shapes(shapes))
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         outputs = self._session.run(feeds)
-        axes = self._axes(feeds)
-        for tensor in self._graph.outputs:
-            found = outputs.get(tensor.name)
-            expected = tensor.sized(*axes)
+        shapes = self._output_shapes({name: value.shape for name, value in feeds.items()})
+        for name, expected in shapes.items():
+            found = outputs.get(name)
             if found is None or found.shape != expected or found.dtype != np.float32:
                 shown = "nothing" if found is None else f"{found.dtype} {found.shape}"
                 raise BackendError(
-                    f"{self._path}: output {tensor.name}: expected float32 {expected} by the "
-                    f"manifest, found {shown}. The graph is not what the manifest says; export "
-                    "the bundle again."
+                    f"{self._path}: output {name}: expected float32 {expected} by the manifest, "
+                    f"found {shown}. The graph is not what the manifest says; export the bundle "
+                    "again."
                 )
         return outputs
 
-    def _axes(self, feeds: Mapping[str, Array]) -> tuple[int, int, int]:
-        """Batch, height and width that belong to the inputs' shapes."""
+    def _output_shapes(self, shapes: Shapes) -> Shapes:
+        """By the manifest, for inputs of these shapes."""
         sides = {"batch": 0, "height": 0, "width": 0}
         for tensor in self._graph.inputs:
-            for axis, side in zip(tensor.shape, feeds[tensor.name].shape, strict=True):
+            for axis, side in zip(tensor.shape, shapes[tensor.name], strict=True):
                 if isinstance(axis, str):
                     name, _, divisor = axis.partition("/")
                     sides[name] = side * int(divisor or 1)
-        return sides["batch"], sides["height"], sides["width"]
+        axes = sides["batch"], sides["height"], sides["width"]
+        return {tensor.name: tensor.sized(*axes) for tensor in self._graph.outputs}

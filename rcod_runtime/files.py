@@ -43,9 +43,12 @@ def read_bounded(path: Path, max_bytes: int) -> bytes:
     Raises:
         OSError: it can't be read, is not a regular file, or is larger.
     """
+    data = b""
     with open_regular(path) as file:
-        data = file.read(max_bytes + 1)
-    if len(data) > max_bytes:
+        large = os.fstat(file.fileno()).st_size > max_bytes
+        if not large:
+            data = file.read(max_bytes + 1)  # it may grow meanwhile
+    if large or len(data) > max_bytes:
         raise OSError(errno.EFBIG, f"over the limit of {max_bytes} bytes", str(path))
     return data
 

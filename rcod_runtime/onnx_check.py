@@ -8,7 +8,7 @@ operators that load code of their own. Only the protobuf fields that matter for 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from rcod_runtime.manifest import Graph, Tensor
 
 MAX_FIELDS = 1_000_000  # walked in about a second; the largest graph here has a tenth of them
 MAX_DEPTH = 64
-MAX_RANK_BYTES = 160  # of a packed shape: 16 lengths
 FLOAT = 1  # TensorProto.DataType
 # Of those that exports write: type -> bytes of a value.
 ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
@@ -31,7 +30,16 @@ _SCHEMA: dict[str, dict[int, str]] = {
     "opset": {1: "domain", 2: "version"},
     "graph": {1: "node", 5: "tensor", 11: "input", 12: "output", 15: "sparse"},
     "node": {5: "attribute", 7: "domain"},
-    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "attribute": {
+        3: "integer",
+        8: "integer",
+        5: "tensor",
+        6: "graph",
+        10: "tensor",
+        11: "graph",
+        22: "sparse",
+        23: "sparse",
+    },
 }
 _DIMS, _DATA_TYPE, _RAW, _EXTERNAL = 1, 2, 9, 13  # TensorProto
 _KEY, _VALUE = 1, 2  # StringStringEntryProto
@@ -103,6 +111,9 @@ class _Walk:
             if part == "version":
                 self.versions.append(value)
                 continue
+            if part == "integer":
+                self.integers([value] if isinstance(value, int) else self.varints(value))
+                continue
             if not isinstance(value, memoryview):
                 raise _NotOnnx(f"a number in the place of a {part}")
             if part in _SCHEMA:
@@ -122,13 +133,19 @@ class _Walk:
             else:
                 raise _Refused(f"it holds a {part}, which a bundle's graphs don't")
 
+    def integers(self, values: Sequence[int]) -> None:
+        """Attributes beyond 32 bits: OpenVINO cuts them off, and divides by what is left."""
+        for value in values:
+            if not (value < 2**31 or value >= 2**64 - 2**31):
+                raise _Refused(f"an attribute {value - (value >> 63 << 64)}, expected 32 bits")
+
     def tensor(self, data: memoryview) -> None:
         """Weights must be as many as their shape says: a library may read on beyond fewer."""
         dims: list[int] = []
         kind, raw, location = 0, 0, dict[str, str]()
         for number, value in self.fields(data):
             if number == _DIMS:
-                dims += [value] if isinstance(value, int) else _varints(value[:MAX_RANK_BYTES])
+                dims += [value] if isinstance(value, int) else self.varints(value)
             elif number == _DATA_TYPE and isinstance(value, int):
                 kind = value
             elif number == _RAW:
@@ -180,6 +197,17 @@ class _Walk:
             shape = tuple(sides)
         return _text(fields.get(_NAME)), (element if isinstance(element, int) else 0, shape)
 
+    def varints(self, data: memoryview) -> list[int]:
+        """Packed numbers."""
+        self.fields_left -= len(data)
+        if self.fields_left < 0:
+            raise _NotOnnx(f"more than {MAX_FIELDS} fields")
+        values, at = [], 0
+        while at < len(data):
+            value, at = _varint(data, at)
+            values.append(value)
+        return values
+
     def fields(self, data: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         """(field number, integer or bytes) of one message; fixed-width numbers are skipped."""
         at, end = 0, len(data)
@@ -219,14 +247,6 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value, at
         shift += 7
-
-
-def _varints(data: memoryview) -> list[int]:
-    values, at = [], 0
-    while at < len(data):
-        value, at = _varint(data, at)
-        values.append(value)
-    return values
 
 
 def _bytes(value: int | memoryview | None) -> memoryview:

@@ -76,12 +76,13 @@ class OpenVinoSession:
         self._requests: OrderedDict[tuple[object, ...], Any] = OrderedDict()
         self._request: Any = None
 
-    def bind(self, shapes: Shapes) -> None:
+    def bind(self, shapes: Shapes, outputs: Shapes | None = None) -> None:
         key = tuple(sorted(shapes.items()))
         if key not in self._requests:
             try:
                 model = self._model.clone()
                 model.reshape({name: list(shape) for name, shape in shapes.items()})
+                self._check_outputs(model, outputs or {})
                 compiled = self._core.compile_model(model, "CPU", self._config)
             except RuntimeError as exc:
                 raise BackendError(f"{self._path}: can't be compiled for {key}: {exc}") from exc
@@ -90,6 +91,20 @@ class OpenVinoSession:
                 self._requests.popitem(last=False)
         self._requests.move_to_end(key)
         self._request = self._requests[key]
+
+    def _check_outputs(self, model: ov.Model, expected: Shapes) -> None:
+        """Before anything is allocated or computed: hostile shapes made OpenVINO write beyond its
+        memory."""
+        for name, output in zip(self._names, model.outputs, strict=True):
+            found = output.get_partial_shape()
+            if found.is_static and name in expected:
+                shape = tuple(found.to_shape())
+                if shape != expected[name]:
+                    raise BackendError(
+                        f"{self._path}: output {name}: expected float32 {expected[name]} by the "
+                        f"manifest, found {shape}. The graph is not what the manifest says; export "
+                        "the bundle again."
+                    )
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         inputs = {name: np.ascontiguousarray(value) for name, value in feeds.items()}

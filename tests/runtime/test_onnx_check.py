@@ -95,6 +95,14 @@ WRONG: dict[str, tuple[Change, str]] = {
         "opset 20 .* found 9223372036854775807",
     ),
     "two opsets": (lambda m: m.opset_import.append(helper.make_opsetid("", 20)), "found 20, 20"),
+    "an attribute that libraries cut off": (
+        lambda m: m.graph.node[1].attribute[0].CopyFrom(helper.make_attribute("blocksize", 2**53)),
+        "an attribute 9007199254740992, expected 32 bits",
+    ),
+    "a negative one": (
+        lambda m: m.graph.node[1].attribute[0].CopyFrom(helper.make_attribute("x", [-(2**40)])),
+        "an attribute -1099511627776",
+    ),
     "functions": (lambda m: m.functions.add(name="f"), "a function"),
     "training steps": (lambda m: m.training_info.add(), "a training"),
     "another input": (lambda m: setattr(m.graph.input[0], "name", "x"), "inputs image .* found x"),
@@ -214,6 +222,31 @@ def test_an_output_of_another_shape_is_named_and_not_stretched(
     with (
         Upscaler(own_bundle, backend=backend) as upscaler,
         pytest.raises(BackendError, match=r"output image: expected float32 \(1, 3, 64, 64\)"),
+    ):
+        upscaler(photo())
+
+
+def test_openvino_refuses_a_shape_before_it_computes(
+    own_bundle: Path, photo: Callable[..., np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A length beyond 32 bits became another one, and values went where no memory was (fuzz with
+    seed 1, bundles 1489)."""
+
+    def wide(model: onnx.ModelProto) -> None:
+        shape = next(t for t in model.graph.initializer if t.name == "shape")
+        shape.raw_data = np.array([0, 2**32 + 3, 4]).tobytes()
+
+    change_graph(own_bundle, "vpim", wide)
+
+    def run(*_: object) -> None:
+        raise AssertionError("it computed")
+
+    monkeypatch.setattr("rcod_runtime.backends.openvino_backend.OpenVinoSession.run", run)
+    with (
+        Upscaler(own_bundle, backend="openvino") as upscaler,
+        pytest.raises(
+            BackendError, match=r"vpim.onnx: output tokens: expected float32 \(1, 4, 3\)"
+        ),
     ):
         upscaler(photo())
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rcod_runtime.backends.trt.cuda import FLOAT_BYTES, Stream
 from rcod_runtime.errors import BackendError, EngineMismatch, HashMismatch
+from rcod_runtime.files import read_bounded
 from rcod_runtime.manifest import Engine, Graph
 
 LOG_LINES_KEPT = 4
@@ -53,7 +54,13 @@ class LoadedEngine:
     ) -> None:
         self.name, self._path, self._logger = entry.graph, path, logger
         # Hashed and loaded from the same bytes: an engine is a program.
-        data = path.read_bytes()
+        try:
+            data = read_bounded(path, entry.bytes)
+        except OSError as exc:
+            raise HashMismatch(
+                f"{path}: expected a file of {entry.bytes} bytes, found {exc.strerror or exc}. "
+                "Build it again: rcod-export engines"
+            ) from exc
         if hashlib.sha256(data).hexdigest() != entry.sha256:
             raise HashMismatch(
                 f"{path}: changed after it was built. Engines are programs: it was not loaded. "
