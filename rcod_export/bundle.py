@@ -21,7 +21,6 @@ from rcod_export.parity import check_levels_differ, check_sample, compare
 from rcod_export.reference import Case, parity_cases, whole_images
 from rcod_export.specs import GraphSpec, graph_specs, latent_step
 from rcod_runtime import Upscaler
-from rcod_runtime.colour import DEFAULT_COLOUR_MATCH, match_colour
 from rcod_runtime.errors import ExportError, OutputError, UsageError
 from rcod_runtime.image_io import read_image, write_image
 from rcod_runtime.manifest import (
@@ -50,6 +49,7 @@ Photo = npt.NDArray[np.uint8]  # (H, W, 3)
 DEFAULT_SAMPLE = Path(__file__).with_name("sample.png")
 SAMPLE_REALISM = "neutral"
 SCALE = 4
+COMPARED_PX = 64  # sides of what is compared as a whole image, before it is upscaled
 COMPATIBLE_OPSET = 20  # TensorRT 10.3 reads it
 BF16_OPSET = 23  # convolutions have bf16 since 22; 23 has GroupNormalization and Attention too
 # ONNX Runtime's CPU provider has no bf16 convolution.
@@ -113,7 +113,7 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
     lq = _sample_photo(config.sample)
     log.info("reference: PyTorch in fp32")
     cases = list(parity_cases(parts, info))
-    images = whole_images(parts, info, lq, contract.scale)
+    images = whole_images(parts, info, _centre(lq), contract.scale)
     with _written_whole(out) as folder:
         (folder / "onnx").mkdir()
         graphs: dict[str, Graph] = {}
@@ -230,6 +230,12 @@ def _sample_photo(path: Path) -> Photo:
     return cast(Photo, pixels)
 
 
+def _centre(photo: Photo) -> Photo:
+    """What of the sample all levels are compared on: a quarter of the work at full size."""
+    top, left = (max(0, side - COMPARED_PX) // 2 for side in photo.shape[:2])
+    return np.ascontiguousarray(photo[top : top + COMPARED_PX, left : left + COMPARED_PX])
+
+
 def _with_sample(
     manifest: Manifest,
     folder: Path,
@@ -245,14 +251,12 @@ def _with_sample(
     names = [level.name for level in manifest.levels]
     realism = SAMPLE_REALISM if SAMPLE_REALISM in names else names[0]
     multiple, scale = manifest.image.size_multiple, manifest.image.scale
-    whole_px = -(-max(lq.shape[:2]) * scale // multiple) * multiple  # one tile, as PyTorch sees it
+    compared = _centre(lq)
+    whole_px = -(-max(compared.shape[:2]) * scale // multiple) * multiple  # one tile, as PyTorch
     with Upscaler(folder, backend=SAMPLE_BACKEND[config.precision], precision="fp32") as upscaler:
         whole: Any = {"colour_match": "none", "tile_px": whole_px, "overlap_px": 0}
-        results = {name: cast(Photo, upscaler(lq, name, **whole)) for name in names}
-        sr = results[realism].copy()
-        if whole_px > manifest.image.tile_px:  # users get tiles
-            sr = cast(Photo, upscaler(lq, realism, colour_match="none"))
-    match_colour(sr, lq.astype(np.float32), DEFAULT_COLOUR_MATCH)
+        results = {name: cast(Photo, upscaler(compared, name, **whole)) for name in names}
+        sr = cast(Photo, upscaler(lq, realism))
     check_levels_differ(results)
     psnr_db = check_sample(reference, results, config.precision)
     write_image(sr_path, sr)

@@ -7,6 +7,7 @@ import hashlib
 import os
 import stat
 import tempfile
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -14,7 +15,8 @@ from typing import BinaryIO
 from rcod_runtime.errors import OutputError
 
 PARTIAL_SUFFIX = ".rcod-partial"
-_PREFIX_LENGTH = 14
+PREFIX_LENGTH = 14
+_umask_lock = threading.Lock()
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -87,7 +89,7 @@ def remove_partials(paths: Iterable[Path]) -> None:
         prefixes.setdefault(path.parent, set()).add(_partial_prefix(path))
     for folder, expected in prefixes.items():
         for partial in folder.glob(f".*{PARTIAL_SUFFIX}"):
-            if partial.name[:_PREFIX_LENGTH] in expected:
+            if partial.name[:PREFIX_LENGTH] in expected:
                 try:
                     partial.unlink(missing_ok=True)
                 except OSError as exc:
@@ -99,10 +101,11 @@ def remove_partials(paths: Iterable[Path]) -> None:
 
 def _partial_prefix(path: Path) -> str:
     # Not the name itself: a long one would become longer than file systems take.
-    return f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[: _PREFIX_LENGTH - 2]}."
+    return f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[: PREFIX_LENGTH - 2]}."
 
 
 def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
+    with _umask_lock:  # it can only be asked for by setting another one
+        mask = os.umask(0o077)
+        os.umask(mask)
     return mask

@@ -262,9 +262,6 @@ def format_of(path: Path) -> str:
 def write_image(path: Path | str, pixels: Pixels, icc: bytes | None = None) -> None:
     """Encode by the suffix and write whole or not at all; an existing file is replaced.
 
-    The bytes go to a hidden file beside it first. A process that is killed meanwhile leaves that
-    one behind: see :func:`remove_partials`.
-
     Raises:
         OutputError: the folder is missing or can't be written, or the format can't hold the image.
     """

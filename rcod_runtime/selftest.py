@@ -20,19 +20,28 @@ MIN_BF16_PSNR_DB = 35.0  # against the fp32 sample, 8 bit
 
 
 def self_test(
-    bundle: Bundle, backend: str, precision: str, require_signature: Path | None = None
+    bundle: Bundle,
+    backend: str,
+    precision: str,
+    require_signature: Path | None = None,
+    device: str = "auto",
 ) -> str:
     """Upscale the bundle's sample and compare; returns a line for the report.
 
     Args:
-        precision: fp32 is held to the manifest's largest difference, bf16 to a PSNR.
+        precision: fp32 is held to the manifest's largest difference; bf16, and engines in what
+            they have (auto), to a PSNR.
         require_signature: public key; the bundle is opened once more for the test.
 
     Raises:
         BackendError: the image differs by more than that, or a file of the sample was changed.
     """
     with Upscaler(
-        bundle.folder, backend=backend, precision=precision, require_signature=require_signature
+        bundle.folder,
+        device,
+        backend,
+        precision=precision,
+        require_signature=require_signature,
     ) as upscaler:
         sample = upscaler.manifest.sample
         if sample is None:

@@ -2,20 +2,37 @@
 
   rcod-doctor                     the embedded model
   rcod-doctor --bundle DIR        another bundle
+  rcod-doctor --bundle DIR --device cuda:0   the bundle's engines must fit and run
 
-The report goes to stdout. Exit codes: 0 healthy, 4 the bundle is damaged or not signed
-as required, 5 no backend runs it or
-the self-test's image differs from the bundle's.
+The report goes to stdout. Exit codes, for CI and health checks: 0 healthy, 4 the bundle is damaged
+or not signed as required, 5 no backend runs it or the self-test's image differs from the bundle's,
+7 no engine fits the GPU that was asked for.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import platform
 import sys
+from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rcod_runtime.errors import BackendError, RcodError
+
+if TYPE_CHECKING:
+    from rcod_runtime.bundle import Bundle
+
+PACKAGES = (
+    "rcod",
+    "numpy",
+    "pillow",
+    "openvino",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "cuda-bindings",
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -24,8 +41,10 @@ def build_parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--bundle", type=Path, metavar="DIR", help="default: the embedded model")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--bundle", type=Path, metavar="DIR", help="default: the embedded model")
+    add("--device", default="auto", help="what must work: auto, cpu or cuda:N (%(default)s)")
+    add(
         "--require-signature",
         type=Path,
         metavar="PEM",
@@ -38,41 +57,96 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of ``rcod-doctor``; returns the exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        examine(arguments.bundle, arguments.require_signature)
+        for line in examine(arguments.bundle, arguments.device, arguments.require_signature):
+            print(line, flush=True)
     except RcodError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
     return 0
 
 
-def examine(folder: Path | None, require_signature: Path | None = None) -> None:
-    """Print the report.
+def examine(
+    folder: Path | None, device: str = "auto", require_signature: Path | None = None
+) -> Iterator[str]:
+    """The report, line by line.
 
     Raises:
         BundleError: the bundle is damaged, or not signed by the required key.
         BackendError: no backend runs it, or one gives another image than the bundle's sample.
+        EngineMismatch: a GPU is asked for, and no engine of the bundle fits it.
+        UsageError: an unknown device.
     """
     from rcod_runtime.backends import BACKENDS, installed, precisions
+    from rcod_runtime.backends.choice import gpu_index
     from rcod_runtime.bundle import open_bundle
     from rcod_runtime.selftest import self_test
 
-    print(f"python {platform.python_version()}, {platform.system()} {platform.machine()}")
+    gpu = gpu_index(device)
+    yield f"python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    yield ", ".join(f"{name} {version}" for name, version in _versions())
     bundle = open_bundle(folder, require_signature)
     identity, levels = bundle.manifest.identity, bundle.manifest.levels
-    print(f"bundle {identity.name} ({identity.family}): files are whole")
+    yield f"bundle {identity.name} ({identity.family}): files are whole"
     if require_signature is not None:
-        print(f"signed by {require_signature}")
-    print("levels " + ", ".join(f"{level.name} t={level.timestep}" for level in levels))
+        yield f"signed by {require_signature}"
+    yield "levels " + ", ".join(f"{level.name} t={level.timestep}" for level in levels)
+    engines = None if device == "cpu" else (yield from _engines(bundle, gpu or 0, gpu is not None))
+    if engines is not None:
+        line = self_test(bundle, "tensorrt", "auto", require_signature, f"cuda:{gpu or 0}")
+        yield f"backend tensorrt: {line}"
     usable = [name for name in BACKENDS if installed(name)]
     for name in BACKENDS:
         if name not in usable:
-            print(f"backend {name}: not installed")
-    if not usable:
+            yield f"backend {name}: not installed"
+    if not usable and engines is None:
         raise BackendError("no backend is installed. pip install rcod")
     for name in usable:
         for precision in precisions(name):
-            print(f"backend {name}: {self_test(bundle, name, precision, require_signature)}")
-    print(f"used by default: {usable[0]} {precisions(usable[0])[-1]}")
+            yield f"backend {name}: {self_test(bundle, name, precision, require_signature)}"
+    chosen = engines or f"{usable[0]} {precisions(usable[0])[-1]}"
+    yield f"used by default: {chosen}"
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    """Of the packages that are installed."""
+    from rcod_runtime.backends.trt.libraries import MODULES, load_tensorrt
+
+    for name in PACKAGES:
+        try:
+            yield name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    for target in MODULES:
+        try:
+            yield target, str(load_tensorrt(target).__version__)
+        except BackendError:
+            continue
+
+
+def _engines(bundle: Bundle, index: int, required: bool) -> Generator[str, None, str | None]:
+    """Lines about the GPU and every set of engines; returns what of them would be used, if any.
+
+    Raises:
+        EngineMismatch: they are required and none fits.
+    """
+    from rcod_runtime.backends.trt.engines import engine_sets, find_engines, flaw, obstacle
+    from rcod_runtime.backends.trt.libraries import load_cuda, sm_of
+    from rcod_runtime.errors import EngineMismatch
+
+    try:
+        yield f"gpu cuda:{index}: sm_{sm_of(load_cuda(), index)}"
+    except BackendError as exc:
+        yield f"gpu: {exc}"
+    manifest = bundle.manifest
+    for engines in engine_sets(manifest):
+        reason = flaw(manifest, engines) or obstacle(engines.engines["encoder"], index)
+        yield f"{engines.folder}: {'fits' if reason is None else f'not used, {reason}'}"
+    found = find_engines(manifest, index)
+    if not isinstance(found, str):
+        return f"{found.target} {found.version} {found.precision} on cuda:{index}"
+    if required:
+        raise EngineMismatch(f"{bundle.folder}: {found}")
+    return None
 
 
 if __name__ == "__main__":

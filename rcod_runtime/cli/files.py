@@ -60,13 +60,10 @@ def plan_tasks(
         return [Task(sources[0][0], None, FORMATS[chosen or ".png"])]
     folder = Path(out)
     single = len(sources) == 1 and not os.path.isdir(inputs[0])
-    if folder.is_dir() or not folder.suffix:
-        as_file = False
-    elif not single and folder.suffix.lower() in FORMATS:
+    is_name = not folder.is_dir() and folder.suffix != ""
+    if is_name and not single and folder.suffix.lower() in FORMATS:
         raise UsageError(f"{out}: expected a folder for several images, found an image's name.")
-    else:
-        as_file = single
-    if as_file:
+    if is_name and single:
         tasks = [Task(sources[0][0], folder, _file_format(folder, format_choice))]
     elif sources[0][0] is None:
         raise UsageError(f"{out}: expected the name of an image for what comes from stdin, or -.")

@@ -29,6 +29,7 @@ from types import FrameType
 from rcod_runtime.cli.files import SUFFIXES, Task, make_folders, plan_tasks
 from rcod_runtime.cli.report import Record, Report
 from rcod_runtime.errors import RcodError, UsageError
+from rcod_runtime.files import remove_partials
 
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
@@ -151,8 +152,6 @@ def _run(arguments: argparse.Namespace) -> None:
     tasks = plan_tasks(arguments.inputs, arguments.out, arguments.format, arguments.recursive)
     _check_report(arguments.report, tasks)
     make_folders(tasks)
-    from rcod_runtime.files import remove_partials
-
     remove_partials(task.target for task in tasks if task.target is not None)
     with Report(arguments.report) as report:
         pending = _pending(tasks, report) if arguments.skip_existing else tasks

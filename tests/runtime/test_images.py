@@ -8,6 +8,7 @@ import struct
 import time
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -282,3 +283,32 @@ def test_a_failing_disk_leaves_the_old_file_whole(
     with pytest.raises(OutputError, match="No space left"):
         write_image(target, np.ones((4, 4, 3), np.uint8))
     assert target.read_bytes() == before and list(tmp_path.iterdir()) == [target]
+
+
+def test_images_written_at_once_have_the_rights_that_the_umask_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads that set and reset the mask at once left it at 077 for good."""
+    umask = os.umask
+
+    def slow(mask: int) -> int:
+        before = umask(mask)
+        time.sleep(0.005)
+        return before
+
+    before = os.umask(0o027)
+    monkeypatch.setattr("os.umask", slow)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            pixels = np.zeros((2, 2, 3), np.uint8)
+            list(pool.map(lambda i: write_image(tmp_path / f"{i}.bmp", pixels), range(8)))
+    finally:
+        after = umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+    assert after == 0o027
+
+
+def test_a_name_as_long_as_the_file_system_takes_is_written(tmp_path: Path) -> None:
+    target = tmp_path / ("n" * 251 + ".png")
+    write_image(target, np.zeros((2, 2, 3), np.uint8))
+    assert list(tmp_path.iterdir()) == [target]

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,6 +21,9 @@ from tests.runtime.fakes import make_bundle
 Photo = Callable[..., np.ndarray]
 Capture = pytest.CaptureFixture[str]
 MANY = 60
+SIGINT_COUNTS = (  # shells have background jobs ignore it
+    "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)"
+)
 
 
 def run(bundle: Path, *arguments: object) -> int:
@@ -28,8 +32,8 @@ def run(bundle: Path, *arguments: object) -> int:
 
 def command(*arguments: object, code: str = "") -> list[str]:
     """rcod-upscale as a process of its own, after some code."""
-    program = f"{code}\nimport sys\nfrom rcod_runtime.cli.upscale import main\nsys.exit(main())"
-    return [sys.executable, "-c", program, *map(str, arguments)]
+    main = "import sys\nfrom rcod_runtime.cli.upscale import main\nsys.exit(main())"
+    return [sys.executable, "-c", "\n".join((SIGINT_COUNTS, code, main)), *map(str, arguments)]
 
 
 def records(report: Path) -> list[dict[str, object]]:
@@ -187,12 +191,15 @@ def test_names_that_are_not_unicode_are_written_and_printed(
     assert len(records(report)) == 2
 
 
-def interrupted(call: Sequence[str], number: int) -> tuple[int, bytes]:
+def interrupted(
+    call: Sequence[str], number: int, images: int = 3, wait_s: float = 0
+) -> tuple[int, bytes]:
     """Exit code and stderr of a run that gets a signal when its first images are done."""
     with subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
-        for _ in range(3):
+        for _ in range(images):
             process.stdout.readline()
+        time.sleep(wait_s)
         process.send_signal(number)
         _, said = process.communicate(timeout=60)
     return process.returncode, said
@@ -221,6 +228,15 @@ def test_a_run_that_is_stopped_keeps_what_is_done_and_can_be_resumed(
     resumed = contents(out)
     assert resumed.keys() == {f"{i:02}.png" for i in range(MANY)}, "lost, or left behind"
     assert all(resumed[name] == data for name, data in kept.items() if name in resumed)
+
+
+def test_a_stop_does_not_wait_for_the_end_of_a_large_image(
+    bundle: Path, photos: Path, photo: Photo, tmp_path: Path
+) -> None:
+    write_image(photos / "1.png", photo(800, 800))
+    call = command(photos, "-o", tmp_path / "out", "--bundle", bundle)
+    assert interrupted(call, signal.SIGINT, images=1, wait_s=0.3)[0] == 130  # now in its tiles
+    assert contents(tmp_path / "out").keys() == {"0.png"}
 
 
 KILL_WHILE_WRITING = (

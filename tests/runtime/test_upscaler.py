@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -311,11 +312,38 @@ def test_unknown_backends_devices_and_precisions_are_refused(
         Upscaler(bundle, **options)  # type: ignore[arg-type]
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="can't be asked here")
+def test_no_thread_is_bound_to_a_processor(bundle: Path) -> None:
+    """Two Upscalers of one thread each would be bound to the same one."""
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one processor")
+    code = f"""
+        import contextlib, os, threading
+        import numpy as np
+        from rcod_runtime import Upscaler
+
+        lq = np.zeros((240, 240, 3), np.uint8)
+        upscaler = Upscaler({str(bundle)!r}, backend="openvino", threads=1)
+        worker = threading.Thread(target=lambda: upscaler(lq, tile_px=320))
+        seen = set()
+        worker.start()
+        while worker.is_alive():
+            for thread in os.listdir("/proc/self/task"):
+                with contextlib.suppress(OSError):  # it has ended
+                    seen.add(frozenset(os.sched_getaffinity(int(thread))))
+        assert seen == {{frozenset(os.sched_getaffinity(0))}}, seen
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+
+
 def test_ctrl_c_after_models_were_closed_does_not_crash_the_process(bundle: Path) -> None:
     """Two OpenVINO cores that ended in the order they began left a freed signal stack behind."""
     code = f"""
         import gc, os, signal, time
         from pathlib import Path
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
         from rcod_runtime.backends.openvino_backend import OpenVinoBackend
 
         def opened():
