@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -258,21 +259,20 @@ def test_a_level_that_is_not_there_cannot_be_folded(
         build_bundle(tiny_checkpoint, tmp_path / "out", config)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def external_bundle(
-    tiny_checkpoint: Path,
-    tiny_config: ExportConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    tiny_checkpoint: Path, tiny_config: ExportConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
     """As a model has it whose weights pass protobuf's limit."""
-    monkeypatch.setattr(rcod_export.onnx_file, "MAX_INLINE_BYTES", 10_000)
-    build_bundle(tiny_checkpoint, tmp_path / "out", tiny_config)
-    return tmp_path / "out"
+    out = tmp_path_factory.mktemp("external") / "out"
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(rcod_export.onnx_file, "MAX_INLINE_BYTES", 10_000)
+        build_bundle(tiny_checkpoint, out, tiny_config)
+    return out
 
 
 def test_large_weights_lie_beside_their_graph_and_are_checked(
-    external_bundle: Path, tiny_bundle: Path
+    external_bundle: Path, tiny_bundle: Path, tmp_path: Path
 ) -> None:
     graph = read_manifest(external_bundle / "manifest.json").graphs["denoiser"]
     assert list(graph.data_files) == ["onnx/denoiser.onnx.data"]
@@ -283,12 +283,13 @@ def test_large_weights_lie_beside_their_graph_and_are_checked(
             Upscaler(tiny_bundle, backend=backend, precision="fp32") as inline,
         ):
             np.testing.assert_array_equal(external(lq, 0.3), inline(lq, 0.3))
-    path = external_bundle / "onnx/denoiser.onnx.data"
+    damaged = Path(shutil.copytree(external_bundle, tmp_path / "damaged"))
+    path = damaged / "onnx/denoiser.onnx.data"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
     with pytest.raises(HashMismatch, match="denoiser.onnx.data"):
-        Upscaler(external_bundle)
+        Upscaler(damaged)
 
 
 def test_other_weights_beside_the_same_graph_are_other_content(external_bundle: Path) -> None:
