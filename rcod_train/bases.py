@@ -107,7 +107,8 @@ def load_vpim(clip: str, cross_attention_dim: int, dtype: torch.dtype = torch.fl
         DataError: it is missing, gated, or not of this layout.
     """
     encoder: CLIPVisionModel = _loaded(CLIPVisionModel, clip, None, CLIP, dtype=dtype)
-    vpim = ClipVpim(encoder.config.to_dict(), cross_attention_dim)
+    vision = {k: v for k, v in encoder.config.to_dict().items() if k != "dtype"}
+    vpim = ClipVpim(vision, cross_attention_dim)
     vpim.encoder.to(dtype)
     vpim.encoder.load_state_dict(encoder.state_dict())
     return vpim

@@ -70,7 +70,7 @@ class TextEmbeddings:
             )
         self.keys = [photo if photo in keys else PROMPT for photo in photos]
         shape = tuple(self.file.get_slice(NEGATIVE).get_shape())
-        for key in sorted({NEGATIVE, *self.keys}):
+        for key in (NEGATIVE, *sorted(set(self.keys))):
             found = tuple(self.file.get_slice(key).get_shape())
             if len(found) != 2 or found != shape or found[1] != cross_attention_dim:
                 raise DataError(

@@ -12,7 +12,7 @@ from rcod_train.conditions import TextEmbeddings
 from rcod_train.config import RcodOConfig
 from rcod_train.errors import ConfigError
 from rcod_train.models.mem import Mem
-from rcod_train.network import Parts, seeded
+from rcod_train.network import Parts, freeze, seeded
 from rcod_train.run import Run
 from rcod_train.stages.mem import MemStage
 from rcod_train.stages.rcod import RcodStage
@@ -36,8 +36,7 @@ def train_rcod_o(
         width = int(parts.unet.config.cross_attention_dim)
         condition = TextEmbeddings(Path(config.text), run.photo_names(), width)
     run.start()
-    for module in (parts.vae, parts.unet, parts.vpim):
-        module.eval().requires_grad_(False).to(run.device)
+    freeze(parts, run.device)
 
     grouping = run.grouping(parts, config.rcod, tokens_px)
     with seeded(config.seed):  # the LoRA matrices and the MEM
