@@ -30,7 +30,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 24
 SETTINGS = [
     f"rcod.steps={STEPS}", "rcod.metric_samples=4", "rcod.accumulate=2", "rcod.warmup_steps=1",
-    "rcod.learning_rate=0.003", "rcod.ema_decay=0.5", "rcod.checkpoint_steps=8",
+    "rcod.learning_rate=0.003", "rcod.regulariser_learning_rate=0.01", "rcod.ema_decay=0.5",
+    "rcod.vsd_weight=0.1", "rcod.checkpoint_steps=8",  # a random base has nothing to teach
     "rcod.validation_steps=12", "validation_share=0.25", "mem.steps=3", "mem.photos_per_batch=1",
     *(f"{stage}.{field}" for stage in ("rcod", "mem") for field in ("crop_px=64", "context_px=64")),
 ]  # fmt: skip
@@ -70,9 +71,9 @@ def test_the_losses_fall(run: Path) -> None:
     assert [row["step"] for row in log] == list(range(STEPS))
     assert {"mse", "vsd", "regulariser_loss", "m", "share_2"} <= log[0].keys()
     assert not {"l1", "latent", "gradient", "adversarial", "discriminator_loss"} & log[0].keys()
-    for key in ("mse", "regulariser_loss"):
+    for key, share in (("mse", 0.9), ("regulariser_loss", 0.97)):
         first, last = (np.mean([row[key] for row in part]) for part in (log[:6], log[-6:]))
-        assert last < 0.9 * first, f"{key}: {first:.4f} -> {last:.4f}"
+        assert last < share * first, f"{key}: {first:.4f} -> {last:.4f}"
 
 
 def test_the_validation_rises_and_its_grid_is_a_row_for_each_photo(run: Path) -> None:
@@ -108,9 +109,8 @@ def test_the_checkpoint_says_how_it_came_about_and_names_no_path(
 
 
 def test_the_bundle_passes_parity_and_upscales(run: Path, tmp_path: Path) -> None:
-    manifest = build_bundle(
-        run / "checkpoint", tmp_path / "b", ExportConfig(None, None, None, 64, 16)
-    )
+    config = ExportConfig(tile_px=128, overlap_px=32)
+    manifest = build_bundle(run / "checkpoint", tmp_path / "b", config)
     assert {row.graph for row in manifest.evidence.parity} == {
         "encoder", "vpim", "denoiser", "decoder",
     }  # fmt: skip
