@@ -2,31 +2,85 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from diffusers import UNet2DConditionModel
+import torch
+from diffusers import DDPMScheduler, UNet2DConditionModel
 from transformers import CLIPVisionModel
 
 from rcod_train.errors import DataError
 from rcod_train.models.sd import ClipVpim, SdVae
 from rcod_train.network import Parts
+from rcod_train.schedule import BETA_END, BETA_START, TIMESTEPS
+
+log = logging.getLogger(__name__)
 
 STABLE_DIFFUSION = "stabilityai/stable-diffusion-2-1-base"
 SD_TURBO = "stabilityai/sd-turbo"
 CLIP = "openai/clip-vit-large-patch14"
 
 
-def load_base(base: str, clip: str) -> Parts:
-    """Parts of a base model with a new alignment layer and no MEM, in fp32; see the two below."""
-    vae, unet = load_diffusion(base)
-    return Parts(vae, unet, load_vpim(clip, int(unet.config.cross_attention_dim)))
+def load_base(base: str, clip: str, dtype: torch.dtype = torch.float32) -> Parts:
+    """Parts of a base model with a new alignment layer and no MEM; see the two below.
+
+    ``dtype`` is that of the frozen weights; the alignment is fp32.
+    """
+    vae, unet = load_diffusion(base, dtype=dtype)
+    check_base(base, vae, unet)
+    return Parts(vae, unet, load_vpim(clip, int(unet.config.cross_attention_dim), dtype))
+
+
+def check_base(base: str, vae: SdVae, unet: UNet2DConditionModel) -> None:
+    """Whether the parts fit each other and the method: eps-prediction on Stable Diffusion's noise.
+
+    Raises:
+        DataError: they don't.
+    """
+    channels = int(vae.config.latent_channels)
+    if not channels == unet.config.in_channels == unet.config.out_channels:
+        raise DataError(
+            f"{base}: expected a U-Net of {channels} channels in and out, as the autoencoder's "
+            f"latents, found {unet.config.in_channels} and {unet.config.out_channels}. "
+            f"Use a text-to-image base such as {STABLE_DIFFUSION}."
+        )
+    if not isinstance(unet.config.cross_attention_dim, int):
+        raise DataError(
+            f"{base}: expected one width of cross-attention, found "
+            f"{unet.config.cross_attention_dim}. Use a base such as {STABLE_DIFFUSION}."
+        )
+    if 2 ** (len(vae.config.block_out_channels) - 1) != SdVae.factor:
+        raise DataError(
+            f"{base}/vae: expected an autoencoder of factor {SdVae.factor}, found "
+            f"{len(vae.config.block_out_channels)} blocks. Use a base such as {STABLE_DIFFUSION}."
+        )
+    expected = {
+        "prediction_type": "epsilon",
+        "beta_schedule": "scaled_linear",
+        "beta_start": BETA_START,
+        "beta_end": BETA_END,
+        "num_train_timesteps": TIMESTEPS,
+    }
+    try:
+        scheduler = dict(DDPMScheduler.load_config(base, subfolder="scheduler"))
+    except (OSError, ValueError):
+        log.warning("%s: no scheduler/; eps-prediction and %s's noise are taken for granted",
+                    base, STABLE_DIFFUSION)  # fmt: skip
+        return
+    for key, value in expected.items():
+        found = scheduler.get(key, value)
+        if found != value:
+            raise DataError(
+                f"{base}/scheduler: {key}: expected {value}, found {found}. "
+                f"Use an eps-prediction base such as {STABLE_DIFFUSION}."
+            )
 
 
 def load_diffusion(
-    base: str, example: str = STABLE_DIFFUSION
+    base: str, example: str = STABLE_DIFFUSION, dtype: torch.dtype = torch.float32
 ) -> tuple[SdVae, UNet2DConditionModel]:
-    """Autoencoder and U-Net, in fp32.
+    """Autoencoder and U-Net.
 
     Args:
         base: folder or hub id in diffusers' layout: vae/ and unet/, each with config.json and
@@ -37,13 +91,13 @@ def load_diffusion(
         DataError: one of them is missing, gated, or not of this layout.
     """
     return (
-        _loaded(SdVae, base, "vae", example),
-        _loaded(UNet2DConditionModel, base, "unet", example),
+        _loaded(SdVae, base, "vae", example, torch_dtype=dtype),
+        _loaded(UNet2DConditionModel, base, "unet", example, torch_dtype=dtype),
     )
 
 
-def load_vpim(clip: str, cross_attention_dim: int) -> ClipVpim:
-    """VPIM with a new alignment layer, in fp32.
+def load_vpim(clip: str, cross_attention_dim: int, dtype: torch.dtype = torch.float32) -> ClipVpim:
+    """VPIM with a new alignment layer, which is fp32; ``dtype`` is that of CLIP.
 
     Args:
         clip: folder or hub id of a CLIP model in transformers' layout.
@@ -52,17 +106,20 @@ def load_vpim(clip: str, cross_attention_dim: int) -> ClipVpim:
     Raises:
         DataError: it is missing, gated, or not of this layout.
     """
-    encoder: CLIPVisionModel = _loaded(CLIPVisionModel, clip, None, CLIP)
-    vpim = ClipVpim(encoder.config.to_dict(), cross_attention_dim)
+    encoder: CLIPVisionModel = _loaded(CLIPVisionModel, clip, None, CLIP, dtype=dtype)
+    vision = {k: v for k, v in encoder.config.to_dict().items() if k != "dtype"}
+    vpim = ClipVpim(vision, cross_attention_dim)
+    vpim.encoder.to(dtype)
     vpim.encoder.load_state_dict(encoder.state_dict())
     return vpim
 
 
-def _loaded(kind: Any, source: str, part: str | None, example: str) -> Any:
+def _loaded(kind: Any, source: str, part: str | None, example: str, **options: Any) -> Any:
     where = source if part is None else f"{source}/{part}"
-    options = {} if part is None else {"subfolder": part}
+    if part is not None:
+        options["subfolder"] = part
     try:
-        return kind.from_pretrained(source, **options).float()
+        return kind.from_pretrained(source, **options)
     except (OSError, ValueError, RuntimeError) as exc:
         layout = "config.json and model.safetensors"
         if part is not None:

@@ -86,10 +86,11 @@ class CheckpointInfo:
     version: int = VERSION
 
 
-def levels_of(grouping: Grouping) -> tuple[CheckpointLevel, ...]:
-    """The inference levels of a grouping, with the paper's alpha_t and sigma_t."""
+def levels_of(grouping: Grouping, alpha_bar: float | None = None) -> tuple[CheckpointLevel, ...]:
+    """The inference levels of a grouping, with the paper's alpha_t and sigma_t, or with those of
+    one fixed ``alpha_bar``."""
     return tuple(
-        CheckpointLevel(name, t, *alpha_sigma(t))
+        CheckpointLevel(name, t, *alpha_sigma(t, alpha_bar))
         for name, t in zip(LEVEL_NAMES[grouping.n], grouping.timesteps, strict=True)
     )
 

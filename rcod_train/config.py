@@ -6,7 +6,7 @@ import dataclasses
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from rcod_train.errors import ConfigError
 
@@ -15,17 +15,33 @@ from rcod_train.errors import ConfigError
 class LoopConfig:
     """What every stage has. Steps count optimiser updates of the generator or model."""
 
+    _CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
+
     steps: int = 1000
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     weight_decay: float = 0.0
+    beta2: float = 0.99
+    final_rate: float = 0.05  # share of the learning rate left at the last step; 1: constant
     clip_norm: float = 1.0
     ema_decay: float = 0.995
+    accumulate: int = 1  # batches to one update
     photos_per_batch: int = 4
     crops_per_photo: int = 2
     crop_px: int = 256
     context_px: int = 384  # degraded as a whole; the tokens see it, the crops are cut from it
     checkpoint_steps: int = 250
+    validation_steps: int = 0  # 0: no validation
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulate", "photos_per_batch", "crops_per_photo"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}.")
+        for name, choices in self._CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"{name}: expected {' or '.join(choices)}, found {getattr(self, name)!r}."
+                )
 
 
 @dataclass(frozen=True)
@@ -55,8 +71,14 @@ class BaseStageConfig(LoopConfig):
 
 @dataclass(frozen=True)
 class RcodStageConfig(LoopConfig):
-    """The paper's method on the base. Loss weights follow OSEDiff; LPIPS counts where installed."""
+    """The paper's method on a base; the defaults are nano's. Loss weights follow OSEDiff.
 
+    grouping: "paper" is Eq. 5 with M_min and M_max measured, "official" the published code's bins
+    and timesteps. das: Eq. 7, or the published intervals. constants: alpha_t and sigma_t of Eq. 3,
+    or one fixed pair for every t.
+    """
+
+    _CHOICES = dict.fromkeys(("grouping", "das", "constants"), ("paper", "official"))
     steps: int = 3000
     learning_rate: float = 5e-4
     regulariser_learning_rate: float = 5e-4
@@ -64,6 +86,9 @@ class RcodStageConfig(LoopConfig):
     rank_unet: int = 32
     rank_vae: int = 16
     rank_regulariser: int = 16
+    grouping: str = "paper"
+    das: str = "paper"
+    constants: str = "paper"
     n: int = 3
     k: int = 250
     metric_samples: int = 512
@@ -71,6 +96,7 @@ class RcodStageConfig(LoopConfig):
     any_level: float = 0.3  # share of samples whose level is drawn from all, and not by Eq. 5
     heavy_share: float = 0.5  # of "osediff" degradations, the rest "s3diff"
     l1_weight: float = 1.0
+    mse_weight: float = 0.0
     lpips_weight: float = 2.0
     gradient_weight: float = 1.0
     latent_weight: float = 0.05
@@ -80,6 +106,7 @@ class RcodStageConfig(LoopConfig):
     discriminator_learning_rate: float = 1e-3
     train_decoder: bool = True
     decoder_learning_rate: float = 2e-4
+    gradient_checkpointing: bool = False  # blocks are computed again in the backward pass
 
 
 @dataclass(frozen=True)
@@ -90,21 +117,63 @@ class MemStageConfig(LoopConfig):
     learning_rate: float = 3e-3
 
 
+# RCOD_O as the paper's supplement has it (30,000 iterations, batch 4, learning rate 2e-5, rank 4),
+# the rest as OSEDiff. No adversary, no decoder: what ships differs from the base by 5.5 M values.
+RCOD_O = RcodStageConfig(
+    steps=30_000,
+    learning_rate=2e-5,
+    regulariser_learning_rate=2e-5,
+    warmup_steps=500,
+    weight_decay=1e-2,
+    beta2=0.999,
+    final_rate=1.0,
+    ema_decay=0.999,
+    accumulate=4,
+    photos_per_batch=1,
+    crops_per_photo=1,
+    crop_px=512,
+    context_px=512,
+    checkpoint_steps=500,
+    validation_steps=1000,
+    rank_unet=4,
+    rank_vae=4,
+    rank_regulariser=4,
+    any_level=0.0,
+    heavy_share=1.0,
+    l1_weight=0.0,
+    mse_weight=1.0,
+    gradient_weight=0.0,
+    latent_weight=0.0,
+    guidance=7.5,
+    adversarial_weight=0.0,
+    train_decoder=False,
+    gradient_checkpointing=True,
+)
+RCOD_O_MEM = MemStageConfig(
+    steps=1000, photos_per_batch=4, crops_per_photo=1, crop_px=512, context_px=512
+)
+
+
 @dataclass(frozen=True)
-class TrainConfig:
-    """One run of ``rcod-train nano``."""
+class RunConfig:
+    """What every run has.
+
+    precision: of the matrix products and of frozen base weights; what is trained, the losses and
+    Eq. 3 are fp32. validation: a folder of photos, or else ``validation_share`` of the data, taken
+    from the training; at most ``validation_photos`` of them.
+    """
 
     data: tuple[str, ...]
     out: str
     seed: int = 0
-    precision: str = "auto"  # auto | fp32 | bf16: of the matrix products; losses and Eq. 3 are fp32
+    device: str = "cpu"
+    precision: str = "auto"  # auto | fp32 | bf16 | fp16 (fp16 with loss scaling)
     workers: int = 1
     threads: int = 0  # 0: torch's choice
     use_lpips: bool = False
-    vae: VaeStageConfig = field(default_factory=VaeStageConfig)
-    base: BaseStageConfig = field(default_factory=BaseStageConfig)
-    rcod: RcodStageConfig = field(default_factory=RcodStageConfig)
-    mem: MemStageConfig = field(default_factory=MemStageConfig)
+    validation: str = ""
+    validation_share: float = 0.0
+    validation_photos: int = 8
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
@@ -113,7 +182,32 @@ class TrainConfig:
         path.write_text(self.to_json(), encoding="utf-8")
 
 
-def with_overrides(config: TrainConfig, assignments: list[str]) -> TrainConfig:
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """One run of ``rcod-train nano``."""
+
+    vae: VaeStageConfig = field(default_factory=VaeStageConfig)
+    base: BaseStageConfig = field(default_factory=BaseStageConfig)
+    rcod: RcodStageConfig = field(default_factory=RcodStageConfig)
+    mem: MemStageConfig = field(default_factory=MemStageConfig)
+
+
+@dataclass(frozen=True)
+class RcodOConfig(RunConfig):
+    """One run of ``rcod-train rcod-o``. base_model, clip: folders or hub ids; text: a file of text
+    embeddings that condition regulariser and teacher, "" for the visual tokens of the HQ image."""
+
+    base_model: str = ""
+    clip: str = ""
+    text: str = ""
+    rcod: RcodStageConfig = RCOD_O
+    mem: MemStageConfig = RCOD_O_MEM
+
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def with_overrides(config: Config, assignments: list[str]) -> Config:
     """Apply ``stage.field=value`` assignments; the field's type decides how a value is read.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rcod_train.config import LoopConfig
 from rcod_train.degradation import PRESETS, degrade, upsample_lq
-from rcod_train.errors import DataError
+from rcod_train.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +72,11 @@ class Batch:
     lq: Tensor  # (B, 3, crop, crop); the same as hq where the stage has no degradation
     tokens_hq: Tensor  # (B, 3, S, S): the whole context, antialiased
     tokens_lq: Tensor  # (B, 3, S, S)
+    photo: Tensor  # (B,) int64: which of the photos
+
+    def to(self, device: torch.device) -> Batch:
+        fields = dataclasses.fields(self)
+        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields))
 
 
 def to_unit(image_u8: Tensor) -> Tensor:
@@ -79,7 +85,7 @@ def to_unit(image_u8: Tensor) -> Tensor:
 
 
 class PhotoBatches(Dataset[Batch]):
-    """Item i is the whole batch of step i, made from (seed, i) alone."""
+    """Item i is the whole i-th batch, made from (seed, i) alone."""
 
     def __init__(
         self,
@@ -89,14 +95,19 @@ class PhotoBatches(Dataset[Batch]):
         tokens_px: int,
         heavy_share: float | None,
     ) -> None:
+        if not 0 < config.crop_px <= config.context_px:
+            raise ConfigError(
+                f"crop_px: expected 1 to context_px ({config.context_px}), found {config.crop_px}."
+            )
         self.photos, self.config, self.seed = photos, config, seed
         self.tokens_px, self.heavy_share = tokens_px, heavy_share
 
-    def __getitem__(self, step: int) -> Batch:
-        rng = np.random.default_rng((self.seed, step))
+    def __getitem__(self, i: int) -> Batch:
+        rng = np.random.default_rng((self.seed, i))
         c = self.config
         rows: list[tuple[np.ndarray, ...]] = []
-        for index in rng.choice(len(self.photos), c.photos_per_batch):
+        chosen = rng.choice(len(self.photos), c.photos_per_batch)
+        for index in chosen:
             context_hq = self._context(self.photos[index], rng)
             context_lq = context_hq
             if self.heavy_share is not None:
@@ -109,7 +120,8 @@ class PhotoBatches(Dataset[Batch]):
                 window = np.s_[top : top + c.crop_px, left : left + c.crop_px]
                 rows.append((context_hq[window], context_lq[window], *thumbnails))
         arrays = [np.ascontiguousarray(np.stack(column)) for column in zip(*rows, strict=True)]
-        return Batch(*(torch.from_numpy(a).permute(0, 3, 1, 2) for a in arrays))
+        images = (torch.from_numpy(a).permute(0, 3, 1, 2) for a in arrays)
+        return Batch(*images, torch.from_numpy(chosen.repeat(c.crops_per_photo)))
 
     def _context(self, path: Path, rng: np.random.Generator) -> np.ndarray:
         side = self.config.context_px
@@ -133,12 +145,12 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def batches(dataset: PhotoBatches, first_step: int, steps: int, workers: int) -> Iterator[Batch]:
-    """Batches of steps first_step .. steps - 1, in order."""
+def batches(dataset: PhotoBatches, first: int, end: int, workers: int) -> Iterator[Batch]:
+    """Batches first .. end - 1, in order."""
     loader = DataLoader(
         dataset,
         batch_size=None,
-        sampler=range(first_step, steps),
+        sampler=range(first, end),
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_start_worker,

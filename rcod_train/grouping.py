@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rcod_train.errors import ConfigError
+
 
 def cosine_metric(z_lq: Tensor, z_hq: Tensor) -> Tensor:
     """Eq. 6: M = cosine similarity of the flattened latents, (B, C, h, w) x 2 -> (B,) float32."""
@@ -15,12 +17,16 @@ def cosine_metric(z_lq: Tensor, z_hq: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Grouping:
-    """Latent domain grouping. m_min and m_max are statistics of the training set."""
+    """Latent domain grouping. m_min and m_max are statistics of the training set.
+
+    ``offset`` is taken from every timestep: the published code's are one less than the paper's.
+    """
 
     m_min: float
     m_max: float
     n: int = 3
     k: int = 250
+    offset: int = 0
 
     def __post_init__(self) -> None:
         if not -1.0 <= self.m_min < self.m_max <= 1.0:
@@ -30,8 +36,8 @@ class Grouping:
 
     @property
     def timesteps(self) -> tuple[int, ...]:
-        """Timesteps of the groups, from fidelity to realism: k, 2k, ... nk."""
-        return tuple(self.k * (i + 1) for i in range(self.n))
+        """Timesteps of the groups, from fidelity to realism: k, 2k, ... nk, less the offset."""
+        return tuple(self.k * (i + 1) - self.offset for i in range(self.n))
 
     def timestep(self, m: Tensor) -> Tensor:
         """Eq. 5: t = k (n - floor(n (M - M_min) / (M_max - M_min))), clamped to [k, nk].
@@ -39,7 +45,15 @@ class Grouping:
         The clamp covers M = M_max (the formula gives t = 0) and values outside the statistics.
         """
         group = torch.floor(self.n * (m - self.m_min) / (self.m_max - self.m_min))
-        return (self.k * (self.n - group)).clamp(self.k, self.n * self.k).long()
+        return (self.k * (self.n - group)).clamp(self.k, self.n * self.k).long() - self.offset
+
+
+def official_grouping(n: int, k: int = 250) -> Grouping:
+    """The published code's bins: n = 3: M < .5 -> 749, < .7 -> 499, else 249; n = 4: < .3 -> 999,
+    < .5 -> 749, < .7 -> 499, else 249. They are Eq. 5 with groups .2 wide that end at .9."""
+    if n not in (3, 4) or k != 250:
+        raise ConfigError(f"grouping official: expected n 3 or 4 and k 250, found {n} and {k}.")
+    return Grouping({3: 0.3, 4: 0.1}[n], 0.9, n, k, offset=1)
 
 
 def sample_levels(
@@ -52,12 +66,21 @@ def sample_levels(
     """
     drawn = torch.randint(0, len(timesteps), t.shape, generator=generator)
     replaced = torch.rand(t.shape, generator=generator) < share
-    return torch.where(replaced, torch.tensor(timesteps)[drawn], t)
+    return torch.where(replaced.to(t.device), torch.tensor(timesteps)[drawn].to(t.device), t)
 
 
 def sample_regulariser_t(t: Tensor, k: int, generator: torch.Generator) -> Tensor:
     """Eq. 7: t_r uniform among the integers of [max(20, t - k), min(980, t + k)]; t (B,) int64."""
-    low = (t - k).clamp(min=20)
-    high = (t + k).clamp(max=980)
-    u = torch.rand(t.shape, generator=generator, dtype=torch.float64)
+    return _uniform((t - k).clamp(min=20), (t + k).clamp(max=980), generator)
+
+
+def sample_official_t(t: Tensor, generator: torch.Generator) -> Tensor:
+    """The published code's interval in the place of Eq. 7: [20, 980) for t < 749, or [200, 980)."""
+    low = torch.where(t < 749, 20, 200)
+    return _uniform(low, torch.full_like(low, 979), generator)
+
+
+def _uniform(low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:
+    """Uniform among the integers of [low, high], each (B,); drawn on the CPU."""
+    u = torch.rand(low.shape, generator=generator, dtype=torch.float64).to(low.device)
     return low + (u * (high - low + 1)).long().clamp(max=high - low)

@@ -1,4 +1,7 @@
-"""One loop for all stages: checkpoints that resume bit for bit, EMA, a loss log, a clean stop."""
+"""One loop for all stages: checkpoints that resume bit for bit, EMA, a loss log, a clean stop.
+
+A step is one update of every optimiser, from the gradients of ``accumulate`` batches.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -24,14 +27,20 @@ from tqdm import tqdm
 from rcod_train.config import LoopConfig
 from rcod_train.data import Batch
 from rcod_train.errors import CheckpointError, Interrupted, TrainError
+from rcod_train.precision import Autocast
 
 log = logging.getLogger(__name__)
 
 KEPT_CHECKPOINTS = 2
+# Settings that a run may be continued with other values of: the weights don't depend on them.
+FREE = ("steps", "checkpoint_steps", "validation_steps", "gradient_checkpointing")
 
 
 class Update:
-    """One optimiser update asked for by a stage: which group, its loss, and figures for the log."""
+    """One optimiser update asked for by a stage: which group, its loss, and figures for the log.
+
+    Of several batches to a step, each asks for it, and the last one's is made.
+    """
 
     def __init__(self, group: str, loss: Tensor, figures: dict[str, Tensor | float]) -> None:
         self.group, self.loss, self.figures = group, loss, figures
@@ -56,13 +65,13 @@ class Stage(Protocol):
     def load_extra_state(self, state: dict[str, Any]) -> None: ...
 
 
-def step_generator(seed: int, step: int) -> torch.Generator:
-    """The random source of one step: nothing is carried over from step to step."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + step) % (2**63))
+def step_generator(seed: int, batch: int) -> torch.Generator:
+    """The random source of one batch: nothing is carried over from one to the next."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + batch) % (2**63))
 
 
 class _Trainer:
-    def __init__(self, stage: Stage, folder: Path, seed: int) -> None:
+    def __init__(self, stage: Stage, folder: Path, seed: int, autocast: Autocast) -> None:
         self.stage, self.folder, self.seed, self.step = stage, folder, seed, 0
         self.parameters = {
             f"{group}.{name}": parameter
@@ -77,42 +86,101 @@ class _Trainer:
                     {"params": list(named.values()), "lr": rate, "base": rate}
                     for named, rate in members
                 ],
-                betas=(0.9, 0.99),
+                betas=(0.9, stage.config.beta2),
                 weight_decay=stage.config.weight_decay,
                 fused=False,
                 foreach=True,
             )
             for group, members in stage.groups.items()
         }
+        self.scalers = {group: autocast.scaler() for group in stage.groups}
 
     def rate_factor(self) -> float:
-        """Linear warm-up, then half a cosine down to a twentieth."""
+        """Linear warm-up, then half a cosine down to ``final_rate``."""
         c = self.stage.config
         warm = min(1.0, (self.step + 1) / max(1, c.warmup_steps))
-        return warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * self.step / max(1, c.steps))))
+        cosine = 0.5 * (1 + math.cos(math.pi * self.step / max(1, c.steps)))
+        return warm * (c.final_rate + (1.0 - c.final_rate) * cosine)
 
-    def apply(self, update: Update) -> float:
-        optimizer = self.optimizers[update.group]
-        factor = self.rate_factor()
-        for group in optimizer.param_groups:
-            group["lr"] = group["base"] * factor
+    def train_step(self, batches: Iterator[Batch]) -> dict[str, float]:
+        """One step; returns its row of the log, means over its batches."""
+        n = self.stage.config.accumulate
+        row: dict[str, float] = {"step": self.step}
+        for i in range(n):
+            generator = step_generator(self.seed, self.step * n + i)
+            for update in self.stage.updates(next(batches), generator):
+                figures = {f"{update.group}_loss": update.loss.detach(), **update.figures}
+                for key, value in figures.items():
+                    row[key] = row.get(key, 0.0) + float(value) / n
+                self.backward(update, i)
+                if i == n - 1:
+                    row[f"{update.group}_grad_norm"] = self.optimise(update.group)
+        self.update_ema()
+        self.step += 1
+        return row
+
+    def backward(self, update: Update, i: int) -> None:
+        """Add the gradients of the step's i-th batch."""
         if not torch.isfinite(update.loss):
-            raise TrainError(
-                f"stage {self.stage.name}, step {self.step}: the {update.group} loss is "
-                f"{update.loss.item()}. Lower the learning rate, or --set precision=fp32; "
-                f"the last checkpoint in {self.folder} is whole."
-            )
-        optimizer.zero_grad(set_to_none=True)
-        update.loss.backward()
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            terms = [k for k, v in update.figures.items() if not math.isfinite(float(v))]
+            named = f" (not finite: {', '.join(terms)})" if terms else ""
+            raise self._diverged(f"the {update.group} loss is {update.loss.item()}{named}")
+        if i == 0:
+            self.optimizers[update.group].zero_grad(set_to_none=True)
+        loss = update.loss / self.stage.config.accumulate
+        self.scalers[update.group].scale(loss).backward()
+
+    def optimise(self, group: str) -> float:
+        """Clip and apply a group's gradients; returns their norm before.
+
+        With fp16 a step of infinite gradients is left out and the loss scaled less from then on.
+        """
+        optimizer, scaler = self.optimizers[group], self.scalers[group]
+        factor = self.rate_factor()
+        for members in optimizer.param_groups:
+            members["lr"] = members["base"] * factor
+        scaler.unscale_(optimizer)
+        parameters = [p for members in optimizer.param_groups for p in members["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.stage.config.clip_norm)
-        optimizer.step()
+        if not torch.isfinite(norm) and scaler.get_scale() <= 1.0:  # 1 without fp16
+            raise self._diverged(
+                f"the gradient of the {group} loss is {norm.item()}, first in {self._broken(group)}"
+            )
+        scaler.step(optimizer)
+        scaler.update()
         return float(norm)
+
+    def _broken(self, group: str) -> str:
+        finite = {
+            name: p.grad is None or bool(torch.isfinite(p.grad).all())
+            for named, _ in self.stage.groups[group]
+            for name, p in named.items()
+        }
+        return next((name for name, ok in finite.items() if not ok), "none: the sum overflows")
+
+    def _diverged(self, what: str) -> TrainError:
+        return TrainError(
+            f"stage {self.stage.name}, step {self.step}: {what}. Lower the learning rate, or "
+            f"--precision fp32; the last checkpoint in {self.folder} is whole."
+        )
 
     @torch.no_grad()
     def update_ema(self) -> None:
         decay = min(self.stage.config.ema_decay, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.ema.values()), list(self.parameters.values()), 1.0 - decay)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the modules have the averaged weights."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.data, self.ema[name] = self.ema[name], parameter.data
 
     # -- checkpoints ---------------------------------------------------------------------------
 
@@ -125,6 +193,7 @@ class _Trainer:
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "ema": self.ema,
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
+            "scalers": {name: s.state_dict() for name, s in self.scalers.items()},
             "extra": self.stage.extra_state(),
         }
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -147,11 +216,14 @@ class _Trainer:
 
     def load(self, path: Path) -> None:
         state = read_checkpoint(path)
-        ours = dataclasses.asdict(self.stage.config)
+        # A setting that a checkpoint doesn't have is younger, and its default is what was before.
+        defaults = {f.name: f.default for f in dataclasses.fields(LoopConfig)}
+        defaults |= {f.name: f.default for f in dataclasses.fields(self.stage.config)}
+        theirs = defaults | state["config"]
         differing = {
-            key: (state["config"].get(key), value)
-            for key, value in ours.items()
-            if key not in ("steps", "checkpoint_steps") and state["config"].get(key) != value
+            key: (theirs[key], value)
+            for key, value in dataclasses.asdict(self.stage.config).items()
+            if key not in FREE and theirs[key] != value
         }
         if differing or state["seed"] != self.seed:
             found = ", ".join(f"{k}: {a} there, {b} here" for k, (a, b) in differing.items())
@@ -162,12 +234,21 @@ class _Trainer:
         missing = self.parameters.keys() ^ state["parameters"].keys()
         if missing:
             raise CheckpointError(f"{path}: parameters differ, e.g. {sorted(missing)[:3]}.")
+        for name, parameter in self.parameters.items():
+            found, expected = state["parameters"][name].shape, parameter.shape
+            if found != expected:
+                raise CheckpointError(
+                    f"{path}: parameter {name}: expected {tuple(expected)}, found {tuple(found)}. "
+                    "The checkpoint belongs to another base model; use that, or another --out."
+                )
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state["parameters"][name])
-        self.ema = state["ema"]
+                self.ema[name].copy_(state["ema"][name])
         for name, optimizer in self.optimizers.items():
             optimizer.load_state_dict(state["optimizers"][name])
+            if state.get("scalers", {}).get(name):
+                self.scalers[name].load_state_dict(state["scalers"][name])
         self.stage.load_extra_state(state["extra"])
         self.step = state["step"]
 
@@ -211,20 +292,26 @@ def run_stage(
     folder: Path,
     seed: int,
     resume: bool,
+    autocast: Autocast | None = None,
+    validate: Callable[[int], None] | None = None,
 ) -> None:
     """Train a stage to its last step and leave its modules with the averaged (EMA) weights.
 
     Args:
-        make_batches: first step -> iterable of batches up to the stage's last step.
+        make_batches: first batch -> iterable of batches up to the stage's last step, which takes
+            ``accumulate`` of them like every step.
         folder: of the checkpoints and ``losses.jsonl``.
         resume: continue from the newest checkpoint; a finished stage only loads its weights.
+        autocast: what the stage computes in; None: fp32 on the CPU.
+        validate: called with the step every ``validation_steps`` and at the end, with the averaged
+            weights.
 
     Raises:
         CheckpointError: the checkpoint is of another configuration.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
-        TrainError: a loss is not finite, or a checkpoint can't be written.
+        TrainError: a loss or gradient is not finite, or a checkpoint can't be written.
     """
-    trainer = _Trainer(stage, folder, seed)
+    trainer = _Trainer(stage, folder, seed, autocast or Autocast("fp32"))
     existing = sorted(folder.glob("step-*.pt"))
     if existing and not resume:
         raise CheckpointError(
@@ -235,11 +322,16 @@ def run_stage(
         trainer.load(existing[-1])
         log.info("stage %s: resumed at step %d", stage.name, trainer.step)
     if trainer.step < stage.config.steps:
-        _train(trainer, make_batches(trainer.step), resume)
+        _train(trainer, make_batches(trainer.step * stage.config.accumulate), resume, validate)
     trainer.take_ema()
 
 
-def _train(trainer: _Trainer, batches: Iterable[Batch], resume: bool) -> None:
+def _train(
+    trainer: _Trainer,
+    batches: Iterable[Batch],
+    resume: bool,
+    validate: Callable[[int], None] | None,
+) -> None:
     stage, steps = trainer.stage, trainer.stage.config.steps
     trainer.folder.mkdir(parents=True, exist_ok=True)
     log_path = trainer.folder / "losses.jsonl"
@@ -258,17 +350,11 @@ def _train(trainer: _Trainer, batches: Iterable[Batch], resume: bool) -> None:
         log_path.open("a", buffering=1, encoding="utf-8") as log_file,
         progress,
     ):
-        for batch in batches:
+        stream = iter(batches)
+        while trainer.step < steps:
             started = time.perf_counter()
-            generator = step_generator(trainer.seed, trainer.step)
-            row: dict[str, float] = {"step": trainer.step}
-            for update in stage.updates(batch, generator):
-                row[f"{update.group}_loss"] = float(update.loss.detach())
-                row |= {key: float(value) for key, value in update.figures.items()}
-                row[f"{update.group}_grad_norm"] = trainer.apply(update)
-            trainer.update_ema()
-            trainer.step += 1
-            row["step_s"] = time.perf_counter() - started
+            row = trainer.train_step(stream)
+            row["step_s"] = time.perf_counter() - started  # waiting for the data is in it
             log_file.write(json.dumps({k: round(v, 6) for k, v in row.items()}) + "\n")
             progress.set_postfix_str(
                 " ".join(f"{k} {v:.4g}" for k, v in row.items() if k.endswith("_loss")),
@@ -276,6 +362,10 @@ def _train(trainer: _Trainer, batches: Iterable[Batch], resume: bool) -> None:
             )
             progress.update()
             last = trainer.step == steps
+            every = stage.config.validation_steps
+            if validate is not None and every and (last or trainer.step % every == 0):
+                with trainer.averaged():
+                    validate(trainer.step)
             if last or stopped or trainer.step % stage.config.checkpoint_steps == 0:
                 log_file.flush()
                 trainer.save()

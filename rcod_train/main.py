@@ -1,6 +1,8 @@
 """Train RCOD models.
 
   rcod-train nano --data DIR --out DIR    from photos to a merged checkpoint in DIR/checkpoint
+  rcod-train rcod-o --base DIR --clip DIR --data DIR --out DIR    the same on Stable Diffusion;
+      LoRA adapters in DIR/adapters too
   rcod-train import-official FILE --base DIR ... --out DIR    published weights: rcod_o.pkl
       --clip DIR; rcod_s.pkl --clip DIR --estimator FILE [--mem FILE]; osediff.pkl --tokens FILE
 
@@ -12,6 +14,7 @@ its state saved: run again with --resume.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,33 +28,40 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     nano = commands.add_parser("nano", help="the small model, from scratch, on CPU or GPU-less CI")
-    nano.add_argument("--data", nargs="+", required=True, metavar="DIR", help="folders of photos")
-    nano.add_argument(
-        "--out", required=True, metavar="DIR", help="checkpoints, logs and the result"
-    )
-    nano.add_argument("--resume", action="store_true", help="continue from the newest checkpoint")
-    nano.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    nano.add_argument(
-        "--precision",
-        choices=("auto", "fp32", "bf16"),
-        default="auto",
-        help="of matrix products; auto: bf16 where the processor has it (default: %(default)s)",
-    )
-    nano.add_argument(
-        "--workers", type=int, default=1, help="data processes (default: %(default)s)"
-    )
-    nano.add_argument("--threads", type=int, default=0, help="compute threads; 0: all cores")
+    _add_run(nano, "nano", "Apache-2.0")
     nano.add_argument("--lpips", action="store_true", help="add the LPIPS loss (downloads weights)")
-    nano.add_argument("--name", default="nano", help="name of the model (default: %(default)s)")
-    nano.add_argument("--licence", default="Apache-2.0", help="SPDX licence of the weights")
-    nano.add_argument(
+    _add_rcod_o(commands)
+    _add_import(commands)
+    return parser
+
+
+def _add_run(parser: argparse.ArgumentParser, name: str, licence: str) -> None:
+    """The arguments of every training."""
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, metavar="DIR", help="folders of photos")
+    add("--out", required=True, metavar="DIR", help="checkpoints, logs and the result")
+    add("--resume", action="store_true", help="continue from the newest checkpoint")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="of matrix products and frozen weights; auto: bf16 where the processor has it "
+        "(default: %(default)s)",
+    )
+    add("--workers", type=int, default=1, help="data processes (default: %(default)s)")
+    add("--threads", type=int, default=0, help="compute threads; 0: all cores")
+    add("--name", default=name, help="name of the model (default: %(default)s)")
+    add("--licence", default=licence, help="SPDX licence of the weights (default: %(default)s)")
+    add(
         "--source",
         action="append",
         default=[],
         metavar="TEXT",
         help="origin and licence of the photos, kept in the model card; may be repeated",
     )
-    nano.add_argument(
+    add("--validation", default="", metavar="DIR", help="photos to validate on, not trained on")
+    add(
         "--set",
         action="append",
         default=[],
@@ -59,8 +69,31 @@ def build_parser() -> argparse.ArgumentParser:
         dest="overrides",
         help="any field of the configuration, e.g. rcod.steps=500 (see rcod_train/config.py)",
     )
-    _add_import(commands)
-    return parser
+
+
+def _add_rcod_o(commands: Any) -> None:
+    parser = commands.add_parser("rcod-o", help="LoRA, VSD and VPIM on Stable Diffusion 2.1-base")
+    add = parser.add_argument
+    base = "Stable Diffusion 2.1-base or another eps-prediction base: folder or hub id"
+    add("--base", required=True, metavar="DIR", help=base)
+    add("--clip", required=True, metavar="DIR", help="CLIP ViT-L/14: folder or hub id")
+    _add_run(parser, "rcod-o", "CreativeML-OpenRAIL-M")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--no-lpips", action="store_true", help="leave the LPIPS loss out (package or weights)")
+    add(
+        "--text",
+        default="",
+        metavar="FILE",
+        help="text embeddings (safetensors) that regulariser and base are conditioned on; without, "
+        "the visual tokens of the HQ image",
+    )
+    both = ("paper", "official")
+    for option, help_ in (
+        ("--grouping", "Eq. 5 with measured M_min and M_max, or the published code's fixed bins"),
+        ("--das", "Eq. 7, or the published code's intervals"),
+        ("--constants", "of Eq. 3: those of t, or the published code's one pair"),
+    ):
+        add(option, choices=both, default="paper", help=f"{help_} (default: %(default)s)")
 
 
 def _add_import(commands: Any) -> None:
@@ -102,25 +135,52 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
 
 
-def _run_nano(arguments: argparse.Namespace) -> int:
+def _common(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fields of RunConfig; progress is logged from here on."""
     import logging
-
-    from rcod_train.config import TrainConfig, with_overrides
-    from rcod_train.nano import train_nano
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("rcod_train").setLevel(logging.INFO)
-    config = TrainConfig(
-        data=tuple(arguments.data),
-        out=arguments.out,
-        seed=arguments.seed,
-        precision=arguments.precision,
-        workers=arguments.workers,
-        threads=arguments.threads,
-        use_lpips=arguments.lpips,
-    )
+    names = ("out", "seed", "precision", "workers", "threads", "validation")
+    return {"data": tuple(arguments.data), **{name: getattr(arguments, name) for name in names}}
+
+
+def _run_nano(arguments: argparse.Namespace) -> int:
+    from rcod_train.config import TrainConfig, with_overrides
+    from rcod_train.nano import train_nano
+
+    config = TrainConfig(**_common(arguments), use_lpips=arguments.lpips)
     config = with_overrides(config, arguments.overrides)
     checkpoint = train_nano(
+        config, arguments.resume, arguments.name, arguments.licence, tuple(arguments.source)
+    )
+    print(checkpoint)
+    return 0
+
+
+def _run_rcod_o(arguments: argparse.Namespace) -> int:
+    from rcod_train.config import RCOD_O, RcodOConfig, with_overrides
+    from rcod_train.rcod_o import train_rcod_o
+
+    rcod = dataclasses.replace(
+        RCOD_O,
+        grouping=arguments.grouping,
+        das=arguments.das,
+        constants=arguments.constants,
+        # The base was never trained on visual tokens: there is nothing to guide away from.
+        guidance=RCOD_O.guidance if arguments.text else 1.0,
+    )
+    config = RcodOConfig(
+        **_common(arguments),
+        device=arguments.device,
+        use_lpips=not arguments.no_lpips,
+        base_model=arguments.base,
+        clip=arguments.clip,
+        text=arguments.text,
+        rcod=rcod,
+    )
+    config = with_overrides(config, arguments.overrides)
+    checkpoint = train_rcod_o(
         config, arguments.resume, arguments.name, arguments.licence, tuple(arguments.source)
     )
     print(checkpoint)
@@ -146,7 +206,7 @@ def _import_official(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"nano": _run_nano, "import-official": _import_official}
+_COMMANDS = {"nano": _run_nano, "rcod-o": _run_rcod_o, "import-official": _import_official}
 
 
 if __name__ == "__main__":

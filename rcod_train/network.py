@@ -66,6 +66,13 @@ def build_nano(seed: int) -> Parts:
     return parts
 
 
+def freeze(parts: Parts, device: torch.device) -> None:
+    """A loaded base as training wants it: on the device, channels last, without gradients."""
+    for module in (parts.vae, parts.unet, parts.vpim):
+        module.eval().requires_grad_(False)
+        module.to(device).to(memory_format=torch.channels_last)
+
+
 def predict_eps(unet: UNet2DConditionModel, z_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:
     """eps_theta(z_t; t, c): z_t (B, C, h, w), t (B,) int64, tokens (B, N, D) -> (B, C, h, w)."""
     eps: Tensor = unet(z_t, t, encoder_hidden_states=tokens, return_dict=False)[0]

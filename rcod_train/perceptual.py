@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
 from rcod_train.errors import TrainError
 
 
-def load_lpips() -> Callable[[Tensor, Tensor], Tensor]:
+def load_lpips(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     """LPIPS (VGG, Zhang et al. 2018): two images (B, 3, H, W) in [-1, 1] -> (B, 1, 1, 1).
 
     Raises:
@@ -19,16 +20,16 @@ def load_lpips() -> Callable[[Tensor, Tensor], Tensor]:
         import lpips
     except ImportError as exc:
         raise TrainError(
-            'use_lpips: the package lpips is missing. pip install "rcod[lpips]", '
-            "or train without it (the default)."
+            'LPIPS: the package lpips is missing. pip install "rcod[lpips]", or train without this '
+            "loss: nano without --lpips, rcod-o with --no-lpips."
         ) from exc
     try:
         network = lpips.LPIPS(net="vgg", verbose=False)
     except Exception as exc:  # the download's errors are of many types
         raise TrainError(
-            f"use_lpips: the VGG weights could not be loaded ({exc}). They are downloaded at first "
-            "use; train without LPIPS (the default) where there is no network."
+            f"LPIPS: the VGG weights could not be loaded ({exc}). They are downloaded at first "
+            "use; without a network train nano without --lpips, rcod-o with --no-lpips."
         ) from exc
-    network.requires_grad_(False)
+    network.requires_grad_(False).to(device)
     forward: Callable[[Tensor, Tensor], Tensor] = network.eval()
     return forward

@@ -1,4 +1,4 @@
-"""Which arithmetic the matrix products of a training run in."""
+"""Where a training runs, and which arithmetic its matrix products are in."""
 
 from __future__ import annotations
 
@@ -6,21 +6,53 @@ import torch
 
 from rcod_train.errors import ConfigError
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-def resolve_precision(choice: str) -> str:
-    """auto | fp32 | bf16 -> fp32 | bf16: bf16 only where the processor computes it natively."""
+
+def resolve_device(choice: str) -> torch.device:
+    """auto | cpu | cuda | cuda:N -> a device that is there; auto prefers a GPU.
+
+    Raises:
+        ConfigError: it isn't, or PyTorch was built without CUDA.
+    """
     if choice == "auto":
-        return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
-    if choice not in ("fp32", "bf16"):
-        raise ConfigError(f"precision {choice!r}: expected auto, fp32 or bf16.")
+        choice = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = choice.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ConfigError(f"device {choice!r}: expected auto, cpu, cuda or cuda:N.")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {choice!r}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} "
+            "GPUs. Use --device cpu, or install a PyTorch build for CUDA."
+        )
+    return torch.device(choice)
+
+
+def resolve_precision(choice: str, device: torch.device | None = None) -> str:
+    """auto | fp32 | bf16 | fp16 -> fp32 | bf16 | fp16; auto: bf16 where it is native."""
+    if choice == "auto":
+        if device is not None and device.type == "cuda":
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+        else:
+            native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return "bf16" if native else "fp32"
+    if choice not in DTYPES:
+        raise ConfigError(f"precision {choice!r}: expected auto, fp32, bf16 or fp16.")
     return choice
 
 
 class Autocast:
-    """``with autocast():`` runs matrix products in the chosen precision, weights stay fp32."""
+    """``with autocast():`` runs matrix products in the chosen precision; trained weights stay
+    fp32, and with fp16 the loss is scaled (``scaler``)."""
 
-    def __init__(self, precision: str) -> None:
-        self.enabled = precision == "bf16"
+    def __init__(self, precision: str, device: torch.device | None = None) -> None:
+        self.device = torch.device("cpu") if device is None else device
+        self.precision, self.dtype = precision, DTYPES[precision]
 
     def __call__(self) -> torch.autocast:
-        return torch.autocast("cpu", torch.bfloat16, enabled=self.enabled)
+        enabled = self.precision != "fp32"
+        dtype = self.dtype if enabled else torch.bfloat16  # autocast takes no float32
+        return torch.autocast(self.device.type, dtype, enabled=enabled)
+
+    def scaler(self) -> torch.amp.GradScaler:
+        return torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 TIMESTEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012  # "scaled_linear", as in Stable Diffusion
+OFFICIAL_ALPHA_BAR = 0.7537  # what the published RCOD_O code has in Eq. 3 for every t
 
 
 @cache
@@ -18,16 +19,22 @@ def alpha_bar() -> Tensor:
     return torch.cumprod(1.0 - betas, 0)
 
 
-def alpha_sigma(t: int) -> tuple[float, float]:
-    """alpha_t = sqrt(alpha_bar_t) and sigma_t = sqrt(1 - alpha_t^2) of a timestep 0..999."""
-    value = alpha_bar()[t].item()
+def alpha_sigma(t: int, fixed: float | None = None) -> tuple[float, float]:
+    """alpha_t = sqrt(alpha_bar_t) and sigma_t = sqrt(1 - alpha_t^2) of a timestep 0..999, or those
+    of one ``fixed`` alpha_bar for every t."""
+    value = alpha_bar()[t].item() if fixed is None else fixed
     return value**0.5, (1.0 - value) ** 0.5
 
 
 def alpha_sigma_of(t: Tensor) -> tuple[Tensor, Tensor]:
     """The same for t (B,) int64 -> two (B, 1, 1, 1) float32, ready to scale latents."""
-    value = alpha_bar()[t].view(-1, 1, 1, 1)
+    value = alpha_bar().to(t.device)[t].view(-1, 1, 1, 1)
     return value.sqrt().float(), (1.0 - value).sqrt().float()
+
+
+def noise_like(z: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal fp32 noise of z's shape, drawn on the CPU: the same on every device."""
+    return torch.randn(z.shape, generator=generator).to(z.device)
 
 
 def add_noise(z_0: Tensor, eps: Tensor, t: Tensor) -> Tensor:

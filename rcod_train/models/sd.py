@@ -54,9 +54,13 @@ class ClipVpim(ModelMixin, ConfigMixin):
         """S, the side of the image that is looked at."""
         return int(self.encoder.config.image_size)
 
+    def features(self, image: Tensor) -> Tensor:
+        """image (B, 3, S, S) in [-1, 1] -> what is aligned, (B, N, hidden size)."""
+        return self.encoder(image).last_hidden_state
+
     def forward(self, image: Tensor) -> Tensor:
         """image (B, 3, S, S) in [-1, 1], S = tokens_px -> tokens (B, N, cross_attention_dim)."""
-        return self.align(self.encoder(image).last_hidden_state)
+        return self.align(self.features(image))
 
 
 class FixedTokens(ModelMixin, ConfigMixin):

@@ -57,6 +57,10 @@ class Vpim(ModelMixin, ConfigMixin):
         """S, the side of the image that is looked at."""
         return int(self.config.tokens_px)
 
+    def features(self, image: Tensor) -> Tensor:
+        """image (B, 3, S, S) in [-1, 1] -> what is aligned, (B, N, width)."""
+        return self.encoder(image)
+
     def forward(self, image: Tensor) -> Tensor:
         """image (B, 3, S, S) in [-1, 1], S = tokens_px -> tokens (B, N, cross_attention_dim)."""
-        return self.align(self.encoder(image))
+        return self.align(self.features(image))

@@ -14,12 +14,14 @@ from torch import Tensor
 
 from rcod_train.bases import SD_TURBO, STABLE_DIFFUSION
 from rcod_train.checkpoint import CheckpointInfo, CheckpointLevel
-from rcod_train.schedule import alpha_sigma
+from rcod_train.grouping import official_grouping
+from rcod_train.schedule import OFFICIAL_ALPHA_BAR, alpha_sigma
 
 LORA_ALPHA = 8  # PEFT's default, which the published training scripts leave alone
 TIMESTEPS = {"fidelity": 249, "neutral": 499, "realism": 749}  # of RCOD_O and RCOD_S
 # The published bins, M < .5 -> 749, M < .7 -> 499, else 249, are Eq. 5 with this range.
-M_MIN, M_MAX, K = 0.3, 0.9, 250
+_BINS = official_grouping(3)
+M_MIN, M_MAX, K = _BINS.m_min, _BINS.m_max, _BINS.k
 OSEDIFF_TIMESTEP = 999
 
 FieldKind = Literal["names", "targets", "rank", "state", "tensor"]
@@ -129,7 +131,7 @@ RCOD_O = Layout(
     base_id=STABLE_DIFFUSION,
     fields={**_MERGED, "state_dict_proj": "state"},
     options=frozenset({"clip"}),
-    levels=_levels(0.7537),
+    levels=_levels(OFFICIAL_ALPHA_BAR),
     summary="Published RCOD_O weights: Stable Diffusion 2.1-base, one step, x4.",
     licence="CreativeML-OpenRAIL-M",
     sources=("LSDIR and FFHQ, as published by the authors of RCOD",),

@@ -13,7 +13,7 @@ from rcod_train.data import Batch, to_unit
 from rcod_train.loop import Update
 from rcod_train.network import Parts, predict_eps
 from rcod_train.precision import Autocast
-from rcod_train.schedule import TIMESTEPS, add_noise
+from rcod_train.schedule import TIMESTEPS, add_noise, noise_like
 
 
 @torch.no_grad()
@@ -27,8 +27,8 @@ def eps_loss(
     parts: Parts, z_0: Tensor, tokens: Tensor, generator: torch.Generator, autocast: Autocast
 ) -> Tensor:
     """The denoising loss E |eps - eps_theta(alpha_t z_0 + sigma_t eps; t, c)|^2, t ~ U[0, 1000)."""
-    t = torch.randint(0, TIMESTEPS, (z_0.shape[0],), generator=generator)
-    eps = torch.randn(z_0.shape, generator=generator)
+    t = torch.randint(0, TIMESTEPS, (z_0.shape[0],), generator=generator).to(z_0.device)
+    eps = noise_like(z_0, generator)
     z_t = add_noise(z_0, eps, t)
     with autocast():
         predicted = predict_eps(parts.unet, z_t, t, tokens)
@@ -50,7 +50,8 @@ class BaseStage:
         with self.autocast():
             tokens = self.parts.vpim(to_unit(batch.tokens_hq))  # (B, N, D)
         keep = torch.rand(len(z_hq), 1, 1, generator=generator) >= self.config.drop_tokens
-        loss = eps_loss(self.parts, z_hq, tokens * keep, generator, self.autocast)
+        tokens = tokens * keep.to(tokens.device)
+        loss = eps_loss(self.parts, z_hq, tokens, generator, self.autocast)
         yield Update("base", loss, {})
 
     def extra_state(self) -> dict[str, Any]:

@@ -1,27 +1,37 @@
-"""Stage 3: the paper's method. LoRA on the base, LDG, one step, VSD with DAS, VPIM.
+"""The paper's method on nano's base or Stable Diffusion: LoRA, LDG, one step, VSD with DAS, VPIM.
 
-Beside VSD an adversarial loss, as S3Diff has it: nano's base is too small to teach fine texture.
+nano has an adversarial loss beside VSD, as S3Diff has it: its base is too small to teach fine
+texture.
 """
 
 from __future__ import annotations
 
-import copy
+import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rcod_train.adapters import SwitchedUnet, SwitchedVae
+from rcod_train.conditions import Condition, HqTokens
 from rcod_train.config import RcodStageConfig
 from rcod_train.data import Batch, to_unit
-from rcod_train.errors import TrainError
-from rcod_train.grouping import Grouping, cosine_metric, sample_levels, sample_regulariser_t
+from rcod_train.errors import CheckpointError, TrainError
+from rcod_train.grouping import (
+    Grouping,
+    cosine_metric,
+    sample_levels,
+    sample_official_t,
+    sample_regulariser_t,
+)
 from rcod_train.loop import Update
 from rcod_train.models.discriminator import Discriminator, adversarial_loss, hinge_loss
 from rcod_train.network import Parts, predict_eps
 from rcod_train.precision import Autocast
-from rcod_train.schedule import alpha_sigma_of, one_step
+from rcod_train.schedule import OFFICIAL_ALPHA_BAR, alpha_sigma_of, noise_like, one_step
 from rcod_train.stages.base import eps_loss
 from rcod_train.stages.vae import gradient_loss
 from rcod_train.vsd import guided, vsd_gradient, vsd_loss
@@ -30,7 +40,7 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 
 def measure_metric_range(
-    parts: Parts, batches: Iterator[Batch], samples: int, quantile: float
+    parts: Parts, batches: Iterator[Batch], samples: int, quantile: float, autocast: Autocast
 ) -> tuple[float, float]:
     """M_min and M_max of Eq. 5: the quantile and its mirror of M over the training data.
 
@@ -39,11 +49,11 @@ def measure_metric_range(
     so that the statistics hold to its end.
     """
     values: list[Tensor] = []
-    with torch.no_grad():
+    with torch.no_grad(), autocast():
         while sum(map(len, values)) < samples:
             batch = next(batches)
             z_lq, z_hq = (parts.vae.encode(to_unit(x)) for x in (batch.lq, batch.hq))
-            values.append(cosine_metric(z_lq, z_hq))
+            values.append(cosine_metric(z_lq, z_hq).cpu())
     m = torch.cat(values)
     low, high = torch.quantile(m, torch.tensor([quantile, 1.0 - quantile])).tolist()
     if not low < high:
@@ -51,6 +61,12 @@ def measure_metric_range(
             f"the metric M is {low:.4f} for every training sample: is the autoencoder trained?"
         )
     return low, high
+
+
+def fingerprint(parts: Parts) -> str:
+    """Tells base models apart: a hash of the U-Net's first convolution."""
+    weight = parts.unet.conv_in.weight.detach().float().cpu().contiguous()
+    return hashlib.sha256(weight.numpy().tobytes()).hexdigest()
 
 
 class RcodStage:
@@ -63,13 +79,20 @@ class RcodStage:
         grouping: Grouping,
         autocast: Autocast,
         perceptual: Perceptual | None = None,
+        condition: Condition | None = None,
     ) -> None:
         self.parts, self.config, self.autocast = parts, config, autocast
         self.grouping, self.perceptual = grouping, perceptual
+        self.fixed_alpha_bar = OFFICIAL_ALPHA_BAR if config.constants == "official" else None
+        self.base_fingerprint = fingerprint(parts)
         self.unet = SwitchedUnet(parts.unet, config.rank_unet, config.rank_regulariser)
         self.vae = SwitchedVae(parts.vae, config.rank_vae, config.train_decoder)
+        if config.gradient_checkpointing:
+            for network in (parts.unet, parts.vae):
+                if network._supports_gradient_checkpointing:  # nano's small autoencoder has no need
+                    network.enable_gradient_checkpointing()
         parts.vpim.requires_grad_(False)
-        self.base_align = copy.deepcopy(parts.vpim.align)  # regulariser and base keep theirs
+        self.condition = HqTokens(parts.vpim) if condition is None else condition
         align = parts.vpim.align.requires_grad_(True)
         generator = {f"unet.{n}": p for n, p in self.unet.parameters_of("generator").items()}
         generator |= {f"vae.{n}": p for n, p in self.vae.encoder_parameters().items()}
@@ -78,7 +101,9 @@ class RcodStage:
         if config.train_decoder:
             decoder = {f"decoder.{n}": p for n, p in self.vae.decoder_parameters().items()}
             members.append((decoder, config.decoder_learning_rate))
-        self.discriminator = Discriminator() if config.adversarial_weight else None
+        self.discriminator = None
+        if config.adversarial_weight:
+            self.discriminator = Discriminator().to(autocast.device)
         self.groups = {
             "generator": members,
             "regulariser": [
@@ -90,11 +115,23 @@ class RcodStage:
             self.groups["discriminator"] = [(named, config.discriminator_learning_rate)]
 
     def metric_and_latent(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """M (B,) of Eq. 6 and z_hq (B, C, h, w), both from the encoder without its LoRA."""
-        with torch.no_grad(), self.vae.base() as vae, self.autocast():
+        """M (B,) of Eq. 6 and z_hq (B, C, h, w), without gradients.
+
+        Both latents come from the encoder without its LoRA, which M_min and M_max were measured
+        with; for the published code's bins from the encoder as it is trained, as there.
+        """
+        official = self.config.grouping == "official"
+        encoder = nullcontext(self.parts.vae) if official else self.vae.base()
+        with torch.no_grad(), encoder as vae, self.autocast():
             z_hq = vae.encode(to_unit(batch.hq)).float()
             z_lq = vae.encode(to_unit(batch.lq)).float()
         return cosine_metric(z_lq, z_hq), z_hq
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor | float, Tensor | float]:
+        """The constants of Eq. 3 for t (B,)."""
+        if self.fixed_alpha_bar is None:
+            return alpha_sigma_of(t)
+        return self.fixed_alpha_bar**0.5, (1.0 - self.fixed_alpha_bar) ** 0.5
 
     def generate(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         """lq -> z_sr (B, C, h, w) and sr (B, 3, H, W): encoder, one U-Net pass, Eq. 3, decoder."""
@@ -102,34 +139,59 @@ class RcodStage:
             z_lq = self.parts.vae.encode(to_unit(batch.lq))
             tokens = self.parts.vpim(to_unit(batch.tokens_lq))
             eps = predict_eps(self.parts.unet, z_lq, t, tokens)
-        z_sr = one_step(z_lq, eps, *alpha_sigma_of(t))
+        z_sr = one_step(z_lq, eps, *self.alpha_sigma(t))
         with self.autocast():
             sr = self.parts.vae.decode(z_sr)
         return z_sr, sr.float()
 
-    def base_tokens(self, batch: Batch) -> Tensor:
-        """Tokens of the HQ image through the base's alignment: the regulariser's condition."""
-        with torch.no_grad(), self.autocast():
-            return self.base_align(self.parts.vpim.encoder(to_unit(batch.tokens_hq)))
+    def regulariser_t(self, t: Tensor, generator: torch.Generator) -> Tensor:
+        """DAS: the regulariser's timestep (B,) for the generator's t (B,)."""
+        if self.config.das == "official":
+            return sample_official_t(t, generator)
+        return sample_regulariser_t(t, self.grouping.k, generator)
 
     def regulariser_direction(
-        self, z_sr: Tensor, t: Tensor, tokens: Tensor, generator: torch.Generator
+        self,
+        z_sr: Tensor,
+        t: Tensor,
+        condition: tuple[Tensor, Tensor],
+        generator: torch.Generator,
     ) -> Tensor:
-        """The VSD gradient at a timestep of Eq. 7."""
-        t_r = sample_regulariser_t(t, self.grouping.k, generator)
-        eps = torch.randn(z_sr.shape, generator=generator)
+        """The VSD gradient; the base is guided away from the negative condition."""
+        t_r = self.regulariser_t(t, generator)
+        eps = noise_like(z_sr, generator)
+        tokens, negative = condition
 
         def fake(z_t: Tensor, t_: Tensor) -> Tensor:
             with self.unet.use("regulariser") as unet, self.autocast():
                 return predict_eps(unet, z_t, t_, tokens)
 
         def real(z_t: Tensor, t_: Tensor) -> Tensor:
-            both = torch.cat([tokens, torch.zeros_like(tokens)])
+            if self.config.guidance == 1.0:
+                with self.unet.use("base") as unet, self.autocast():
+                    return predict_eps(unet, z_t, t_, tokens)
+            both = torch.cat([tokens, negative])
             with self.unet.use("base") as unet, self.autocast():
                 eps_both = predict_eps(unet, z_t.repeat(2, 1, 1, 1), t_.repeat(2), both)
             return guided(*eps_both.float().chunk(2), self.config.guidance)
 
         return vsd_gradient(z_sr.detach(), t_r, eps, fake, real)
+
+    def fidelity_terms(
+        self, z_sr: Tensor, sr: Tensor, z_hq: Tensor, hq: Tensor
+    ) -> dict[str, Tensor]:
+        """The weighted distances to the photo that have a weight."""
+        c = self.config
+        terms: dict[str, Tensor] = {}
+        if c.l1_weight:
+            terms["l1"] = c.l1_weight * (sr - hq).abs().mean()
+        if c.mse_weight:
+            terms["mse"] = c.mse_weight * (sr - hq).square().mean()
+        if c.gradient_weight:
+            terms["gradient"] = c.gradient_weight * gradient_loss(sr, hq)
+        if c.latent_weight:
+            terms["latent"] = c.latent_weight * (z_sr - z_hq).square().mean()
+        return terms
 
     def realism_term(self, sr: Tensor, t: Tensor) -> Tensor:
         """-D(sr), each sample by its share t / nk of the weight: more realism, less fidelity."""
@@ -145,19 +207,16 @@ class RcodStage:
         m, z_hq = self.metric_and_latent(batch)
         levels = self.grouping.timesteps
         t = sample_levels(self.grouping.timestep(m), levels, c.any_level, generator)
-        tokens = self.base_tokens(batch)
+        with self.autocast():
+            condition = self.condition(batch)
         hq = to_unit(batch.hq)
 
         z_sr, sr = self.generate(batch, t)
-        terms = {
-            "l1": c.l1_weight * (sr - hq).abs().mean(),
-            "gradient": c.gradient_weight * gradient_loss(sr, hq),
-            "latent": c.latent_weight * (z_sr - z_hq).square().mean(),
-        }
+        terms = self.fidelity_terms(z_sr, sr, z_hq, hq)
         if self.perceptual is not None:
             terms["lpips"] = c.lpips_weight * self.perceptual(sr, hq).mean()
         if c.vsd_weight:
-            direction = self.regulariser_direction(z_sr, t, tokens, generator)
+            direction = self.regulariser_direction(z_sr, t, condition, generator)
             terms["vsd"] = c.vsd_weight * vsd_loss(z_sr, direction)
         if self.discriminator is not None:
             terms["adversarial"] = c.adversarial_weight * self.realism_term(sr, t)
@@ -167,11 +226,12 @@ class RcodStage:
         figures["m"] = m.mean()
         for k, timestep in enumerate(levels):
             figures[f"share_{k}"] = (t == timestep).float().mean()
-        yield Update("generator", sum(terms.values(), torch.zeros(())), figures)
+        yield Update("generator", torch.stack(list(terms.values())).sum(), figures)
 
         if c.vsd_weight:
             with self.unet.use("regulariser"):
-                loss = eps_loss(self.parts, z_sr.detach(), tokens, generator, self.autocast)
+                z = z_sr.detach()
+                loss = eps_loss(self.parts, z, condition[0], generator, self.autocast)
                 yield Update("regulariser", loss, {})
 
         if self.discriminator is not None:
@@ -180,16 +240,27 @@ class RcodStage:
             yield Update("discriminator", hinge_loss(*scores), {})
 
     def extra_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = {"m_min": self.grouping.m_min, "m_max": self.grouping.m_max}
+        state: dict[str, Any] = {
+            "m_min": self.grouping.m_min,
+            "m_max": self.grouping.m_max,
+            "base": self.base_fingerprint,
+        }
         if self.discriminator is not None:  # the vectors of the spectral norm
             state["discriminator_buffers"] = dict(self.discriminator.named_buffers())
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
+        if state.get("base", self.base_fingerprint) != self.base_fingerprint:
+            raise CheckpointError(
+                "the run to resume was trained on another base model (its conv_in differs). "
+                "Use that one and its --precision, or another --out."
+            )
         if self.discriminator is not None:
             for name, buffer in self.discriminator.named_buffers():
                 buffer.copy_(state["discriminator_buffers"][name])
-        self.grouping = Grouping(state["m_min"], state["m_max"], self.grouping.n, self.grouping.k)
+        self.grouping = dataclasses.replace(
+            self.grouping, m_min=state["m_min"], m_max=state["m_max"]
+        )
 
     def merge(self) -> Parts:
         """The generator with its LoRA merged: what ships."""

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from rcod_train.config import TrainConfig, with_overrides
 from rcod_train.errors import ConfigError, TrainError
@@ -54,14 +55,14 @@ def test_the_resolved_configuration_is_written(tmp_path: Path) -> None:
 def test_precision_is_one_of_three() -> None:
     assert resolve_precision("fp32") == "fp32"
     assert resolve_precision("auto") in ("fp32", "bf16")
-    with pytest.raises(ConfigError, match="expected auto, fp32 or bf16"):
+    with pytest.raises(ConfigError, match="expected auto, fp32, bf16 or fp16"):
         resolve_precision("fp8")
 
 
 def test_missing_lpips_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(TrainError, match=r'pip install "rcod\[lpips\]"'):
-        load_lpips()
+        load_lpips(torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

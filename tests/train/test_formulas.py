@@ -7,8 +7,15 @@ import math
 import pytest
 import torch
 
-from rcod_train.grouping import Grouping, cosine_metric, sample_levels, sample_regulariser_t
-from rcod_train.schedule import add_noise, alpha_bar, alpha_sigma, one_step
+from rcod_train.grouping import (
+    Grouping,
+    cosine_metric,
+    official_grouping,
+    sample_levels,
+    sample_official_t,
+    sample_regulariser_t,
+)
+from rcod_train.schedule import OFFICIAL_ALPHA_BAR, add_noise, alpha_bar, alpha_sigma, one_step
 from rcod_train.vsd import guided, vsd_gradient, vsd_loss
 
 
@@ -156,3 +163,35 @@ def test_guidance_by_hand() -> None:
     conditional, unconditional = torch.tensor(4.0), torch.tensor(1.0)
     assert guided(conditional, unconditional, 2.0).item() == 7.0
     assert guided(conditional, unconditional, 1.0).item() == 4.0
+
+
+@pytest.mark.parametrize(
+    ("n", "m", "expected"),
+    [
+        (3, [0.2, 0.499, 0.501, 0.699, 0.701, 0.95], [749, 749, 499, 499, 249, 249]),
+        (4, [0.1, 0.299, 0.301, 0.499, 0.501, 0.699, 0.701, 0.99],
+         [999, 999, 749, 749, 499, 499, 249, 249]),
+    ],
+)  # fmt: skip
+def test_the_published_codes_bins(n: int, m: list[float], expected: list[int]) -> None:
+    grouping = official_grouping(n)
+    assert grouping.timestep(torch.tensor(m)).tolist() == expected
+    assert grouping.timesteps == tuple(sorted(set(expected)))
+
+
+@pytest.mark.parametrize(("t", "low"), [(249, 20), (499, 20), (748, 20), (749, 200), (999, 200)])
+def test_the_published_codes_intervals_of_the_regularisers_timestep(t: int, low: int) -> None:
+    """[20, 980) for t < 749, otherwise [200, 980)."""
+    draws = sample_official_t(torch.full((60_000,), t), torch.Generator().manual_seed(2))
+    assert (draws.min().item(), draws.max().item()) == (low, 979)
+    spread = (979 - low) / math.sqrt(12)
+    middle = pytest.approx((low + 979) / 2, abs=5 * spread / 60_000**0.5)
+    assert draws.double().mean().item() == middle
+
+
+def test_a_fixed_alpha_bar_gives_the_published_constants() -> None:
+    """sqrt(.7537) and sqrt(1 - .7537), whatever t."""
+    for t in (249, 749):
+        alpha, sigma = alpha_sigma(t, OFFICIAL_ALPHA_BAR)
+        assert alpha == pytest.approx(0.86816, abs=1e-5)
+        assert sigma == pytest.approx(0.49629, abs=1e-5)

@@ -18,6 +18,7 @@ import rcod_train.loop
 from rcod_train.config import LoopConfig
 from rcod_train.errors import CheckpointError, Interrupted, TrainError
 from rcod_train.loop import Update, read_checkpoint, run_stage
+from rcod_train.precision import Autocast
 
 CONFIG = LoopConfig(steps=6, checkpoint_steps=2, learning_rate=0.1, warmup_steps=1)
 
@@ -189,3 +190,123 @@ def test_a_full_disk_loses_nothing_that_was_saved(
         finished(tmp_path)
     assert [p.name for p in sorted(tmp_path.glob("step*"))] == ["step-0000002.pt"]
     assert read_checkpoint(tmp_path / "step-0000002.pt")["step"] == 2
+
+
+# -- several batches to a step, half precision, broken gradients, averaged weights ----------------
+
+
+class Mean:
+    """Fits w to the mean of its batches (n, 3); nothing is random."""
+
+    name = "mean"
+
+    def __init__(self, **changes: Any) -> None:
+        self.config = dataclasses.replace(CONFIG, **changes)
+        self.w = Parameter(torch.ones(3))
+        self.groups = {"mean": [({"w": self.w}, self.config.learning_rate)]}
+
+    def loss(self, batch: torch.Tensor) -> torch.Tensor:
+        return (self.w - batch).square().mean()
+
+    def updates(self, batch: torch.Tensor, generator: torch.Generator) -> Iterator[Update]:
+        yield Update("mean", self.loss(batch), {"term": self.loss(batch).detach()})
+
+    def extra_state(self) -> dict[str, Any]:
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def test_accumulated_batches_are_one_batch_of_their_sum(tmp_path: Path) -> None:
+    data = torch.randn(6, 4, 3)
+    whole, split = Mean(), Mean(accumulate=2)
+    run_stage(whole, lambda first: list(data[first:]), tmp_path / "a", seed=0, resume=False)
+    halves = data.view(12, 2, 3)
+    run_stage(split, lambda first: list(halves[first:]), tmp_path / "b", seed=0, resume=False)
+    torch.testing.assert_close(split.w, whole.w, atol=1e-6, rtol=0)
+    logs = [(tmp_path / run / "losses.jsonl").read_text().splitlines() for run in "ab"]
+    for one, two in zip(*logs, strict=True):
+        one, two = json.loads(one), json.loads(two)
+        assert two["mean_loss"] == pytest.approx(one["mean_loss"], abs=2e-6)
+        assert two["mean_grad_norm"] == pytest.approx(one["mean_grad_norm"], abs=2e-6)
+
+
+def test_a_resumed_run_goes_on_with_the_batch_after_its_last_step(tmp_path: Path) -> None:
+    asked = []
+
+    def batches(first: int) -> list[torch.Tensor]:
+        asked.append(first)
+        return [torch.zeros(1, 3)] * 20
+
+    run_stage(Mean(steps=2, accumulate=3), batches, tmp_path, seed=0, resume=False)
+    run_stage(Mean(steps=4, accumulate=3), batches, tmp_path, seed=0, resume=True)
+    assert asked == [0, 6]
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_and_is_named(tmp_path: Path) -> None:
+    class Root(Mean):
+        def loss(self, batch: torch.Tensor) -> torch.Tensor:
+            return (self.w * batch).abs().sqrt().sum()  # 0, and its slope 0 * inf
+
+    def zeros(first: int) -> list[torch.Tensor]:
+        return [torch.ones(1, 3)] * 3 + [torch.zeros(1, 3)] * 3
+
+    stage = Root()
+    words = "stage mean, step 3: the gradient of the mean loss is nan, first in w"
+    with pytest.raises(TrainError, match=words):
+        run_stage(stage, zeros, tmp_path, seed=0, resume=False)
+    assert torch.isfinite(stage.w).all()
+    assert [p.name for p in tmp_path.glob("step*")] == ["step-0000002.pt"]
+
+
+def test_the_term_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match=r"the mean loss is nan \(not finite: term\)"):
+        run_stage(Mean(), lambda _: [torch.full((1, 3), torch.nan)], tmp_path, seed=0, resume=False)
+
+
+def test_fp16_leaves_out_a_step_that_overflows_and_scales_the_loss_less(tmp_path: Path) -> None:
+    """The gradient is 16 w, and half precision ends at 65504: from a scale of 65536 on, five
+    halvings are needed."""
+
+    class Half(Mean):
+        def loss(self, batch: torch.Tensor) -> torch.Tensor:
+            return 8 * self.w.half().float().square().sum()
+
+    stage = Half(steps=8, checkpoint_steps=8)
+    ones = [torch.zeros(1, 3)] * 8
+    run_stage(stage, lambda f: ones[f:], tmp_path, 0, False, Autocast("fp16"))
+    rows = [json.loads(row) for row in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    losses = [row["mean_loss"] for row in rows]
+    assert [row["mean_grad_norm"] == float("inf") for row in rows] == [True] * 5 + [False] * 3
+    assert losses[:6] == [24.0] * 6 and losses[6] < 24.0
+    assert read_checkpoint(tmp_path / "step-0000008.pt")["scalers"]["mean"]["scale"] == 2048
+
+
+def test_the_validation_sees_the_averaged_weights_and_the_training_goes_on_with_its_own(
+    tmp_path: Path,
+) -> None:
+    seen: dict[int, torch.Tensor] = {}
+    stage = Line(dataclasses.replace(CONFIG, validation_steps=4))
+
+    def validate(step: int) -> None:
+        seen[step] = stage.w.detach().clone()
+
+    run_stage(stage, numbers, tmp_path / "a", seed=5, resume=False, validate=validate)
+    assert list(seen) == [4, 6]
+    state = read_checkpoint(tmp_path / "a" / "step-0000004.pt")
+    assert torch.equal(seen[4], state["ema"]["line.w"])
+    assert not torch.equal(seen[4], state["parameters"]["line.w"])
+    assert torch.equal(stage.w, finished(tmp_path / "b").w)
+
+
+def test_a_checkpoint_older_than_a_setting_is_continued_at_its_default(tmp_path: Path) -> None:
+    finished(tmp_path)
+    newest = tmp_path / "step-0000006.pt"
+    state = read_checkpoint(newest)
+    del state["config"]["accumulate"], state["config"]["beta2"], state["scalers"]
+    torch.save(state, newest)
+    run_stage(Line(), numbers, tmp_path, seed=5, resume=True)
+    other = Line(dataclasses.replace(CONFIG, accumulate=2))
+    with pytest.raises(CheckpointError, match="accumulate: 1 there, 2 here"):
+        run_stage(other, numbers, tmp_path, seed=5, resume=True)

@@ -18,10 +18,11 @@ from rcod_train.stages.rcod import RcodStage, measure_metric_range
 from tests.tiny import tiny_parts
 
 CONFIG = RcodStageConfig(rank_unet=2, rank_vae=2, rank_regulariser=2)
+FP32 = Autocast("fp32")
 
 
 def stage(config: RcodStageConfig = CONFIG) -> RcodStage:
-    return RcodStage(tiny_parts(), config, Grouping(0.2, 0.9), Autocast("fp32"))
+    return RcodStage(tiny_parts(), config, Grouping(0.2, 0.9), FP32)
 
 
 def batch(seed: int = 0) -> Batch:
@@ -30,7 +31,7 @@ def batch(seed: int = 0) -> Batch:
     def image(side: int) -> torch.Tensor:
         return torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
 
-    return Batch(image(64), image(64), image(32), image(32))
+    return Batch(image(64), image(64), image(32), image(32), torch.tensor([0, 1]))
 
 
 def test_each_update_reaches_the_parameters_of_its_own_group() -> None:
@@ -91,15 +92,16 @@ def test_hinge_and_adversarial_loss_by_hand() -> None:
 
 def test_the_metric_range_is_a_quantile_and_its_mirror() -> None:
     batches = [batch(seed) for seed in range(8)]
-    low, high = measure_metric_range(tiny_parts(), iter(batches), 16, 0.25)
-    all_low, all_high = measure_metric_range(tiny_parts(), iter(batches), 16, 0.0)
+    low, high = measure_metric_range(tiny_parts(), iter(batches), 16, 0.25, FP32)
+    all_low, all_high = measure_metric_range(tiny_parts(), iter(batches), 16, 0.0, FP32)
     assert -1 <= all_low < low < high < all_high <= 1
 
 
 def test_a_metric_that_never_varies_is_an_error() -> None:
-    flat = Batch(*(torch.full((2, 3, 64, 64), 9, dtype=torch.uint8) for _ in range(4)))
+    image = torch.full((2, 3, 64, 64), 9, dtype=torch.uint8)
+    flat = Batch(image, image, image, image, torch.tensor([0, 1]))
     with pytest.raises(TrainError, match="is the autoencoder trained"):
-        measure_metric_range(tiny_parts(), iter([flat]), 2, 0.02)
+        measure_metric_range(tiny_parts(), iter([flat]), 2, 0.02, FP32)
 
 
 def test_the_scaling_factor_makes_unit_variance() -> None:

@@ -1,0 +1,67 @@
+"""``rcod-train rcod-o``: the paper's method on Stable Diffusion, to adapters and a merged
+checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rcod_train.adapters import save_adapters
+from rcod_train.bases import STABLE_DIFFUSION, load_base
+from rcod_train.checkpoint import save_merged
+from rcod_train.conditions import TextEmbeddings
+from rcod_train.config import RcodOConfig
+from rcod_train.errors import ConfigError
+from rcod_train.models.mem import Mem
+from rcod_train.network import Parts, freeze, seeded
+from rcod_train.run import Run
+from rcod_train.stages.mem import MemStage
+from rcod_train.stages.rcod import RcodStage
+
+
+def train_rcod_o(
+    config: RcodOConfig, resume: bool, name: str, licence: str, sources: tuple[str, ...]
+) -> Path:
+    """Write ``<out>/adapters`` and ``<out>/checkpoint``; returns the latter.
+
+    With ``resume`` the newest whole checkpoint is continued. The result depends on the
+    configuration, the base models, the photos, the device and the number of threads.
+    """
+    run = Run(config, (config.rcod, config.mem), resume)
+    with seeded(config.seed):  # the alignment
+        parts = load_base(config.base_model, config.clip, run.autocast.dtype)
+    _check_crops(parts, config)
+    tokens_px = parts.vpim.tokens_px
+    condition = None
+    if config.text:
+        width = int(parts.unet.config.cross_attention_dim)
+        condition = TextEmbeddings(Path(config.text), run.photo_names(), width)
+    run.start()
+    freeze(parts, run.device)
+
+    grouping = run.grouping(parts, config.rcod, tokens_px)
+    with seeded(config.seed):  # the LoRA matrices and the MEM
+        rcod = RcodStage(parts, config.rcod, grouping, run.autocast, run.perceptual, condition)
+        parts.mem = Mem(parts.vae.config.latent_channels).to(run.device)
+    heavy = config.rcod.heavy_share
+    validation = run.validation(rcod, tokens_px)
+    run.train(rcod, run.batches_of(config.rcod, "rcod", tokens_px, heavy), validation)
+    mem = MemStage(rcod, config.mem)
+    run.train(mem, run.batches_of(config.mem, "mem", tokens_px, heavy))
+
+    save_adapters(run.out / "adapters", rcod.unet, rcod.vae, parts.vpim)
+    summary = "One-step diffusion upscaler with a realism control, x4, on Stable Diffusion."
+    info = run.info(rcod, "rcod-o", name, summary, licence, sources)
+    checkpoint = run.out / "checkpoint"
+    save_merged(checkpoint, rcod.merge(), info)
+    return checkpoint
+
+
+def _check_crops(parts: Parts, config: RcodOConfig) -> None:
+    """The U-Net halves the latent once for each of its blocks but the last."""
+    step = parts.vae.factor * 2 ** (len(parts.unet.config.block_out_channels) - 1)
+    for stage, settings in (("rcod", config.rcod), ("mem", config.mem)):
+        if settings.crop_px % step:
+            raise ConfigError(
+                f"{stage}.crop_px: expected a multiple of {step} for this base model "
+                f"(such as {STABLE_DIFFUSION}), found {settings.crop_px}."
+            )

@@ -1,0 +1,193 @@
+"""What the stages of one run share: photos, random streams, the device, the folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rcod_train.checkpoint import CheckpointInfo, levels_of
+from rcod_train.config import LoopConfig, RcodStageConfig, RunConfig
+from rcod_train.data import Batch, PhotoBatches, batches, find_photos
+from rcod_train.errors import ConfigError, TrainError
+from rcod_train.grouping import Grouping, official_grouping
+from rcod_train.loop import Stage, run_stage
+from rcod_train.network import Parts
+from rcod_train.perceptual import load_lpips
+from rcod_train.precision import Autocast, resolve_device, resolve_precision
+from rcod_train.stages.rcod import RcodStage, measure_metric_range
+from rcod_train.validation import Validation
+
+log = logging.getLogger(__name__)
+
+# Streams of random numbers: one seed for each use, so that stages don't repeat each other's data.
+SEED_STEP = {"vae": 0, "base": 1, "rcod": 2, "mem": 3, "measure": 4}
+MEASURING_BATCHES = 10_000  # at most
+_MACHINE = (
+    "data",
+    "out",
+    "workers",
+    "threads",
+    "validation",
+    "device",
+    "base_model",
+    "clip",
+    "text",
+)
+
+
+class Run:
+    """Checks the arguments and finds the photos first; nothing is written before ``start``.
+
+    Raises:
+        ConfigError, DataError: see ``find_photos``, ``resolve_device``, ``resolve_precision``.
+    """
+
+    def __init__(self, config: RunConfig, stages: tuple[LoopConfig, ...], resume: bool) -> None:
+        self.config, self.resume, self.out = config, resume, Path(config.out)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.device = resolve_device(config.device)
+        self.autocast = Autocast(resolve_precision(config.precision, self.device), self.device)
+        side = max(stage.context_px for stage in stages)
+        self.photos = find_photos(config.data, side)
+        self.held_out: list[Path] = []
+        if config.validation:
+            self.held_out = find_photos((config.validation,), side)
+            self.photos = _without(self.photos, self.held_out)
+        elif config.validation_share:
+            self.photos, self.held_out = _split(self.photos, config.validation_share)
+        self.held_out = self.held_out[: config.validation_photos]
+        self.perceptual = load_lpips(self.device) if config.use_lpips else None
+
+    def start(self) -> None:
+        """The folder of the run, with its resolved configuration."""
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+            self.config.write(self.out / "config.json")
+        except OSError as exc:
+            raise TrainError(
+                f"{self.out}: can't be written ({exc.strerror or exc}). Choose another --out."
+            ) from exc
+
+    def photo_names(self) -> list[str]:
+        """Every photo's path below its --data folder, in the order of ``Batch.photo``."""
+        folders = [Path(folder) for folder in self.config.data]
+        return [
+            next(p.relative_to(f).as_posix() for f in folders if p.is_relative_to(f))
+            for p in self.photos
+        ]
+
+    def batches_of(
+        self, stage: LoopConfig, stream: str, tokens_px: int, heavy_share: float | None
+    ) -> Callable[[int], Iterator[Batch]]:
+        seed = self.config.seed * len(SEED_STEP) + SEED_STEP[stream]
+        dataset = PhotoBatches(self.photos, stage, seed, tokens_px, heavy_share)
+        end = MEASURING_BATCHES if stream == "measure" else stage.steps * stage.accumulate
+
+        def from_batch(first: int) -> Iterator[Batch]:
+            for batch in batches(dataset, first, end, self.config.workers):
+                yield batch.to(self.device)
+
+        return from_batch
+
+    def train(
+        self,
+        stage: Stage,
+        make: Callable[[int], Iterator[Batch]],
+        validate: Callable[[int], None] | None = None,
+    ) -> None:
+        folder, seed = self.out / stage.name, self.config.seed
+        run_stage(stage, make, folder, seed, self.resume, self.autocast, validate)
+
+    def grouping(self, parts: Parts, config: RcodStageConfig, tokens_px: int) -> Grouping:
+        """Eq. 5 with M_min and M_max measured on the photos, or the published bins.
+
+        What was measured is kept in ``metric.json``, so that a resumed run doesn't do it again.
+        """
+        if config.grouping == "official":
+            return official_grouping(config.n, config.k)
+        path = self.out / "metric.json"
+        made_with = {"samples": config.metric_samples, "quantile": config.metric_quantile}
+        record = _read_json(path) if self.resume else None
+        if record is None or {key: record.get(key) for key in made_with} != made_with:
+            source = self.batches_of(config, "measure", tokens_px, config.heavy_share)(0)
+            m_min, m_max = measure_metric_range(
+                parts, source, config.metric_samples, config.metric_quantile, self.autocast
+            )
+            record = {"m_min": m_min, "m_max": m_max, **made_with}
+            partial = path.with_suffix(".partial")
+            partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
+            os.replace(partial, path)
+        log.info("metric M: M_min %.4f, M_max %.4f", record["m_min"], record["m_max"])
+        return Grouping(record["m_min"], record["m_max"], config.n, config.k)
+
+    def validation(self, stage: RcodStage, tokens_px: int) -> Validation | None:
+        """Of a stage on the photos held out, if there are any and it validates at all."""
+        if not (self.held_out and stage.config.validation_steps):
+            return None
+        config = dataclasses.replace(stage.config, photos_per_batch=1, crops_per_photo=1)
+        pairs = [
+            PhotoBatches([photo], config, self.config.seed, tokens_px, config.heavy_share)[i]
+            for i, photo in enumerate(self.held_out)
+        ]
+        folder = self.out / stage.name / "validation"
+        return Validation(stage, [pair.to(self.device) for pair in pairs], folder)
+
+    def info(
+        self, rcod: RcodStage, family: str, name: str, summary: str, licence: str,
+        sources: tuple[str, ...],
+    ) -> CheckpointInfo:  # fmt: skip
+        """rcod.json of what ``rcod`` trained."""
+        return CheckpointInfo(
+            family=family,
+            name=name,
+            summary=summary,
+            licence=licence,
+            sources=sources,
+            levels=levels_of(rcod.grouping, rcod.fixed_alpha_bar),
+            m_min=rcod.grouping.m_min,
+            m_max=rcod.grouping.m_max,
+            k=rcod.grouping.k,
+            training=self.record(),
+        )
+
+    def record(self) -> dict[str, Any]:
+        """The settings and the number of photos, without what is of this machine alone."""
+        record = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in _MACHINE}
+        return record | {"photos": len(self.photos)}
+
+
+def _without(photos: list[Path], held_out: list[Path]) -> list[Path]:
+    """The photos that are not in the validation folder, which may lie below a data folder."""
+    there = {path.resolve() for path in held_out}
+    left = [path for path in photos if path.resolve() not in there]
+    if not left:
+        raise ConfigError("--validation holds all photos of --data. Choose another folder.")
+    return left
+
+
+def _split(photos: list[Path], share: float) -> tuple[list[Path], list[Path]]:
+    """Every n-th photo is held out: at least one, and at least one is left."""
+    count = max(1, round(len(photos) * share))
+    if not 0 < share < 1 or count >= len(photos):
+        raise ConfigError(
+            f"validation_share: expected a share of {len(photos)} photos that leaves one to train "
+            f"on, found {share}. Add photos, or give a folder with --validation."
+        )
+    held_out = [photos[i * len(photos) // count] for i in range(count)]
+    return [path for path in photos if path not in set(held_out)], held_out
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # measured again
+    return record if isinstance(record, dict) else None

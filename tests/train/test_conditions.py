@@ -1,0 +1,64 @@
+"""What regulariser and base are conditioned on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from rcod_train.conditions import HqTokens, TextEmbeddings
+from rcod_train.data import Batch
+from rcod_train.errors import DataError
+from tests.tiny import tiny_parts
+
+PHOTOS = ["a/1.png", "2.png", "3.png"]
+TEXT = {"negative": torch.zeros(5, 8), "prompt": torch.ones(5, 8), "a/1.png": torch.full((5, 8), 7)}
+
+
+def batch(*photos: int) -> Batch:
+    image = torch.randint(0, 256, (len(photos), 3, 32, 32), dtype=torch.uint8)
+    return Batch(image, image, image, image, torch.tensor(photos))
+
+
+def saved(path: Path, **changes: torch.Tensor) -> Path:
+    save_file({k: v.float() for k, v in {**TEXT, **changes}.items()}, path)
+    return path
+
+
+def test_every_photo_has_its_own_text_or_the_common_one(tmp_path: Path) -> None:
+    condition = TextEmbeddings(saved(tmp_path / "t"), PHOTOS, 8)
+    tokens, negative = condition(batch(0, 2, 0))
+    assert tokens[:, 0, 0].tolist() == [7.0, 1.0, 7.0]
+    assert tokens.shape == negative.shape == (3, 5, 8) and not negative.any()
+
+
+def test_a_photo_without_text_is_named(tmp_path: Path) -> None:
+    save_file({"negative": TEXT["negative"], "2.png": TEXT["prompt"]}, tmp_path / "t")
+    with pytest.raises(DataError, match=r'2 of 3 photos have no embedding \("a/1.png"'):
+        TextEmbeddings(tmp_path / "t", PHOTOS, 8)
+
+
+def test_files_of_another_layout_are_named(tmp_path: Path) -> None:
+    save_file({"prompt": TEXT["prompt"]}, tmp_path / "a")
+    with pytest.raises(DataError, match='no "negative". Expected a safetensors file'):
+        TextEmbeddings(tmp_path / "a", PHOTOS, 8)
+    with pytest.raises(DataError, match=r'"negative": expected \(N, 16\) as in the base'):
+        TextEmbeddings(saved(tmp_path / "b"), PHOTOS, 16)
+    odd = {"a/1.png": torch.zeros(4, 8)}
+    with pytest.raises(DataError, match=r'"a/1.png": .* found \(4, 8\)'):
+        TextEmbeddings(saved(tmp_path / "c", **odd), PHOTOS, 8)
+    (tmp_path / "d").write_bytes(b"nothing")
+    with pytest.raises(DataError, match="not readable"):
+        TextEmbeddings(tmp_path / "d", PHOTOS, 8)
+
+
+def test_the_tokens_of_the_hq_image_do_not_follow_the_training() -> None:
+    vpim = tiny_parts().vpim
+    condition, one = HqTokens(vpim), batch(0, 1)
+    before, negative = condition(one)
+    with torch.no_grad():
+        vpim.align.weight.add_(1.0)
+    assert torch.equal(condition(one)[0], before)
+    assert not negative.any() and not before.requires_grad
