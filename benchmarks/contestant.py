@@ -37,17 +37,38 @@ def open_pytorch(task: dict[str, Any]) -> Callable[[Any], object]:
     return EagerPipeline(Path(task["checkpoint"]), contract, task["level"], task["threads"], mode)
 
 
+def open_other(task: dict[str, Any]) -> Callable[[Any], object]:
+    from benchmarks.peer_models import PEERS, open_peer
+    from benchmarks.scores import bicubic
+
+    if "bicubic" in task:
+        scale = task["bicubic"]
+        return lambda lq: bicubic(lq, (lq.shape[0] * scale, lq.shape[1] * scale))
+    (peer,) = (peer for peer in PEERS if peer.name == task["peer"])
+    return open_peer(peer, task["engine"], task["threads"])
+
+
+def opened(task: dict[str, Any]) -> Callable[[Any], object]:
+    if "mode" in task:
+        return open_pytorch(task)
+    return open_runtime(task) if "backend" in task else open_other(task)
+
+
 def import_libraries(task: dict[str, Any]) -> None:
     if "mode" in task:
         import torch  # noqa: F401
 
         import rcod_train.checkpoint  # noqa: F401
-    elif task["backend"] == "openvino":
-        import openvino  # noqa: F401
+    elif "bicubic" in task:
+        import rcod_runtime.resample  # noqa: F401
+    elif task.get("engine") == "ncnn fp32":
+        import ncnn  # noqa: F401
+    elif task.get("backend") == "onnxruntime":
+        import onnxruntime  # noqa: F401
 
         import rcod_runtime.upscaler  # noqa: F401
     else:
-        import onnxruntime  # noqa: F401
+        import openvino  # noqa: F401
 
         import rcod_runtime.upscaler  # noqa: F401
 
@@ -67,7 +88,7 @@ def main() -> int:
     marks = [time.perf_counter()]
     import_libraries(task)
     marks.append(time.perf_counter())
-    call = open_pytorch(task) if "mode" in task else open_runtime(task)
+    call = opened(task)
     marks.append(time.perf_counter())
     for _ in range(2):
         call(lq)
