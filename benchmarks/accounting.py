@@ -2,6 +2,7 @@
 
   python -m benchmarks.accounting                          the embedded model
   python -m benchmarks.accounting --bundle DIR --only-work any other, nothing run
+  python -m benchmarks.accounting --full-size              RCOD_O's networks, without weights
 
 For each graph at the bundle's tile, batch 1: multiply-accumulates, weight bytes, bytes that its
 products (convolutions, matrix products, attention) read and write, its share of all work, and the
@@ -17,7 +18,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -31,10 +32,12 @@ from benchmarks.errors import MissingPackage
 from benchmarks.rates import COPY_BYTES, MACS, copy_call, matmul_calls
 from benchmarks.timing import time_in_turns
 from rcod_runtime import UsageError
+from rcod_runtime.backends import precisions
 
 SCHEMA_VERSION = 1
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul", "ScaledDotProductAttention")
 BACKEND = "openvino"
+FULL_SIZE_TILE_PX = 512
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--bundle", type=Path, metavar="DIR", help="default: the embedded model")
+    add("--full-size", action="store_true", help="RCOD_O's geometry; its graphs are not run")
     add("--only-work", action="store_true", help="count, but run and measure nothing")
     add("--threads", type=int, metavar="N", help="default: all CPUs")
     add("--runs", type=int, default=15, metavar="N", help="timed runs each (%(default)s)")
@@ -72,12 +76,16 @@ def run(arguments: argparse.Namespace) -> str:
         raise UsageError(f"--runs {arguments.runs}: expected at least 1.")
     card = report.machine_card()
     threads = arguments.threads or report.cpus_available()
-    name, tile_px, work = count_work(arguments.bundle)
+    if arguments.full_size:
+        name, tile_px, work = count_full_size_work()
+    else:
+        name, tile_px, work = count_work(arguments.bundle)
     print(report.format_card(card))
     print(f"\n{name}, tile {tile_px} px, batch 1\n\n{work_table(work)}")
     measured: dict[str, Any] | None = None
     if not arguments.only_work:
-        measured = measure(arguments.bundle, work, tile_px, threads, arguments.runs)
+        calls = {} if arguments.full_size else graph_calls(arguments.bundle, tile_px, threads)
+        measured = measure(work, calls, threads, arguments.runs)
         print(f"\n{measured_table(measured, work)}\n")
     return report.document(
         "accounting",
@@ -144,28 +152,66 @@ def _is_weight(node: Any) -> bool:
     return kind == "Constant" or (bool(inputs) and all(_is_weight(node) for node in inputs))
 
 
-def measure(
-    bundle_path: Path | None, work: Mapping[str, Work], tile_px: int, threads: int, runs: int
-) -> dict[str, Any]:
-    """Rates of this CPU and times of the graphs, in turns; floors and ratios within rounds."""
+def count_full_size_work() -> tuple[str, int, dict[str, Work]]:
+    """The same for RCOD_O's networks, weights in fp16.
+
+    Raises:
+        MissingPackage: PyTorch and diffusers are not installed.
+    """
+    try:
+        from benchmarks.full_size_work import count_full_size
+        from rcod_export.cost import GPUS, Cost
+    except ImportError as exc:
+        raise MissingPackage(
+            f"the full-size networks need {exc.name}, which is not installed: "
+            'pip install "rcod[export]"'
+        ) from exc
+    work = {}
+    for name, stage in count_full_size(FULL_SIZE_TILE_PX).items():
+        cost = Cost({}, stage.parameters, stage.macs, 2 * stage.parameters, 4 * stage.io)
+        work[name] = Work(
+            cost.macs,
+            cost.parameters,
+            cost.weight_bytes,
+            cost.io_bytes,
+            4 * stage.activations,
+            {gpu.name: 1e3 * cost.floor_s(gpu, half=True) for gpu in GPUS},
+        )
+    return "RCOD_O, full size", FULL_SIZE_TILE_PX, work
+
+
+def graph_calls(
+    bundle_path: Path | None, tile_px: int, threads: int
+) -> dict[str, Callable[[], object]]:
+    """ "GRAPH PRECISION" -> one call of that graph on a whole tile."""
     from benchmarks.graphs import graph_stages
     from benchmarks.picture import draw_picture
-    from rcod_runtime.backends import precisions
     from rcod_runtime.bundle import open_bundle
 
     manifest = open_bundle(bundle_path).manifest
     side = tile_px // manifest.image.scale
-    kinds = tuple(precisions(BACKEND))
-    matmuls = matmul_calls(threads, kinds)
-    calls = {"copy": copy_call(threads)}
-    for precision, libraries in matmuls.items():
-        calls |= {f"matmul {precision} {library}": call for library, call in libraries.items()}
-    for precision in kinds:
+    calls = {}
+    for precision in precisions(BACKEND):
         stages = graph_stages(
             bundle_path, BACKEND, precision, threads, draw_picture(side, side),
             manifest.levels[0].name,
         )  # fmt: skip
         calls |= {f"{stage} {precision}": call for stage, call in stages.items()}
+    return calls
+
+
+def measure(
+    work: Mapping[str, Work], graphs: Mapping[str, Callable[[], object]], threads: int, runs: int
+) -> dict[str, Any]:
+    """Rates of this CPU and times of the graphs, in turns; floors and ratios within rounds.
+
+    Without ``graphs`` the floors alone.
+    """
+    kinds = tuple(precisions(BACKEND))
+    matmuls = matmul_calls(threads, kinds)
+    calls: dict[str, Callable[[], object]] = {"copy": copy_call(threads), **graphs}
+    for precision, libraries in matmuls.items():
+        calls |= {f"matmul {precision} {library}": call for library, call in libraries.items()}
     times = {
         name: np.asarray(values) * 1e-3
         for name, values in time_in_turns(calls, runs, warmup=3).items()
@@ -181,14 +227,12 @@ def measure(
             stage: np.maximum(part.macs / rate, (part.weight_bytes + part.io_bytes) / copy_rate)
             for stage, part in work.items()
         }
-        whole = sum(times[f"{stage} {precision}"] for stage in work)
+        spent = {stage: times.get(f"{stage} {precision}") for stage in work}
         by_precision[precision] = {
             "matmul_library": library,
             "gmacs_per_s": median(rate) / 1e9,
-            "stages": {
-                stage: _against(times[f"{stage} {precision}"], floors[stage]) for stage in work
-            },
-            "all": _against(whole, sum(floors.values())),
+            "stages": {stage: _against(spent[stage], floors[stage]) for stage in work},
+            "all": _against(sum(spent.values()) if graphs else None, sum(floors.values())),
         }
     return {
         "backend": BACKEND,
@@ -201,11 +245,12 @@ def measure(
     }
 
 
-def _against(seconds: Any, floors: Any) -> dict[str, float]:
+def _against(seconds: Any, floors: Any) -> dict[str, float | None]:
+    """Medians over rounds; ``seconds`` None: not run."""
     return {
-        "median_ms": 1e3 * median(seconds),
+        "median_ms": None if seconds is None else 1e3 * median(seconds),
         "floor_ms": 1e3 * median(floors),
-        "measured_to_floor": median(seconds / floors),
+        "measured_to_floor": None if seconds is None else median(seconds / floors),
     }
 
 
@@ -252,9 +297,10 @@ def measured_table(measured: Mapping[str, Any], work: Mapping[str, Work]) -> str
             rows.append(
                 [
                     f"{stage} {precision}",
-                    f"{found['median_ms']:.2f}",
-                    f"{found['floor_ms']:.2f}",
-                    f"{found['measured_to_floor']:.2f}",
+                    *(
+                        "-" if found[key] is None else f"{found[key]:.2f}"
+                        for key in ("median_ms", "floor_ms", "measured_to_floor")
+                    ),
                 ]
             )
     rates = ", ".join(

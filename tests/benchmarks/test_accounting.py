@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from benchmarks import accounting, rates
 from benchmarks.accounting import count_work, main, product_bytes
+from benchmarks.full_size_work import ProductCounter, count_full_size
 from rcod_runtime.bundle import open_bundle
+from rcod_train.network import build_nano
 
 
 def test_bytes_of_products_leave_weights_and_the_rest_out(tmp_path: Path) -> None:
@@ -73,6 +76,27 @@ def test_ratio_is_measured_time_over_the_floor(
 def test_counting_alone_runs_nothing(tiny_bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--bundle", str(tiny_bundle), "--only-work"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["measured"] is None
+
+
+def test_full_size_counts_are_those_of_the_published_networks() -> None:
+    """866, 34, 49 and 304 M parameters; VAE as derived from its layers: 558 and 1257 GMAC."""
+    work = count_full_size(512)
+    millions = {name: round(stage.parameters / 1e6) for name, stage in work.items()}
+    assert millions == {"encoder": 34, "decoder": 49, "vpim": 304, "denoiser": 866}
+    giga = {name: stage.macs / 1e9 for name, stage in work.items()}
+    assert giga["encoder"] == pytest.approx(558, abs=1)
+    assert giga["decoder"] == pytest.approx(1257, abs=1)
+    assert giga["denoiser"] == pytest.approx(411, abs=1)  # 402 with a text's 77 tokens
+
+
+def test_counter_and_exported_graph_agree_on_nano() -> None:
+    _, tile_px, work = count_work(None)
+    vae = build_nano(0).vae.eval()
+    with torch.no_grad(), ProductCounter() as counter:
+        vae.encode(torch.zeros(1, 3, tile_px, tile_px))
+    # The graph has the MEM's two small products too.
+    assert counter.count.macs == pytest.approx(work["encoder"].macs, rel=1e-5)
+    assert 4 * counter.count.activations == pytest.approx(work["encoder"].product_bytes, rel=1e-4)
 
 
 def test_runs_below_one_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
