@@ -5,26 +5,40 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from rcod_runtime.errors import OutputError, RcodError
 
+EXIT_FELL_SHORT = 1
 EXIT_INTERRUPTED = 130
 
 
-def run_command(work: Callable[[], str], json_file: Path | None) -> int:
-    """Do ``work``, print the document it returns, write it to ``json_file``; return the exit code.
+@dataclass(frozen=True)
+class Verdict:
+    """The document of a benchmark that judges, and what it found."""
+
+    document: str
+    passed: bool
+
+
+def run_command(work: Callable[[], str | Verdict], json_file: Path | None) -> int:
+    """Do ``work``, print the document it returns, write it to ``json_file``; return the exit code:
+    EXIT_FELL_SHORT where a verdict is against it, with line and file written all the same.
 
     An error goes to stderr in one message, and neither line nor file is written.
     """
     try:
         if json_file is not None:
             check_can_write(json_file)
-        document = work()
+        result = work()
+        document, passed = (
+            (result.document, result.passed) if isinstance(result, Verdict) else (result, True)
+        )
         if json_file is not None:
             write_whole(json_file, f"{document}\n".encode())
         print(document)
-        return 0
+        return 0 if passed else EXIT_FELL_SHORT
     except RcodError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

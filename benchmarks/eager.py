@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,50 @@ from rcod_runtime.resample import resize_for_tokens, upsample
 Image = npt.NDArray[np.uint8]
 
 
+@dataclass(frozen=True)
+class Mode:
+    """A way to run the checkpoint in PyTorch. ``channels_last``: weights and activations NHWC."""
+
+    name: str
+    channels_last: bool = False
+    autocast: bool = False  # products in bf16, weights stay fp32
+    compiled: bool = False  # torch.compile as it comes
+
+
+# The baseline of all ratios: PyTorch as it comes.
+EAGER = "pytorch eager fp32"
+MODES = (
+    Mode(EAGER),
+    Mode(f"{EAGER}, NHWC", channels_last=True),
+    Mode("pytorch compile fp32", compiled=True),
+    Mode("pytorch autocast bf16", autocast=True),
+    Mode("pytorch autocast bf16, NHWC", channels_last=True, autocast=True),
+)
+
+
+class ModeMissing(BenchmarkError):
+    """A mode of PyTorch that this machine doesn't have; the message says why."""
+
+
+def check_mode(mode: Mode) -> None:
+    """Whether this machine has what a mode needs.
+
+    Raises:
+        ModeMissing: no C++ compiler for torch.compile, no bf16 products in the CPU.
+    """
+    if mode.compiled:
+        compilers = [os.environ.get("CXX", "g++"), "clang++"]
+        if not any(map(shutil.which, compilers)):
+            raise ModeMissing(f"no C++ compiler ({' or '.join(compilers)}), which it needs")
+    if mode.autocast:
+        from rcod_train.precision import resolve_precision
+
+        if resolve_precision("auto") != "bf16":
+            raise ModeMissing("this CPU does not multiply bf16")
+
+
 class EagerPipeline:
-    """One image through a merged checkpoint: PyTorch eager, fp32, on the CPU, in one tile.
+    """One image through a merged checkpoint: PyTorch, on the CPU, in one tile.
 
     Around the network it does what the runtime does, with the runtime's own functions, so that
     the two differ in how the network is run and in nothing else.
@@ -29,10 +75,11 @@ class EagerPipeline:
         contract: image contract of the bundle it is compared with.
         level: name of a level of the checkpoint.
         threads: compute threads of PyTorch, for the whole process.
-        channels_last: keep weights and activations in NHWC order.
+        mode: how PyTorch runs it.
 
     Raises:
         MissingPackage: PyTorch is not installed.
+        ModeMissing: this machine can't run that mode.
         BenchmarkError: the checkpoint can't be read.
         UsageError: the checkpoint has no such level.
     """
@@ -43,7 +90,7 @@ class EagerPipeline:
         contract: ImageContract,
         level: str,
         threads: int,
-        channels_last: bool = False,
+        mode: Mode = MODES[0],
     ) -> None:
         try:
             import torch
@@ -56,10 +103,12 @@ class EagerPipeline:
                 'pip install "rcod[train]"'
             ) from exc
 
+        check_mode(mode)
         torch.set_num_threads(threads)
         self._torch = torch
         self._contract = contract
-        self._order = torch.channels_last if channels_last else torch.contiguous_format
+        self._mode = mode
+        self._order = torch.channels_last if mode.channels_last else torch.contiguous_format
         try:
             self._parts, info = load_merged(checkpoint)
         except RcodTrainError as exc:
@@ -72,13 +121,19 @@ class EagerPipeline:
                 f"level {level!r}: expected one of {', '.join(names)} of {checkpoint}."
             )
         self._level = info.levels[names.index(level)]
+        as_it_is: Callable[[Any], Any] = lambda call: call  # noqa: E731
+        self._adapt = torch.compile if mode.compiled else as_it_is
+        self._tokens = self._adapt(self._parts.vpim)
+        self._encode = self._adapt(self._parts.vae.encode)
+        self._denoise = self._adapt(self._eps_and_step)
+        self._decode = self._adapt(self._decoded)
 
     def __call__(self, lq: Image) -> Image:
         """lq (h, w, 3) uint8 -> sr (H, W, 3) uint8."""
-        with self._torch.inference_mode():
+        with self._torch.inference_mode(), self._precision():
             image, thumbnail = self._inputs(lq)
-            tokens = self._parts.vpim(thumbnail)
-            decoded = self._decode(self._denoise(self._parts.vae.encode(image), tokens))
+            tokens = self._tokens(thumbnail)
+            decoded = self._decode(self._denoise(self._encode(image), tokens)).float()
             sr = ((decoded[0].permute(1, 2, 0) + 1.0) * 127.5).numpy()
         pixels: Image = np.rint(np.clip(sr, 0.0, 255.0)).astype(np.uint8)
         match_colour(pixels, lq.astype(np.float32), "wavelet")
@@ -86,19 +141,22 @@ class EagerPipeline:
 
     def stages(self, lq: Image) -> dict[str, Callable[[], object]]:
         """Each graph's counterpart as a call on inputs that are ready."""
-        with self._torch.inference_mode():
+        with self._torch.inference_mode(), self._precision():
             image, thumbnail = self._inputs(lq)
-            tokens = self._parts.vpim(thumbnail)
-            z_lq = self._parts.vae.encode(image)
+            tokens = self._tokens(thumbnail)
+            z_lq = self._encode(image)
             z_sr = self._denoise(z_lq, tokens)
 
         def inferring(call: Callable[[], Any]) -> Callable[[], object]:
-            wrapped: Callable[[], object] = self._torch.inference_mode()(call)
-            return wrapped
+            def inside() -> object:
+                with self._torch.inference_mode(), self._precision():
+                    return call()
+
+            return inside
 
         return {
-            "vpim": inferring(lambda: self._parts.vpim(thumbnail)),
-            "encoder": inferring(lambda: self._parts.vae.encode(image)),
+            "vpim": inferring(lambda: self._tokens(thumbnail)),
+            "encoder": inferring(lambda: self._encode(image)),
             "denoiser": inferring(lambda: self._denoise(z_lq, tokens)),
             "decoder": inferring(lambda: self._decode(z_sr)),
         }
@@ -112,7 +170,13 @@ class EagerPipeline:
         nchw = self._torch.from_numpy(image).permute(2, 0, 1)[None]
         return (nchw / 127.5 - 1.0).contiguous(memory_format=self._order)
 
-    def _denoise(self, z_lq: Any, tokens: Any) -> Any:
+    def _precision(self) -> AbstractContextManager[Any]:
+        if not self._mode.autocast:
+            return nullcontext()
+        context: AbstractContextManager[Any] = self._torch.autocast("cpu", self._torch.bfloat16)
+        return context
+
+    def _eps_and_step(self, z_lq: Any, tokens: Any) -> Any:
         from rcod_train.network import predict_eps
         from rcod_train.schedule import one_step
 
@@ -120,5 +184,5 @@ class EagerPipeline:
         eps = predict_eps(self._parts.unet, z_lq, t, tokens)
         return one_step(z_lq, eps, self._level.alpha, self._level.sigma)
 
-    def _decode(self, z_sr: Any) -> Any:
+    def _decoded(self, z_sr: Any) -> Any:
         return self._parts.vae.decode(z_sr).clamp(-1.0, 1.0)

@@ -1,11 +1,14 @@
-"""Latency, start-up and memory of a bundle, against PyTorch running the same checkpoint.
+r"""Latency, start-up and memory of a bundle, against PyTorch running the same checkpoint.
 
   python -m benchmarks.latency                                  the embedded model alone
-  python -m benchmarks.latency --checkpoint runs/nano/merged    with PyTorch eager fp32 beside it
+  python -m benchmarks.latency --checkpoint checkpoints/nano    with PyTorch beside it
+  python -m benchmarks.latency --checkpoint checkpoints/nano --quick \
+      --gate benchmarks/gates/nano.json                         judged; for continuous integration
 
 All variants run in turns in one process, on the same image and the same number of threads. Prints
-a machine card, tables, and one JSON document as the last line. The figures are reported, not
-judged. Exit codes: those of rcod-upscale, and 11 for what can't be measured.
+a machine card, tables, and one JSON document as the last line. With a gate the figures are judged
+(benchmarks/gate.py describes the file), otherwise reported. Exit codes: 1 a gate's threshold is not
+reached (a table says which), those of rcod-upscale, and 11 for what can't be measured.
 """
 
 from __future__ import annotations
@@ -20,28 +23,48 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.command import run_command
+from benchmarks.command import Verdict, run_command
+from benchmarks.eager import EAGER, MODES, Mode
+from benchmarks.gate import (
+    WHOLE,
+    Gate,
+    Judgement,
+    as_document,
+    check_runnable,
+    format_judgements,
+    judge,
+    read_gate,
+)
 from benchmarks.processes import (
     measure_cold_start,
+    measure_contestant,
     measure_import,
     measure_peak_memory,
     write_photo,
 )
-from benchmarks.steady import EAGER, Comparison, open_comparison
-from benchmarks.timing import Progress, time_in_turns
+from benchmarks.steady import Comparison, open_comparison
+from benchmarks.timing import Progress, time_in_turns, times_as_fast
 from rcod_runtime import UsageError
 from rcod_runtime.backends import BACKENDS, BackendName, installed, precisions
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: ratios are medians of each round's ratio; first calls, contestants, gate
 COLD_SIDE_PX = 128
 MEMORY_SIDE_PX = 1024
 PARTS = ("steady", "stages", "start", "memory")
+PYTORCH = {
+    "eager": MODES[0],
+    "nhwc": MODES[1],
+    "compile": MODES[2],
+    "autocast": MODES[3],
+    "autocast-nhwc": MODES[4],
+}
+QUICK_RUNS, QUICK_WARMUP = 7, 2
 IN_THE_TIMER = {
     "steady": "image array in memory -> sr array in memory: tokens, upsampling, all graphs, "
     "blending, colour match; no files, no loading, no compiling",
     "stages": "one graph on inputs that are ready; sums leave out what is between the graphs",
     "start": "rcod-upscale as a new process, from its start to its end, image written; "
-    "import: inside a running interpreter",
+    "import: inside a running interpreter; contestants: new processes, numpy already imported",
     "memory": "peak resident memory of rcod-upscale as a new process, reading and writing included",
 }
 
@@ -55,6 +78,7 @@ class LatencyConfig:
     warmup: int
     start_runs: int
     parts: tuple[str, ...]
+    gate: Gate | None = None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -86,11 +110,19 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("fp32", "bf16"),
         help="of the backends (default: all they have on this machine)",
     )
+    add(
+        "--pytorch",
+        nargs="+",
+        choices=PYTORCH,
+        help="beside eager fp32, which ratios are to (default: all; with --quick none)",
+    )
     add("--threads", type=int, metavar="N", help="of every variant (default: all CPUs)")
-    add("--runs", type=int, default=30, metavar="N", help="timed runs each (%(default)s)")
-    add("--warmup", type=int, default=5, metavar="N", help="untimed runs each (%(default)s)")
+    add("--runs", type=int, metavar="N", help=f"timed runs each (30; --quick: {QUICK_RUNS})")
+    add("--warmup", type=int, metavar="N", help=f"untimed runs each (5; --quick: {QUICK_WARMUP})")
     add("--start-runs", type=int, default=5, metavar="N", help="new processes (%(default)s)")
-    add("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="default: all")
+    add("--parts", nargs="+", choices=PARTS, help="default: all; --quick: steady, or the gate's")
+    add("--gate", type=Path, metavar="FILE", help="thresholds; exit code 1 where one is missed")
+    add("--quick", action="store_true", help="few runs of the steady state, eager fp32 alone")
     add("--json", type=Path, metavar="FILE", help="write the JSON document here too")
     return parser
 
@@ -103,10 +135,21 @@ def main(argv: list[str] | None = None) -> int:
 
 def _config(arguments: argparse.Namespace) -> LatencyConfig:
     for name in ("size", "runs", "start_runs"):
-        if getattr(arguments, name) < 1:
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
             raise UsageError(
                 f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected at least 1."
             )
+    gate = None if arguments.gate is None else read_gate(arguments.gate)
+    if gate is not None and arguments.checkpoint is None:
+        raise UsageError("--gate: its ratios are to PyTorch, which needs --checkpoint DIR.")
+    usual: tuple[str, ...] = PARTS
+    if arguments.quick:
+        usual = () if gate is not None else ("steady",)
+    parts = set(arguments.parts or usual)
+    if gate is not None:  # what it judges is measured, whatever else is
+        parts |= {"steady" if stage == WHOLE else "stages" for stage in gate.stages}
+    runs, warmup = (QUICK_RUNS, QUICK_WARMUP) if arguments.quick else (30, 5)
     return LatencyConfig(
         Comparison(
             bundle=arguments.bundle,
@@ -115,12 +158,20 @@ def _config(arguments: argparse.Namespace) -> LatencyConfig:
             level=arguments.level,
             variants=_variants(arguments.backends, arguments.precision),
             threads=arguments.threads or report.cpus_available(),
+            modes=_modes(arguments.pytorch, arguments.quick),
         ),
-        runs=arguments.runs,
-        warmup=arguments.warmup,
+        runs=runs if arguments.runs is None else arguments.runs,
+        warmup=warmup if arguments.warmup is None else arguments.warmup,
         start_runs=arguments.start_runs,
-        parts=tuple(part for part in PARTS if part in arguments.parts),
+        parts=tuple(part for part in PARTS if part in parts),
+        gate=gate,
     )
+
+
+def _modes(wanted: Sequence[str] | None, quick: bool) -> tuple[Mode, ...]:
+    """The baseline always, and what else of PyTorch was asked for."""
+    chosen = wanted or (() if quick else tuple(PYTORCH))
+    return tuple(mode for name, mode in PYTORCH.items() if name == "eager" or name in chosen)
 
 
 def _variants(
@@ -137,12 +188,12 @@ def _variants(
     return variants
 
 
-def run(config: LatencyConfig) -> str:
+def run(config: LatencyConfig) -> str | Verdict:
     """Measure the chosen parts, print card and tables, and return the JSON document."""
     card = report.machine_card()
     results: dict[str, Any] = dict.fromkeys(PARTS)
     comparison = config.comparison
-    model = None
+    model, missing = None, {}
     # New processes first: nothing of this one competes with them yet.
     with tempfile.TemporaryDirectory() as folder:
         if "start" in config.parts:
@@ -155,11 +206,15 @@ def run(config: LatencyConfig) -> str:
             }
     if "steady" in config.parts or "stages" in config.parts:
         with open_comparison(comparison) as opened:
-            model = opened.model
+            model, missing = opened.model, opened.missing
+            if config.gate is not None:
+                stages = tuple(opened.model["graph_sha256"])
+                check_runnable(config.gate, tuple(opened.whole), stages)
             if "steady" in config.parts:
                 results["steady"] = {
                     "side_px": comparison.side_px,
                     "agreement": [asdict(agreement) for agreement in opened.agreements],
+                    "first_call_ms": opened.first_call_ms,
                     **_timed(opened.whole, config, "whole"),
                 }
             if "stages" in config.parts:
@@ -169,7 +224,15 @@ def run(config: LatencyConfig) -> str:
                 }
     print(report.format_card(card))
     _print_results(config, results)
-    return report.document(
+    for name, why in missing.items():
+        print(f"missing: {name}: {why}")
+    judgements: tuple[Judgement, ...] | None = None
+    if config.gate is not None:
+        parts = {WHOLE: results["steady"], **(results["stages"] or {})}
+        ratios = {stage: part["times_as_fast_as_pytorch"] for stage, part in parts.items() if part}
+        judgements = judge(config.gate, ratios)
+        print(f"{format_judgements(judgements)}\n")
+    document = report.document(
         "latency",
         SCHEMA_VERSION,
         card,
@@ -180,8 +243,11 @@ def run(config: LatencyConfig) -> str:
         },
         model=model,
         in_the_timer={part: IN_THE_TIMER[part] for part in config.parts},
+        missing=missing,
+        gate=None if judgements is None else as_document(judgements),
         **results,
     )
+    return Verdict(document, judgements is None or all(j.passed for j in judgements))
 
 
 def _start(config: LatencyConfig, folder: Path) -> dict[str, Any]:
@@ -196,21 +262,44 @@ def _start(config: LatencyConfig, folder: Path) -> dict[str, Any]:
         "import_package": asdict(report.summarise([entry.package_ms for entry in imports])),
         "import_upscaler": asdict(report.summarise([entry.upscaler_ms for entry in imports])),
         "heavy_modules": sorted({name for entry in imports for name in entry.heavy_modules}),
+        "contestants": {
+            name: measure_contestant(task, config.start_runs)
+            for name, task in _contestants(config.comparison).items()
+        },
     }
 
 
+def _contestants(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """Tasks of benchmarks.contestant: every backend as it is, and the baseline."""
+    common = {
+        "bundle": None if comparison.bundle is None else str(comparison.bundle),
+        "side_px": comparison.side_px,
+        "level": comparison.level,
+        "threads": comparison.threads,
+    }
+    tasks: dict[str, dict[str, Any]] = {
+        f"{backend} {precision}": {**common, "backend": backend, "precision": precision}
+        for backend, precision in comparison.variants
+    }
+    if comparison.checkpoint is not None:
+        tasks[EAGER] = {**common, "checkpoint": str(comparison.checkpoint), "mode": EAGER}
+    return tasks
+
+
 def _timed(variants: Mapping[str, Any], config: LatencyConfig, title: str) -> dict[str, Any]:
-    """Latencies of variants, and how many times as fast as PyTorch as it comes each is."""
+    """Latencies of variants, and how many times as fast as PyTorch as it comes each is: the median
+    of the rounds' ratios, so that what slows a round slows both sides of it."""
     with _progress(title, len(variants) * (config.runs + config.warmup)) as progress:
         times = time_in_turns(variants, config.runs, config.warmup, progress)
     latencies = {name: report.summarise(values) for name, values in times.items()}
-    eager = latencies.get(EAGER)
+    ratios = {
+        name: times_as_fast(values, times[EAGER]) if EAGER in times else None
+        for name, values in times.items()
+    }
     return {
         "latency": {name: asdict(latency) for name, latency in latencies.items()},
-        "times_as_fast_as_pytorch": {
-            name: eager.median_ms / latency.median_ms if eager else None
-            for name, latency in latencies.items()
-        },
+        "times_as_fast_as_pytorch": {name: r and r.median for name, r in ratios.items()},
+        "times_as_fast_p10_p90": {name: r and (r.p10, r.p90) for name, r in ratios.items()},
     }
 
 
@@ -230,6 +319,8 @@ def _print_results(config: LatencyConfig, results: Mapping[str, Any]) -> None:
         side = comparison.side_px
         print(f"\nsteady state, {side} x {side} px in: {IN_THE_TIMER['steady']}")
         print(report.format_table(_HEADERS, _rows(steady)))
+        first = steady["first_call_ms"].items()
+        print("very first image, ms: " + ", ".join(f"{name} {ms:.0f}" for name, ms in first))
         for pair in steady["agreement"]:
             print(
                 f"{pair['a']} and {pair['b']}: {pair['psnr_db']:.1f} dB, "
@@ -251,6 +342,17 @@ def _print_results(config: LatencyConfig, results: Mapping[str, Any]) -> None:
         rows = [[name, *_times(start[key]), ""] for name, key in names.items()]
         print(report.format_table(_HEADERS, rows))
         print(f"rcod-upscale the first time: {start['first_command_ms']:.0f} ms")
+        print(f"\nnew processes, {comparison.side_px} x {comparison.side_px} px, medians:")
+        rows = [
+            [
+                name,
+                *(f"{cost[key]:.0f}" for key in ("import_ms", "load_ms", "first_ms", "second_ms")),
+                "-" if cost["peak_bytes"] is None else f"{cost['peak_bytes'] / 1e6:.0f}",
+            ]
+            for name, cost in start["contestants"].items()
+        ]
+        headers = ("", "import ms", "load ms", "first image ms", "second ms", "peak MB")
+        print(report.format_table(headers, rows))
         print(f"torch and the like imported: {', '.join(start['heavy_modules']) or 'none'}")
     if memory is not None:
         print(

@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 from benchmarks.errors import CommandFailed
 from benchmarks.picture import draw_picture
@@ -108,6 +110,21 @@ def measure_peak_memory(photo: Path, options: Sequence[str]) -> PeakMemory:
     seconds = time.perf_counter() - begin
     _check_written(out)
     return PeakMemory(int(printed.splitlines()[-1]), seconds)
+
+
+def measure_contestant(task: dict[str, Any], runs: int) -> dict[str, float | None]:
+    """Medians over new processes of benchmarks.contestant: import, load, first and second image in
+    milliseconds, peak memory in bytes.
+
+    Raises:
+        CommandFailed: it failed.
+    """
+    command = (sys.executable, "-m", "benchmarks.contestant", json.dumps(task))
+    results = [json.loads(_run(command).splitlines()[-1]) for _ in range(runs)]
+    return {
+        name: None if results[0][name] is None else median(result[name] for result in results)
+        for name in results[0]
+    }
 
 
 def _run(command: Sequence[str]) -> str:

@@ -3,15 +3,19 @@
   python -m benchmarks.quality --dataset realsr                      the embedded model
   python -m benchmarks.quality --dataset realsr --bundle my_bundle --names-ending 5 0
   python -m benchmarks.quality --dataset realsr --outputs osediff    images made elsewhere
+  python -m benchmarks.quality --dataset realsr --paper RealSR --report reports/realsr
 
 The dataset is a folder with LR/ and HR/; images pair up by name. Prints a machine card, a table of
-means, and one JSON document as the last line. Exit codes: those of rcod-upscale, and 11 for
-what is wrong with the dataset or a metric.
+means, and one JSON document as the last line; --report writes it with a Markdown and an HTML page.
+PSNR, SSIM and NIQE are built in; the others come from pyiqa where it and its weights can be had,
+and are marked as missing where not. Exit codes: those of rcod-upscale, and 11 for what is wrong
+with the dataset or a metric.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -21,10 +25,17 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import report
-from benchmarks.command import run_command
+from benchmarks import iqa, paper, report
+from benchmarks.command import check_can_write, run_command
+from benchmarks.gather import gather
 from benchmarks.pairs import Pair, find_outputs, find_pairs, select
 from benchmarks.pristine import load_pristine
+from benchmarks.quality_report import (
+    method_document,
+    metrics_document,
+    paper_document,
+    write_report,
+)
 from benchmarks.scores import (
     BICUBIC,
     GROUND_TRUTH,
@@ -32,18 +43,17 @@ from benchmarks.scores import (
     Image,
     Method,
     Metric,
-    Score,
     build_metrics,
-    mean_of,
+    learned_metric,
     outputs_method,
     scale_of,
-    score_pairs,
 )
-from benchmarks.strips import Panel, draw_strip
+from benchmarks.tables import mean_table
 from rcod_runtime import Upscaler, UsageError
-from rcod_runtime.image_io import write_image
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: metrics have a header, missing ones a reason, the paper's rows beside
+ALL_METRICS = (*METRIC_NAMES, *(learned.name for learned in iqa.LEARNED))
+COMPARED = 4  # photos of a report with before/after comparisons
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,9 @@ class QualityConfig:
     niqe_params: Path | None
     strips: tuple[str, ...]
     strips_dir: Path | None
+    paper: paper.Dataset | None
+    report: Path | None  # path of three files, without suffix
+    compare: tuple[str, ...]
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,7 +112,14 @@ def build_parser() -> argparse.ArgumentParser:
         help="only images whose name ends so, before what all names end in (RealSR's _LR4)",
     )
     add("--limit", type=int, metavar="N", help="only the first N images by name")
-    add("--metrics", nargs="+", choices=METRIC_NAMES, default=list(METRIC_NAMES))
+    add(
+        "--metrics",
+        nargs="+",
+        choices=ALL_METRICS,
+        metavar="NAME",
+        default=list(ALL_METRICS),
+        help=f"of {', '.join(ALL_METRICS)} (default: all that can be had)",
+    )
     add(
         "--niqe-params",
         type=Path,
@@ -108,6 +128,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--strips", nargs="+", default=[], metavar="NAME", help="images to draw a strip of")
     add("--strips-dir", type=Path, metavar="DIR", help="where strips go, as NAME.png")
+    add("--paper", choices=paper.DATASETS, help="set these rows of the paper beside the results")
+    add("--report", type=Path, metavar="PATH", help="write PATH.json, PATH.md and PATH.html")
+    add(
+        "--compare",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help=f"images with before/after comparisons in the report (default: {COMPARED} of them)",
+    )
     add("--json", type=Path, metavar="FILE", help="write the JSON document here too")
     return parser
 
@@ -142,6 +171,9 @@ def _config(arguments: argparse.Namespace) -> QualityConfig:
         niqe_params=arguments.niqe_params,
         strips=tuple(arguments.strips),
         strips_dir=arguments.strips_dir,
+        paper=arguments.paper,
+        report=arguments.report,
+        compare=tuple(arguments.compare),
     )
 
 
@@ -153,53 +185,59 @@ def _level(text: str) -> str | float:
 
 
 def run(config: QualityConfig) -> str:
-    """Score everything, print card and table, and return the JSON document."""
+    """Score everything, print card and table, write the report, and return the JSON document."""
+    if config.report is not None:
+        check_can_write(config.report.with_name(f"{config.report.name}.html"))
     card = report.machine_card()
-    pairs = select(find_pairs(config.dataset), config.endings, config.limit)
-    metrics = build_metrics(config.metrics, lambda: load_pristine(config.niqe_params))
-    strips = {_strip_name(name, pairs) for name in config.strips}
+    found = find_pairs(config.dataset)
+    everything = len(found)
+    pairs = select(found, config.endings, config.limit)
+    built_in = [name for name in config.metrics if name in METRIC_NAMES]
+    metrics = build_metrics(built_in, lambda: load_pristine(config.niqe_params))
+    learned, missing = iqa.load(config.metrics)
+    metrics += [learned_metric(loaded) for loaded in learned if loaded.of_image is not None]
+    strips = {_chosen_name("--strips", name, pairs) for name in config.strips}
+    compared = {_chosen_name("--compare", name, pairs) for name in config.compare}
+    if config.report is not None and not compared:
+        compared = {pair.name for pair in pairs[:: max(1, len(pairs) // COMPARED)][:COMPARED]}
     with ExitStack() as stack:
         methods, model = _methods(config, pairs, stack)
-        scores = _score(config, pairs, methods, metrics, strips)
-    means = {
-        method.name: {
-            m.name: mean_of([s.values[m.name] for s in scores if s.method == method.name])
-            for m in metrics
-        }
-        for method in methods
-    }
-    print(report.format_card(card))
-    print(f"dataset   {config.dataset.name}, {len(pairs)} pairs")
-    if model is not None:
-        print(f"model     {model['name']}, {model['backend']}")
-    for metric in metrics:
-        print(f"{metric.name:<9} {metric.protocol}")
-    print()
-    rows = [
-        [method.name, *(_shown(means[method.name][m.name], m.decimals) for m in metrics)]
-        for method in methods
-    ]
-    print(report.format_table(["mean of images", *(m.header for m in metrics)], rows))
-    return report.document(
+        gathered = gather(pairs, methods, metrics, learned, strips, config.strips_dir, compared)
+    document = report.document(
         "quality",
         SCHEMA_VERSION,
         card,
         dataset={"name": config.dataset.name, "pairs": len(pairs)},
         model=model,
-        metrics={
-            m.name: {"higher_is_better": m.higher_is_better, "protocol": m.protocol}
-            for m in metrics
-        },
-        methods=[
-            {
-                "name": method.name,
-                "kind": method.kind,
-                "mean": means[method.name],
-                "images": {s.pair: s.values for s in scores if s.method == method.name},
-            }
-            for method in methods
-        ],
+        metrics=metrics_document(metrics, learned),
+        missing=missing,
+        paper=paper_document(config.paper, len(pairs), everything),
+        methods=[method_document(method, metrics, gathered) for method in methods],
     )
+    _print(config, card, json.loads(document), len(pairs), metrics)
+    if config.report is not None:
+        write_report(config.report, config.paper, document, gathered.comparisons, card)
+    return document
+
+
+def _print(
+    config: QualityConfig,
+    card: report.MachineCard,
+    document: dict[str, Any],
+    pairs: int,
+    metrics: Sequence[Metric],
+) -> None:
+    print(report.format_card(card))
+    print(f"dataset   {config.dataset.name}, {pairs} pairs")
+    if document["model"] is not None:
+        print(f"model     {document['model']['name']}, {document['model']['backend']}")
+    for metric in metrics:
+        print(f"{metric.name:<9} {metric.protocol}")
+    for name, why in document["missing"].items():
+        print(f"missing   {name}: {why}")
+    print()
+    table = mean_table(document)
+    print(report.format_table(table.headers, [row.cells for row in table.rows]))
 
 
 def _methods(
@@ -246,53 +284,14 @@ def _level_method(upscaler: Upscaler, level: str | float) -> Method:
     return Method(str(level), "model", upscaled)
 
 
-def _score(
-    config: QualityConfig,
-    pairs: Sequence[Pair],
-    methods: Sequence[Method],
-    metrics: Sequence[Metric],
-    strips: set[str],
-) -> list[Score]:
-    """Scores without their images, which are only kept until their strip is drawn."""
-    from tqdm import tqdm
-
-    scores: list[Score] = []
-    panels: list[Panel] = []
-    total = len(pairs) * len(methods)
-    lq_of = {pair.name: pair.lq for pair in pairs}
-    for score in tqdm(
-        score_pairs(pairs, methods, metrics), total=total, unit="image", disable=None
-    ):
-        if score.pair in strips:
-            panels.append(Panel(score.method, score.sr, _caption(score, metrics)))
-            if score.method == methods[-1].name:
-                assert config.strips_dir is not None
-                config.strips_dir.mkdir(parents=True, exist_ok=True)
-                strip = draw_strip(lq_of[score.pair], panels)
-                write_image(config.strips_dir / f"{score.pair}.png", strip)
-                panels = []
-        scores.append(Score(score.pair, score.method, score.sr[:0], score.values))
-    return scores
-
-
-def _caption(score: Score, metrics: Sequence[Metric]) -> str:
-    shown = {"psnr_y": "{:.1f} dB", "niqe": "NIQE {:.1f}"}
-    values = ((shown[m.name], score.values[m.name]) for m in metrics if m.name in shown)
-    return ", ".join(text.format(value) for text, value in values if value is not None)
-
-
-def _strip_name(name: str, pairs: Sequence[Pair]) -> str:
+def _chosen_name(option: str, name: str, pairs: Sequence[Pair]) -> str:
     stem = Path(name).stem if "." in name else name
     if stem not in {pair.name for pair in pairs}:
         raise UsageError(
-            f"--strips {name}: expected one of the {len(pairs)} chosen images, "
+            f"{option} {name}: expected one of the {len(pairs)} chosen images, "
             f"such as {pairs[0].name}."
         )
     return stem
-
-
-def _shown(value: float | None, decimals: int) -> str:
-    return "-" if value is None else f"{value:.{decimals}f}"
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from benchmarks.errors import DatasetError, MetricError
+from benchmarks.iqa import Loaded
 from benchmarks.metrics import psnr_y, require_scipy, ssim_y
 from benchmarks.niqe import niqe
 from benchmarks.pairs import Pair, read_rgb
@@ -82,6 +83,21 @@ def _niqe_metric(pristine: Pristine) -> Metric:
     protocol = f"rounded grey, 96 px patches, {kind} (sha256 {pristine.sha256[:12]})"
     header = "NIQE" if pristine.is_original else "NIQE (own parameters)"
     return Metric("niqe", header, 3, False, False, protocol, lambda sr, hq: niqe(sr, pristine))
+
+
+def learned_metric(loaded: Loaded) -> Metric:
+    """One of pyiqa's metrics of single images."""
+    assert loaded.of_image is not None
+    kind = loaded.learned
+    return Metric(
+        kind.name,
+        kind.header,
+        kind.decimals,
+        kind.needs_hq,
+        kind.higher_is_better,
+        loaded.protocol,
+        loaded.of_image,
+    )
 
 
 def bicubic(lq: Image, size_hw: tuple[int, int]) -> Image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.eager import EagerPipeline
+from benchmarks.eager import MODES, EagerPipeline, Mode, ModeMissing
 from benchmarks.errors import BenchmarkError
 from benchmarks.graphs import graph_stages
 from benchmarks.picture import draw_picture
@@ -22,9 +23,6 @@ Call = Callable[[], object]
 
 # A bundle and the checkpoint it was made from agree far better, two trainings far worse.
 SAME_MODEL_PSNR_DB = 40.0
-# PyTorch's own memory order, which ratios are to, and the one that suits convolutions on CPUs.
-EAGER = "pytorch eager fp32"
-EAGER_ORDERS = {EAGER: False, f"{EAGER}, NHWC": True}
 
 
 @dataclass(frozen=True)
@@ -37,6 +35,7 @@ class Comparison:
     level: str
     variants: tuple[tuple[str, str], ...]  # backend and precision; the first one is the reference
     threads: int
+    modes: tuple[Mode, ...] = MODES  # of PyTorch
 
     def command_options(self) -> list[str]:
         """The same choice as options of rcod-upscale, in the precision it takes by itself."""
@@ -57,11 +56,17 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Opened:
-    """Variants, ready: ``whole`` by name, ``stages()`` by graph and then by name."""
+    """Variants, ready: ``whole`` by name, ``stages()`` by graph and then by name.
+
+    ``missing`` says of a variant why this machine hasn't it; ``first_call_ms`` is each one's very
+    first image, with whatever is compiled or reordered at first use.
+    """
 
     model: dict[str, Any]
     whole: dict[str, Call]
     agreements: tuple[Agreement, ...]
+    first_call_ms: dict[str, float]
+    missing: dict[str, str]
     stages: Callable[[], dict[str, dict[str, Call]]]
 
 
@@ -97,16 +102,18 @@ def open_comparison(comparison: Comparison) -> Iterator[Opened]:
                 "variant works on padding."
             )
         eager: dict[str, EagerPipeline] = {}
-        if comparison.checkpoint is not None:
-            for name, channels_last in EAGER_ORDERS.items():
-                eager[name] = EagerPipeline(
-                    comparison.checkpoint,
-                    contract,
-                    comparison.level,
-                    comparison.threads,
-                    channels_last,
+        missing: dict[str, str] = {}
+        for mode in comparison.modes if comparison.checkpoint is not None else ():
+            assert comparison.checkpoint is not None
+            try:
+                eager[mode.name] = EagerPipeline(
+                    comparison.checkpoint, contract, comparison.level, comparison.threads, mode
                 )
-                whole[name] = _eager_call(eager[name], lq)
+            except ModeMissing as why:
+                missing[mode.name] = str(why)
+                continue
+            whole[mode.name] = _eager_call(eager[mode.name], lq)
+        first_images, first_call_ms = _first_calls(whole)
 
         def stages() -> dict[str, dict[str, Call]]:
             by_variant = {
@@ -132,7 +139,7 @@ def open_comparison(comparison: Comparison) -> Iterator[Opened]:
             "family": manifest.identity.family,
             "graph_sha256": {name: graph.sha256 for name, graph in manifest.graphs.items()},
         }
-        yield Opened(model, dict(whole), _compare(whole), stages)
+        yield Opened(model, dict(whole), _compare(first_images), first_call_ms, missing, stages)
 
 
 def _runtime_call(upscaler: Upscaler, lq: Image, level: str) -> Callable[[], Image]:
@@ -149,9 +156,20 @@ def _eager_call(pipeline: EagerPipeline, lq: Image) -> Callable[[], Image]:
     return lambda: pipeline(lq)
 
 
-def _compare(variants: dict[str, Callable[[], Image]]) -> tuple[Agreement, ...]:
+def _first_calls(
+    variants: dict[str, Callable[[], Image]],
+) -> tuple[dict[str, Image], dict[str, float]]:
+    """Each variant's first image, and the milliseconds until it was there."""
+    images, times_ms = {}, {}
+    for name, call in variants.items():
+        begin = time.perf_counter()
+        images[name] = call()
+        times_ms[name] = (time.perf_counter() - begin) * 1e3
+    return images, times_ms
+
+
+def _compare(images: dict[str, Image]) -> tuple[Agreement, ...]:
     """Every variant's image against the first one's."""
-    images = {name: call() for name, call in variants.items()}
     first, *others = images
     agreements = []
     for name in others:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 from benchmarks.errors import BenchmarkError
 
@@ -44,3 +47,19 @@ def time_in_turns(
             if progress is not None:
                 progress(1)
     return times
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times as fast one variant is as another, over rounds."""
+
+    median: float
+    p10: float
+    p90: float
+
+
+def times_as_fast(times_ms: Sequence[float], baseline_ms: Sequence[float]) -> Ratio:
+    """``baseline_ms`` over ``times_ms``, round by round: the load of one round is in both."""
+    rounds = np.asarray(baseline_ms, np.float64) / np.asarray(times_ms, np.float64)
+    p10, median, p90 = np.percentile(rounds, (10, 50, 90))
+    return Ratio(float(median), float(p10), float(p90))

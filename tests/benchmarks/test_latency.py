@@ -9,15 +9,19 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.eager import EAGER
 from benchmarks.errors import CommandFailed
 from benchmarks.latency import main
-from benchmarks.processes import measure_peak_memory, write_photo
+from benchmarks.processes import measure_contestant, measure_peak_memory, write_photo
 from rcod_runtime.backends import precisions
 from rcod_train.checkpoint import save_merged
+from rcod_train.precision import resolve_precision
 from tests.tiny import tiny_info, tiny_parts
 
 FAST = ("--size", "16", "--runs", "2", "--warmup", "1", "--start-runs", "1", "--threads", "1")
 PYTORCH = {"pytorch eager fp32", "pytorch eager fp32, NHWC"}
+BF16 = {f"pytorch autocast bf16{order}" for order in ("", ", NHWC")}
+UNCOMPILED = ("--pytorch", "nhwc", "autocast", "autocast-nhwc")  # compiling takes half a minute
 
 
 @pytest.fixture(autouse=True)
@@ -31,22 +35,27 @@ def test_backends_and_pytorch_are_timed_side_by_side(
     tiny_bundle: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = ("--bundle", str(tiny_bundle), "--checkpoint", str(tiny_checkpoint))
-    code = main([*model, *FAST, "--parts", "steady", "stages"])
+    code = main([*model, *FAST, *UNCOMPILED, "--parts", "steady", "stages"])
     printed = capsys.readouterr()
     assert code == 0, printed.err
     assert "no files, no loading, no compiling" in printed.out
     document = json.loads(printed.out.splitlines()[-1])
-    assert (document["benchmark"], document["schema_version"]) == ("latency", 1)
+    assert (document["benchmark"], document["schema_version"]) == ("latency", 2)
     assert document["card"]["packages"]["torch"]
     assert document["config"]["threads"] == 1
     assert set(document["stages"]) == {"vpim", "encoder", "denoiser", "decoder"}
     openvino = {f"openvino {precision}" for precision in precisions("openvino")}
-    variants = {*openvino, "onnxruntime fp32", *PYTORCH}
+    bf16 = BF16 if resolve_precision("auto") == "bf16" else set()
+    assert set(document["missing"]) == BF16 - bf16
+    variants = {*openvino, "onnxruntime fp32", *PYTORCH, *bf16}
+    assert set(document["steady"]["first_call_ms"]) == variants
     for part in (document["steady"], *document["stages"].values()):
         assert set(part["latency"]) == variants
         assert all(latency["runs"] == 2 for latency in part["latency"].values())
         ratios = part["times_as_fast_as_pytorch"]
         assert ratios["pytorch eager fp32"] == pytest.approx(1.0)
+        for name, (low, high) in part["times_as_fast_p10_p90"].items():
+            assert low <= ratios[name] <= high
     for agreement in document["steady"]["agreement"]:
         assert agreement["max_abs_u8"] <= (8 if "bf16" in agreement["b"] else 1)
     assert document["start"] is None
@@ -73,6 +82,35 @@ def test_new_processes_are_timed_and_import_nothing_heavy(
     assert start["heavy_modules"] == []
     assert start["first_command_ms"] == start["command"]["median_ms"]
     assert start["import_package"]["median_ms"] <= start["import_upscaler"]["median_ms"]
+    assert "openvino fp32" in start["contestants"]
+    for cost in start["contestants"].values():
+        assert all(cost[name] > 0 for name in ("import_ms", "load_ms", "first_ms", "peak_bytes"))
+
+
+def test_pytorch_begins_in_a_process_of_its_own_too(
+    tiny_bundle: Path, tiny_checkpoint: Path
+) -> None:
+    task = {"bundle": str(tiny_bundle), "checkpoint": str(tiny_checkpoint), "mode": EAGER,
+            "side_px": 16, "level": "neutral", "threads": 1}  # fmt: skip
+    cost = measure_contestant(task, runs=1)
+    assert cost["import_ms"] > 100, "importing torch was not in the time"
+    assert cost["peak_bytes"] > 100e6
+
+
+def test_without_a_compiler_torch_compile_is_missing_and_says_why(
+    tiny_bundle: Path,
+    tiny_checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    model = ("--bundle", str(tiny_bundle), "--checkpoint", str(tiny_checkpoint))
+    assert main([*model, *FAST, "--parts", "steady", "--pytorch", "compile"]) == 0
+    printed = capsys.readouterr().out
+    document = json.loads(printed.splitlines()[-1])
+    assert "no C++ compiler" in document["missing"]["pytorch compile fp32"]
+    assert "pytorch compile fp32" not in document["steady"]["latency"]
+    assert "missing: pytorch compile fp32: no C++ compiler" in printed
 
 
 def test_peak_memory_is_that_of_the_command_alone(tiny_bundle: Path, tmp_path: Path) -> None:
@@ -93,7 +131,7 @@ def test_another_model_is_not_compared(
 ) -> None:
     save_merged(tmp_path / "other", tiny_parts(seed=1), tiny_info())
     model = ("--bundle", str(tiny_bundle), "--checkpoint", str(tmp_path / "other"))
-    assert main([*model, *FAST, "--parts", "steady"]) == 11
+    assert main([*model, *FAST, "--parts", "steady", "--pytorch", "eager"]) == 11
     assert "checkpoint that the bundle was exported from" in capsys.readouterr().err
 
 

@@ -1,43 +1,54 @@
-"""The metric code against OSEDiff's published per-image log on RealSR."""
+"""The metric code against OSEDiff's published per-image log on RealSR, and the reader of that log.
+
+Where the published images are not at hand, the log's reader and the comparison are still tested.
+"""
 
 from __future__ import annotations
 
-import re
+import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
-from benchmarks.errors import MissingPackage
+from benchmarks.errors import DatasetError, MissingPackage
 from benchmarks.metrics import psnr_y, ssim_y
 from benchmarks.niqe import niqe
 from benchmarks.pairs import find_outputs, find_pairs, read_rgb
 from benchmarks.pristine import load_pristine
+from benchmarks.proof import (
+    MEAN_LIMITS,
+    OUTPUTS,
+    PER_IMAGE_LIMITS,
+    compare,
+    find_log,
+    main,
+    read_log,
+)
+from tests.benchmarks.conftest import NAMES
 
-CHOSEN = ("Canon_001_LR4", "Canon_023_LR4", "Canon_050_LR4", "Nikon_007_LR4", "Nikon_042_LR4")
-# How far the published figures may be: PSNR and SSIM are printed with six decimals.
-PSNR_LIMIT_DB, SSIM_LIMIT, NIQE_MEAN_LIMIT = 0.001, 1e-5, 0.02
-
-
-def published(folder: Path) -> dict[str, dict[str, float]]:
-    """Name -> metric -> value, from the log beside OSEDiff's outputs."""
-    (log,) = (folder / "osediff" / "metrics").glob("*.log")
-    scores = {}
-    for line in log.read_text(encoding="utf-8").splitlines():
-        if found := re.search(r"/(\w+)\.png \| (.*) \| Runtime", line):
-            pairs = re.findall(r"(\w+): ([\d.]+)", found[2])
-            scores[found[1]] = {metric: float(value) for metric, value in pairs}
-    return scores
+# As published: what the log says of five images. Stored here, so that a log that was changed, or
+# scores that were made anew from our own code, are noticed.
+PUBLISHED = {
+    "Canon_001_LR4": (25.793726, 0.851268, 5.673670),
+    "Canon_002_LR4": (24.045864, 0.735231, 5.823664),
+    "Canon_003_LR4": (23.226414, 0.855968, 7.759458),
+    "Canon_023_LR4": (26.045341, 0.711058, 4.333645),
+    "Nikon_042_LR4": (26.708328, 0.847515, 8.009505),
+}
+LINE = (
+    "24-10-23 17:29:03 - INFO: results/{name}.png | PSNR: {psnr}; SSIM: 1.0 | Runtime: 1.06 sec\n"
+)
 
 
 def test_metrics_reproduce_published_scores(realsr: Path) -> None:
-    pairs = [pair for pair in find_pairs(realsr) if pair.name in CHOSEN]
-    assert len(pairs) == len(CHOSEN)
-    outputs, scores = find_outputs(realsr / "osediff", pairs), published(realsr)
+    pairs = [pair for pair in find_pairs(realsr) if pair.name in PUBLISHED]
+    assert len(pairs) == len(PUBLISHED)
+    outputs = find_outputs(realsr / OUTPUTS, pairs)
     for pair in pairs:
         sr, hq = read_rgb(outputs[pair.name]), read_rgb(pair.hq)
-        assert psnr_y(sr, hq) == pytest.approx(scores[pair.name]["PSNR"], abs=PSNR_LIMIT_DB)
-        assert ssim_y(sr, hq) == pytest.approx(scores[pair.name]["SSIM"], abs=SSIM_LIMIT)
+        psnr, ssim, _ = PUBLISHED[pair.name]
+        assert psnr_y(sr, hq) == pytest.approx(psnr, abs=PER_IMAGE_LIMITS["psnr_y"])
+        assert ssim_y(sr, hq) == pytest.approx(ssim, abs=PER_IMAGE_LIMITS["ssim_y"])
 
 
 def test_niqe_reproduces_published_scores(realsr: Path) -> None:
@@ -45,9 +56,81 @@ def test_niqe_reproduces_published_scores(realsr: Path) -> None:
         pristine = load_pristine()
     except MissingPackage as error:
         pytest.skip(str(error).splitlines()[0])
-    scores = published(realsr)
-    images = [read_rgb(realsr / "osediff" / f"{name}.png") for name in CHOSEN]
-    found = np.array([niqe(image, pristine) for image in images])
-    expected = np.array([scores[name]["NIQE"] for name in CHOSEN])
-    off = found.mean() / expected.mean() - 1
-    assert abs(off) < NIQE_MEAN_LIMIT, f"{off:+.3%}: {found} against {expected}"
+    found = [niqe(read_rgb(realsr / OUTPUTS / f"{name}.png"), pristine) for name in PUBLISHED]
+    expected = [value for _, _, value in PUBLISHED.values()]
+    off = sum(found) / sum(expected) - 1
+    assert abs(off) < MEAN_LIMITS["niqe"], f"{off:+.3%}: {found} against {expected}"
+
+
+def test_log_holds_the_stored_figures(realsr: Path) -> None:
+    log = read_log(find_log(realsr / OUTPUTS / "metrics"))
+    assert len(log) == 100
+    for name, (psnr, ssim, niqe_value) in PUBLISHED.items():
+        assert (log[name]["PSNR"], log[name]["SSIM"]) == (psnr, ssim)
+        assert log[name]["NIQE"] == niqe_value
+
+
+@pytest.fixture
+def published(dataset: Path) -> Path:
+    """The drawn dataset; every published image is the first one's HR, so not perfect."""
+    folder = dataset / OUTPUTS
+    (folder / "metrics").mkdir(parents=True)
+    for name in NAMES:
+        (folder / f"{name}.png").write_bytes((dataset / "HR" / f"{NAMES[0]}.png").read_bytes())
+    return dataset
+
+
+def write_log(dataset: Path, psnr: dict[str, float]) -> None:
+    text = "".join(LINE.format(name=name, psnr=f"{value:.6f}") for name, value in psnr.items())
+    (dataset / OUTPUTS / "metrics" / "m.log").write_text(text)
+
+
+def test_command_agrees_with_a_true_log_and_not_with_a_false_one(
+    published: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (published / "LR" / f"{NAMES[0]}.png").unlink()  # equal images have no finite PSNR
+    (published / "HR" / f"{NAMES[0]}.png").unlink()
+    true = {
+        name: psnr_y(
+            read_rgb(published / OUTPUTS / f"{name}.png"),
+            read_rgb(published / "HR" / f"{name}.png"),
+        )
+        for name in NAMES[1:]
+    }
+    arguments = ["--dataset", str(published), "--metrics", "psnr_y"]
+    write_log(published, true)
+    assert main(arguments) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (document["benchmark"], document["passed"]) == ("proof", True)
+    assert document["metrics"][0]["largest_difference"] < 1e-6
+
+    write_log(published, {**true, NAMES[2]: true[NAMES[2]] + 0.002})
+    assert main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert "BEYOND" in printed
+    document = json.loads(printed.splitlines()[-1])
+    assert not document["passed"]
+    assert document["metrics"][0]["worst_image"] == NAMES[2]
+
+    write_log(published, {NAMES[1]: true[NAMES[1]]})
+    assert main(arguments) == 11
+    assert f"{NAMES[2]}: expected its PSNR" in capsys.readouterr().err
+
+
+def test_a_value_that_is_no_number_never_agrees() -> None:
+    proof = compare("psnr_y", {"a": 20.0, "b": float("nan")}, {"a": 20.0, "b": 21.0})
+    assert proof.worst_image == "b"
+    assert not proof.passed
+
+
+def test_mean_is_held_for_niqe() -> None:
+    assert compare("niqe", {"a": 5.0, "b": 5.15}, {"a": 5.1, "b": 5.1}).passed
+    assert not compare("niqe", {"a": 5.3, "b": 5.3}, {"a": 5.1, "b": 5.1}).passed
+
+
+def test_logs_that_cannot_be_used_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match="expected one published .log file, found 0"):
+        find_log(tmp_path)
+    (tmp_path / "a.log").write_text("nothing\n")
+    with pytest.raises(DatasetError, match="found none"):
+        read_log(find_log(tmp_path))

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.timing import time_in_turns
+from benchmarks.timing import time_in_turns, times_as_fast
 
 
 def test_every_round_calls_every_variant_once_in_changing_order() -> None:
@@ -33,3 +33,10 @@ def test_warm_up_is_left_out_and_time_is_in_milliseconds() -> None:
 def test_no_runs_is_an_error() -> None:
     with pytest.raises(BenchmarkError, match="runs >= 1"):
         time_in_turns({"a": lambda: None}, runs=0, warmup=0)
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    ratio = times_as_fast([1.0, 10.0, 2.0], [3.0, 20.0, 4.0])  # 3, 2, 2
+    assert ratio.median == 2.0
+    assert 2.0 <= ratio.p10 <= ratio.median <= ratio.p90 <= 3.0
+    assert times_as_fast([1.0, 50.0], [2.0, 100.0]).median == 2.0, "a slow round slows both sides"
