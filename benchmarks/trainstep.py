@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 import sys
 import tempfile
 import time
@@ -116,7 +117,7 @@ def random_parts(dtype: torch.dtype) -> Parts:
 
 def measure(
     parts: Parts, precision: str, crop_px: int, steps: int, perceptual: Any, **settings: Any
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Train ``steps`` steps of one crop by the shipping loop; the figures of the last ones."""
     config = dataclasses.replace(
         RCOD_O, steps=steps, accumulate=1, crop_px=crop_px, context_px=crop_px,
@@ -131,13 +132,14 @@ def measure(
     with tempfile.TemporaryDirectory() as folder:
         run_stage(stage, lambda first: [one] * steps, Path(folder), 0, False, autocast)
         log = (Path(folder) / "losses.jsonl").read_text(encoding="utf-8").splitlines()
-    seconds = [json.loads(row)["step_s"] for row in log][1:]
-    step_s = sorted(seconds)[len(seconds) // 2]
+    seconds = [json.loads(row)["step_s"] for row in log]
+    step_s = statistics.median(seconds[1:])
     switching_s = sum(times) / steps
     return {
         "loaded_bytes": loaded,
         "peak_bytes": memory("VmHWM"),
         "step_s": step_s,
+        "all_steps_s": seconds,
         "switches_per_step": len(times) / steps,
         "switching_s": switching_s,
         "switching_share": switching_s / step_s,

@@ -1,4 +1,7 @@
-"""``rcod-train rcod-o`` at a tiny Stable Diffusion geometry, from photos to a bundle."""
+"""``rcod-train rcod-o`` at a tiny Stable Diffusion geometry, from photos to a checkpoint.
+
+Its export is in tests/export/test_sd_bundle.py.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,6 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rcod_export.bundle import ExportConfig, build_bundle
-from rcod_runtime import Upscaler
 from rcod_train.checkpoint import load_merged
 from rcod_train.main import main
 from rcod_train.schedule import alpha_sigma
@@ -106,18 +107,6 @@ def test_the_checkpoint_says_how_it_came_about_and_names_no_path(
     assert info.training["rcod"]["accumulate"] == 2 and info.training["photos"] == 3
     text = (run / "checkpoint" / "rcod.json").read_text()
     assert not [path for path in (run, base, photos) if str(path) in text]
-
-
-def test_the_bundle_passes_parity_and_upscales(run: Path, tmp_path: Path) -> None:
-    config = ExportConfig(tile_px=128, overlap_px=32)
-    manifest = build_bundle(run / "checkpoint", tmp_path / "b", config)
-    assert {row.graph for row in manifest.evidence.parity} == {
-        "encoder", "vpim", "denoiser", "decoder",
-    }  # fmt: skip
-    assert all(row.max_abs <= row.limit_max_abs for row in manifest.evidence.parity)
-    lq = np.random.default_rng(0).integers(0, 256, (20, 31, 3)).astype(np.uint8)
-    with Upscaler(tmp_path / "b") as upscaler:
-        assert upscaler(lq, "adaptive").shape == (80, 124, 3)
 
 
 def test_peft_reads_the_adapters_and_they_are_what_was_merged(run: Path, base: Path) -> None:

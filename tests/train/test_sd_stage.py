@@ -11,14 +11,16 @@ import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import Tensor
 
+import rcod_train.stages.rcod
 from rcod_train.bases import load_base
 from rcod_train.config import RCOD_O, RcodStageConfig
 from rcod_train.data import Batch
 from rcod_train.grouping import Grouping
-from rcod_train.network import freeze
+from rcod_train.models.sd import ClipVpim, SdVae
+from rcod_train.network import Parts, freeze
 from rcod_train.precision import DTYPES, Autocast
 from rcod_train.stages.rcod import RcodStage
-from tests.tiny_sd import save_base
+from tests.tiny_sd import save_base, tiny_clip, tiny_unet, tiny_vae
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CONFIG = dataclasses.replace(RCOD_O, rank_unet=2, rank_vae=2, rank_regulariser=2)
@@ -198,3 +200,28 @@ def test_fixed_constants_of_eq_3_do_not_depend_on_t(base: Path) -> None:
     rcod = stage(base, dataclasses.replace(CONFIG, constants="official"))
     alpha, sigma = rcod.alpha_sigma(torch.tensor([249, 749]))
     assert alpha == pytest.approx(0.7537**0.5) and sigma == pytest.approx(0.2463**0.5)
+
+
+@pytest.mark.parametrize("choice", ["paper", "official"])
+def test_nothing_is_computed_on_another_device_than_the_networks(
+    choice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the meta device, which has shapes and no values: an operation on two devices fails there
+    as on a GPU. It says nothing of results, speed or memory."""
+    monkeypatch.setattr(rcod_train.stages.rcod, "fingerprint", lambda parts: "")
+    meta = torch.device("meta")
+    vpim = ClipVpim(tiny_clip().config.to_dict(), 24)
+    parts = Parts(SdVae.from_config(tiny_vae().config), tiny_unet(), vpim)
+    freeze(parts, meta)
+    config = dataclasses.replace(
+        CONFIG, grouping=choice, das=choice, constants=choice, any_level=0.3, l1_weight=1.0,
+        gradient_weight=1.0, latent_weight=1.0, adversarial_weight=1.0,
+    )  # fmt: skip
+    rcod = RcodStage(parts, config, Grouping(0.2, 0.9), Autocast("fp32"))
+    # PEFT leaves adapters alone where one of the layer is on this device already.
+    for module in (parts.unet, parts.vae, rcod.unet.conv_in_generator, rcod.discriminator):
+        module.to(meta)
+    for update in rcod.updates(batch().to(meta), torch.Generator()):
+        assert update.loss.device == meta
+        assert all(v.device == meta for v in update.figures.values())
+        update.loss.backward()
