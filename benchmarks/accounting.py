@@ -32,11 +32,11 @@ from benchmarks.errors import MissingPackage
 from benchmarks.rates import COPY_BYTES, MACS, copy_call, matmul_calls
 from benchmarks.timing import time_in_turns
 from rcod_runtime import UsageError
-from rcod_runtime.backends import precisions
+from rcod_runtime.backends import BackendName, precisions
 
 SCHEMA_VERSION = 1
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul", "ScaledDotProductAttention")
-BACKEND = "openvino"
+BACKEND: BackendName = "openvino"
 FULL_SIZE_TILE_PX = 512
 
 
@@ -190,7 +190,7 @@ def graph_calls(
 
     manifest = open_bundle(bundle_path).manifest
     side = tile_px // manifest.image.scale
-    calls = {}
+    calls: dict[str, Callable[[], object]] = {}
     for precision in precisions(BACKEND):
         stages = graph_stages(
             bundle_path, BACKEND, precision, threads, draw_picture(side, side),

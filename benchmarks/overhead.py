@@ -31,6 +31,7 @@ from benchmarks.picture import draw_picture
 from benchmarks.processes import UPSCALE, write_photo
 from rcod_runtime import Upscaler, UsageError
 from rcod_runtime.backends import Array, Session, Shapes
+from rcod_runtime.chain import HostChain
 from rcod_runtime.image_io import read_image, write_image
 
 SCHEMA_VERSION = 1
@@ -113,8 +114,10 @@ def measure_large(config: OverheadConfig, folder: Path) -> dict[str, Any]:
     spent: Counter[str] = Counter()
     rows: list[dict[str, float]] = []
     with Upscaler(config.bundle, "cpu", config.backend) as upscaler:
-        upscaler._sessions = {
-            name: _Timed(session, spent) for name, session in upscaler._sessions.items()
+        chain = upscaler._chain
+        assert isinstance(chain, HostChain), "the CPU's backends are host chains"
+        chain._sessions = {
+            name: _Timed(session, spent) for name, session in chain._sessions.items()
         }
         for _ in range(1 + config.runs):
             spent.clear()
