@@ -133,9 +133,9 @@ def count_work(bundle_path: Path | None) -> tuple[str, int, dict[str, Work]]:
 
 def product_bytes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Bytes of fp32 activations (not weights) that the products of a graph read and write."""
-    import openvino
+    from rcod_runtime.backends.openvino_backend import shared_core
 
-    model = openvino.Core().read_model(path)
+    model = shared_core().read_model(path)
     model.reshape({name: list(shape) for name, shape in shapes.items()})
     numbers = 0
     for op in model.get_ordered_ops():

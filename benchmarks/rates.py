@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.report import cpus_available
+
 SIDE = 2048  # of square matrices: large enough that products, not copies, take the time
 MACS = SIDE**3
 COPY_BYTES = 256 * 2**20  # beyond every cache; read once and written once
@@ -18,14 +20,15 @@ Call = Callable[[], object]
 def matmul_calls(threads: int, precisions: tuple[str, ...]) -> dict[str, dict[str, Call]]:
     """Precision -> library -> one product of two SIDE x SIDE matrices (MACS of work).
 
-    numpy uses its own number of threads: that of the CPUs, unless the environment says else.
+    numpy chooses its own threads, so it takes part only where all CPUs do.
     """
     a = np.random.default_rng(0).standard_normal((SIDE, SIDE)).astype(np.float32)
     out = np.empty_like(a)
     calls: dict[str, dict[str, Call]] = {}
     for precision in precisions:
         calls[precision] = {"openvino": _openvino(a, precision, threads)}
-    calls.setdefault("fp32", {})["numpy"] = lambda: np.matmul(a, a, out=out)
+    if "fp32" in calls and threads == cpus_available():
+        calls["fp32"]["numpy"] = lambda: np.matmul(a, a, out=out)
     try:
         import torch
     except ImportError:
@@ -60,6 +63,8 @@ def _openvino(a: Any, precision: str, threads: int) -> Call:
     import openvino
     from openvino import opset13 as ops
 
+    from rcod_runtime.backends.openvino_backend import shared_core
+
     left = ops.parameter(list(a.shape), np.float32)
     model = openvino.Model([ops.matmul(left, ops.constant(a), False, False)], [left], "matmul")
     options = {
@@ -67,6 +72,6 @@ def _openvino(a: Any, precision: str, threads: int) -> Call:
         "INFERENCE_NUM_THREADS": threads,
         "ENABLE_CPU_PINNING": False,
     }
-    request = openvino.Core().compile_model(model, "CPU", options).create_infer_request()
+    request = shared_core().compile_model(model, "CPU", options).create_infer_request()
     request.set_input_tensor(openvino.Tensor(a))
     return request.infer

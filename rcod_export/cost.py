@@ -58,12 +58,12 @@ def measure_cost(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Cost:
     Raises:
         ExportError: the graph can't be read, or does not take these shapes.
     """
-    import openvino
+    from rcod_runtime.backends.openvino_backend import shared_core
 
     model = onnx.load(path)
     weights = model.graph.initializer
     try:
-        shaped = openvino.Core().read_model(path)
+        shaped = shared_core().read_model(path)
         shaped.reshape({name: list(shape) for name, shape in shapes.items()})
         ends = [*shaped.inputs, *shaped.outputs]
         macs = sum(_macs(op) for op in shaped.get_ordered_ops())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -33,3 +34,14 @@ def test_packages_import_only_in_the_allowed_direction(package: str) -> None:
     for path in files:
         wrong = imported(path) & FORBIDDEN[package]
         assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def test_one_place_makes_openvinos_core() -> None:
+    """A second one in a process ends it at the next signal: see shared_core."""
+    makers = {
+        str(path.relative_to(ROOT))
+        for package in ("rcod_runtime", "rcod_export", "rcod_train", "benchmarks")
+        for path in (ROOT / package).rglob("*.py")
+        if re.search(r"\b(ov|openvino)\.Core\(", path.read_text(encoding="utf-8"))
+    }
+    assert makers == {"rcod_runtime/backends/openvino_backend.py"}

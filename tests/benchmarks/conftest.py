@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from benchmarks.picture import draw_picture
@@ -21,6 +23,14 @@ def write_pair(folder: Path, name: str, hq: np.ndarray) -> None:
     for part, image in (("LR", lq), ("HR", Image.fromarray(hq))):
         (folder / part).mkdir(parents=True, exist_ok=True)
         image.save(folder / part / f"{name}.png")
+
+
+@pytest.fixture(autouse=True)
+def _same_threads_afterwards() -> Iterator[None]:
+    """Benchmarks choose torch's threads for their process, and rounding goes with them."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

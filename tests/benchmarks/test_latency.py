@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.eager import EAGER
 from benchmarks.errors import CommandFailed
@@ -22,13 +20,6 @@ FAST = ("--size", "16", "--runs", "2", "--warmup", "1", "--start-runs", "1", "--
 PYTORCH = {"pytorch eager fp32", "pytorch eager fp32, NHWC"}
 BF16 = {f"pytorch autocast bf16{order}" for order in ("", ", NHWC")}
 UNCOMPILED = ("--pytorch", "nhwc", "autocast", "autocast-nhwc")  # compiling takes half a minute
-
-
-@pytest.fixture(autouse=True)
-def _same_threads_afterwards() -> Any:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_backends_and_pytorch_are_timed_side_by_side(

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino
 import pytest
 
 from benchmarks import peer_models, peers
@@ -18,7 +17,7 @@ from benchmarks.processes import measure_contestant
 
 CHANNELS = 48  # 3 x 4 x 4: one convolution, and its pixels shuffled to four times the size
 PARAM = f"""7767517
-9 9
+8 9
 Input data 0 1 data
 MemoryData mean 0 1 mean 0=1 1=1 2=3
 BinaryOp sub 2 1 data mean centred 0=1
@@ -66,7 +65,7 @@ def plain(image: np.ndarray) -> np.ndarray:
 def test_network_read_from_its_files_equals_plain_loops(tmp_path: Path) -> None:
     model = read_network(write_network(tmp_path / "net.param"))
     image = np.random.default_rng(1).random((1, 3, 6, 5), np.float32)
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = shared_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     difference = np.abs(compiled(image)[0] - plain(image)).max()
     assert difference < 1e-5, f"off by {difference}"
 
@@ -119,6 +118,14 @@ def test_a_peer_makes_an_image_of_four_times_the_size() -> None:
     difference = sr - np.clip(expected * 255, 0, 255)
     assert sr.shape == (48, 36, 3) and np.abs(difference).max() < 0.51
     assert weight_bytes(PEER) == len(PARAM) + 12 + 4 + 2 * CHANNELS * 27 + 4 * CHANNELS
+
+
+@pytest.mark.usefixtures("installed")
+def test_ncnn_makes_the_same_image() -> None:
+    pytest.importorskip("ncnn", reason='pip install "rcod[peers]"')
+    lq = np.random.default_rng(3).integers(0, 255, (16, 16, 3), np.uint8)
+    ours, theirs = (open_peer(PEER, engine, 1)(lq) for engine in ("openvino fp32", "ncnn fp32"))
+    assert np.abs(ours.astype(int) - theirs).max() <= 1
 
 
 @pytest.mark.usefixtures("installed")

@@ -172,7 +172,7 @@ def test_two_rows_of_one_name_are_an_error(
     assert "'perfect'" in said
 
 
-@pytest.mark.parametrize("module", ["quality", "latency"])
+@pytest.mark.parametrize("module", ["quality", "latency", "proof", "peers", "accounting"])
 def test_help_needs_no_torch(module: str) -> None:
     code = (
         "import sys, runpy\n"
@@ -184,4 +184,4 @@ def test_help_needs_no_torch(module: str) -> None:
         [sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "--bundle" in done.stdout
+    assert "--json FILE" in done.stdout
