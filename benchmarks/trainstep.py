@@ -127,7 +127,8 @@ def measure(
     stage = RcodStage(parts, config, Grouping(0.2, 0.9), autocast, perceptual)
     loaded = memory("VmRSS")
     times: list[float] = []
-    stage.unet._switch = timed(stage.unet._switch, times)  # type: ignore[method-assign]
+    for switched in (stage.unet, stage.vae):
+        switched._switch = timed(switched._switch, times)  # type: ignore[method-assign]
     one = batch(crop_px, parts.vpim.tokens_px)
     with tempfile.TemporaryDirectory() as folder:
         run_stage(stage, lambda first: [one] * steps, Path(folder), 0, False, autocast)

@@ -65,7 +65,7 @@ class SwitchedUnet:
 
     def _switch(self, role: Role) -> None:
         # What PEFT's enable_adapters and set_adapter come down to. They walk all modules and turn
-        # requires_grad on and off, 35 to 75 ms at full size: more than 3 % of a step on a GPU.
+        # requires_grad on and off: 8 and 19 ms at full size, this 0.3 and 0.6, six times a step.
         for layer in self.layers:
             layer._disable_adapters = role == "base"
             if role != "base":
@@ -118,15 +118,20 @@ class SwitchedVae:
         if train_decoder:
             vae.decoder.float().requires_grad_(True)
         self.vae = vae
+        self.layers = [module for module in vae.modules() if isinstance(module, LoraLayer)]
+
+    def _switch(self, adapted: bool) -> None:
+        for layer in self.layers:
+            layer._disable_adapters = not adapted
 
     @contextmanager
     def base(self) -> Iterator[NanoVae | SdVae]:
         """The encoder without its LoRA."""
-        self.vae.disable_adapters()
+        self._switch(False)
         try:
             yield self.vae
         finally:
-            self.vae.enable_adapters()
+            self._switch(True)
 
     def encoder_parameters(self) -> dict[str, Parameter]:
         return {n: p for n, p in self.vae.named_parameters() if "lora_" in n}

@@ -14,6 +14,7 @@ from benchmarks.errors import BenchmarkError, MissingPackage
 from benchmarks.ncnn_file import HALF_FLAG, read_layers, read_network
 from benchmarks.peer_models import PEERS, Peer, find_param, open_peer, weight_bytes
 from benchmarks.processes import measure_contestant
+from rcod_runtime.backends.openvino_backend import shared_core
 
 CHANNELS = 48  # 3 x 4 x 4: one convolution, and its pixels shuffled to four times the size
 PARAM = f"""7767517
