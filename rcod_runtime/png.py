@@ -3,7 +3,8 @@
 Pillow's encoder runs on one, and at its settings takes longer than everything else around the
 graphs. Here strips of rows are filtered and deflated at once. One filter (Paeth's, the best one for
 photos) and Huffman codes alone make files of photos that are smaller than those of zlib's full
-search; strips that are mostly flat, as in drawings, get that search. The bytes don't depend on the number of processors.
+search; strips that are mostly flat, as in drawings, get that search. The bytes don't depend on the
+number of processors.
 """
 
 from __future__ import annotations
