@@ -2,8 +2,9 @@
 
 Pillow's encoder runs on one, and at its settings takes longer than everything else around the
 graphs. Here strips of rows are filtered and deflated at once. One filter (Paeth's, the best one for
-photos) and runs and Huffman codes alone (zlib's Z_RLE) make files of photos that are smaller than
-those of zlib's full search. The bytes don't depend on the number of processors.
+photos) and Huffman codes alone make files of photos that are smaller than those of zlib's full
+search; strips that are mostly flat, as in drawings, get that search. The bytes don't depend on the
+number of processors.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Bytes = npt.NDArray[np.uint8]
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # by channels: grey, grey and alpha, RGB, RGBA
 PAETH = 4
-STRIP_BYTES = 2**17
+STRIP_BYTES = 2**16
 ADLER_BASE = 65521
 
 
@@ -43,8 +44,11 @@ def encode_png(pixels: Pixels, icc: bytes | None = None) -> bytes:
         first = max(0, top - 1)  # the row above takes part in the filter
         rows = _row_bytes(pixels[first : top + step])
         above = rows[0] if top else np.zeros_like(rows[0])
-        filtered = _paeth(rows[top - first :], above, channels * depth // 8).tobytes()
-        deflate = zlib.compressobj(1, zlib.DEFLATED, -15, 9, zlib.Z_RLE)
+        differences = _paeth(rows[top - first :], above, channels * depth // 8)
+        is_flat = 4 * np.count_nonzero(differences) < differences.size
+        level, strategy = (4, zlib.Z_FILTERED) if is_flat else (1, zlib.Z_HUFFMAN_ONLY)
+        filtered = differences.tobytes()
+        deflate = zlib.compressobj(level, zlib.DEFLATED, -15, 9, strategy)
         last = top + step >= height
         data = deflate.compress(filtered)
         data += deflate.flush(zlib.Z_FINISH if last else zlib.Z_SYNC_FLUSH)
