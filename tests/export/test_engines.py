@@ -180,8 +180,13 @@ def test_a_cancelled_build_leaves_no_process_and_no_half_file(
         return processes[-1]
 
     monkeypatch.setattr(rcod_export.engines.subprocess, "Popen", popen)
-    with pytest.raises(KeyboardInterrupt):
-        build_engines(bundle, config)
+    # A shell's background job has Ctrl-C ignored, and so would this test.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            build_engines(bundle, config)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert processes[0].poll() is not None
     assert partials(bundle) == [] and read_manifest(bundle / "manifest.json").engines == ()
 
