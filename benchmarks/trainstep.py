@@ -34,6 +34,7 @@ from benchmarks.picture import draw_picture
 from benchmarks.report import document, format_card, format_table, machine_card
 from rcod_train.config import RCOD_O
 from rcod_train.data import Batch
+from rcod_train.errors import Interrupted, RcodTrainError
 from rcod_train.grouping import Grouping
 from rcod_train.loop import run_stage
 from rcod_train.models.sd import ClipVpim
@@ -80,15 +81,20 @@ def run(arguments: argparse.Namespace) -> str:
     print(format_card(card))
     parts = random_parts(DTYPES[arguments.precision])
     loss = None if arguments.without_lpips else Vgg()
-    figures = measure(
-        parts,
-        arguments.precision,
-        arguments.crop,
-        arguments.steps,
-        perceptual=loss,
-        guidance=arguments.guidance,
-        gradient_checkpointing=not arguments.keep_activations,
-    )
+    try:
+        figures = measure(
+            parts,
+            arguments.precision,
+            arguments.crop,
+            arguments.steps,
+            perceptual=loss,
+            guidance=arguments.guidance,
+            gradient_checkpointing=not arguments.keep_activations,
+        )
+    except Interrupted as exc:
+        raise KeyboardInterrupt from exc
+    except RcodTrainError as exc:
+        raise BenchmarkError(f"the step could not be done: {exc}") from exc
     rows = [
         ("weights loaded, GB", f"{figures['loaded_bytes'] / 1e9:.2f}", ""),
         ("peak resident, GB", f"{figures['peak_bytes'] / 1e9:.2f}", f"{LIMIT_PEAK_GB:.0f}"),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks.errors import BenchmarkError
 from benchmarks.trainstep import Vgg, main, measure
+from rcod_train.errors import Interrupted, TrainError
 from rcod_train.models.sd import ClipVpim, SdVae
 from rcod_train.network import Parts, freeze
 from tests.tiny_sd import tiny_clip, tiny_unet, tiny_vae
@@ -37,3 +39,26 @@ def test_a_crop_that_the_networks_cannot_take_is_refused(
 ) -> None:
     assert main(["--crop", "100"]) != 0
     assert "expected a crop of 64, 128, ... px" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (TrainError("the loss is NaN"), BenchmarkError.exit_code, "the loss is NaN"),
+        (Interrupted("stopped"), 130, "stopped; no result"),
+    ],
+)
+def test_a_run_that_fails_or_is_stopped_says_so_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    code: int,
+    message: str,
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("benchmarks.trainstep.random_parts", lambda dtype: None)
+    monkeypatch.setattr("benchmarks.trainstep.measure", fails)
+    assert main(["--without-lpips"]) == code
+    assert message in capsys.readouterr().err
