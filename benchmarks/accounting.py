@@ -33,6 +33,7 @@ from benchmarks.rates import COPY_BYTES, MACS, copy_call, matmul_calls
 from benchmarks.timing import time_in_turns
 from rcod_runtime import UsageError
 from rcod_runtime.backends import BackendName, precisions
+from rcod_runtime.parallel import cpus_available
 
 SCHEMA_VERSION = 1
 PRODUCTS = ("Convolution", "GroupConvolution", "MatMul", "ScaledDotProductAttention")
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> str:
     if arguments.runs < 1:
         raise UsageError(f"--runs {arguments.runs}: expected at least 1.")
     card = report.machine_card()
-    threads = arguments.threads or report.cpus_available()
+    threads = arguments.threads or cpus_available()
     if arguments.full_size:
         name, tile_px, work = count_full_size_work()
     else:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rcod_runtime.errors import OutputError, RcodError
+from rcod_runtime.files import write_whole
 
 EXIT_FELL_SHORT = 1
 EXIT_INTERRUPTED = 130
@@ -56,19 +57,3 @@ def check_can_write(path: Path) -> None:
     folder = path.absolute().parent
     if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         raise OutputError(f"{path}: expected a file name in a folder that can be written.")
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OutputError: it can't be written.
-    """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    except OSError as exc:
-        raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
-    finally:
-        partial.unlink(missing_ok=True)

@@ -46,6 +46,7 @@ from benchmarks.steady import Comparison, open_comparison
 from benchmarks.timing import Progress, time_in_turns, times_as_fast
 from rcod_runtime import UsageError
 from rcod_runtime.backends import BACKENDS, BackendName, installed, precisions
+from rcod_runtime.parallel import cpus_available
 
 SCHEMA_VERSION = 2  # 2: ratios are medians of each round's ratio; first calls, contestants, gate
 COLD_SIDE_PX = 128
@@ -157,7 +158,7 @@ def _config(arguments: argparse.Namespace) -> LatencyConfig:
             side_px=arguments.size,
             level=arguments.level,
             variants=_variants(arguments.backends, arguments.precision),
-            threads=arguments.threads or report.cpus_available(),
+            threads=arguments.threads or cpus_available(),
             modes=_modes(arguments.pytorch, arguments.quick),
         ),
         runs=runs if arguments.runs is None else arguments.runs,

@@ -34,6 +34,7 @@ from benchmarks.scores import Image, Method, bicubic, build_metrics, mean_of, sc
 from benchmarks.timing import time_in_turns, times_as_fast
 from rcod_runtime import Upscaler, UsageError
 from rcod_runtime.backends import precisions
+from rcod_runtime.parallel import cpus_available
 
 SCHEMA_VERSION = 1
 METRICS = ("psnr_y", "ssim_y", "niqe")
@@ -79,7 +80,7 @@ def run(arguments: argparse.Namespace) -> str:
     card = report.machine_card()
     pairs = select(find_pairs(arguments.dataset), arguments.names_ending, arguments.limit)
     metrics = build_metrics(METRICS, lambda: load_pristine(arguments.niqe_params))
-    threads = arguments.threads or report.cpus_available()
+    threads = arguments.threads or cpus_available()
     with ExitStack() as stack:
         contestants, missing = open_contestants(arguments.engines, threads, stack)
         memory = {c.name: measure_contestant(c.task, runs=1) for c in contestants}

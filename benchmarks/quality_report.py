@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import iqa, paper, report
-from benchmarks.command import write_whole
 from benchmarks.gather import Gathered
 from benchmarks.page import REALISM, render_page
 from benchmarks.plot import Point
 from benchmarks.scores import Method, Metric, mean_of
 from benchmarks.tables import render_markdown
+from rcod_runtime.files import write_whole
 
 
 def metrics_document(metrics: Sequence[Metric], learned: Sequence[iqa.Loaded]) -> dict[str, Any]:

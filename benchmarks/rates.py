@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.report import cpus_available
+from rcod_runtime.parallel import cpus_available
 
 SIDE = 2048  # of square matrices: large enough that products, not copies, take the time
 MACS = SIDE**3

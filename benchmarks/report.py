@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from rcod_runtime.parallel import cpus_available
+
 PACKAGES = (
     "rcod", "numpy", "pillow", "openvino", "onnxruntime", "torch", "diffusers", "scipy",
 )  # fmt: skip
@@ -87,13 +89,6 @@ def summarise(times_ms: Sequence[float]) -> Latency:
         min_ms=float(min(times_ms)),
         max_ms=float(max(times_ms)),
     )
-
-
-def cpus_available() -> int:
-    """CPUs this process may use, which can be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def format_card(card: MachineCard) -> str:

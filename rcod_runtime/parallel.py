@@ -24,11 +24,12 @@ def in_parallel(work: Callable[[Part], Result], parts: Iterable[Part]) -> list[R
 
     For work that leaves Python's lock most of the time: numpy, Pillow, zlib.
     """
-    with ThreadPoolExecutor(min(MAX_THREADS, _cpus_available())) as pool:
+    with ThreadPoolExecutor(min(MAX_THREADS, cpus_available())) as pool:
         return list(pool.map(work, parts))
 
 
-def _cpus_available() -> int:
+def cpus_available() -> int:
+    """CPUs this process may use, which can be fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

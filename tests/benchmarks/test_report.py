@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.command import run_command, write_whole
+from benchmarks.command import run_command
 from benchmarks.errors import DatasetError
 from benchmarks.report import (
     MachineCard,
@@ -22,6 +22,7 @@ from benchmarks.report import (
     summarise,
 )
 from rcod_runtime import OutputError
+from rcod_runtime.files import write_whole
 
 
 @pytest.fixture(scope="module")

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from rcod_runtime.backends.trt.cuda import Cuda
 from rcod_runtime.backends.trt.engine import LoadedEngine
 from rcod_runtime.backends.trt.libraries import sm_of
+from rcod_runtime.errors import OutputError
+from rcod_runtime.files import write_whole
 from rcod_runtime.manifest import Engine
 
 log = logging.getLogger(__name__)
@@ -48,12 +49,8 @@ def write_cache(path: Path, cache: Any) -> None:
         if path.is_file() and path.read_bytes() == data:
             return
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            Path(name).replace(path)
-        finally:
-            Path(name).unlink(missing_ok=True)
+        write_whole(path, data)
+    except OutputError as exc:
+        log.info("%s", exc)
     except OSError as exc:
         log.info("%s: can't be written (%s)", path, exc.strerror or exc)
