@@ -60,7 +60,7 @@ def _training_lines(training: Mapping[str, Any]) -> list[str]:
         lpips = "with" if training.get("use_lpips") else "without"
         lines.append(f"{training['photos']} photo crops, seed {training['seed']}, {lpips} LPIPS.")
         lines.append("")
-    for stage in ("vae", "base", "rcod", "mem"):
+    for stage in ("vae", "base", "regression", "rcod", "mem"):
         if stage in training:
             c = training[stage]
             images = c["photos_per_batch"] * c["crops_per_photo"]

@@ -102,11 +102,23 @@ class RcodStageConfig(LoopConfig):
     latent_weight: float = 0.05
     vsd_weight: float = 1.0
     guidance: float = 2.0
-    adversarial_weight: float = 0.1  # of the last level; an earlier one has its share t / nk
+    adversarial_weight: float = 0.1  # of the last level; an earlier one has its share
+    feature_weight: float = 0.5  # distance of the discriminator's features; shared the same way
+    realism_power: float = 2.0  # the share of a level in both is (t / nk) to this power
     discriminator_learning_rate: float = 1e-3
     train_decoder: bool = True
     decoder_learning_rate: float = 2e-4
     gradient_checkpointing: bool = False  # blocks are computed again in the backward pass
+
+
+@dataclass(frozen=True)
+class RegressionStageConfig(LoopConfig):
+    """nano's RCOD model on the distances to the photo alone, before its realism terms: a step costs
+    half of theirs, and a small base leaves most to learn here. Weights are those of ``rcod``."""
+
+    steps: int = 1500
+    learning_rate: float = 5e-4
+    decoder_learning_rate: float = 5e-4
 
 
 @dataclass(frozen=True)
@@ -188,6 +200,7 @@ class TrainConfig(RunConfig):
 
     vae: VaeStageConfig = field(default_factory=VaeStageConfig)
     base: BaseStageConfig = field(default_factory=BaseStageConfig)
+    regression: RegressionStageConfig = field(default_factory=RegressionStageConfig)
     rcod: RcodStageConfig = field(default_factory=RcodStageConfig)
     mem: MemStageConfig = field(default_factory=MemStageConfig)
 

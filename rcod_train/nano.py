@@ -13,6 +13,7 @@ from rcod_train.run import Run
 from rcod_train.stages.base import BaseStage, measure_scaling_factor
 from rcod_train.stages.mem import MemStage
 from rcod_train.stages.rcod import RcodStage
+from rcod_train.stages.regression import RegressionStage
 from rcod_train.stages.vae import VaeStage
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ def train_nano(
     With ``resume``, finished stages are loaded and the newest whole checkpoint is continued.
     The result depends on the configuration, the photos and the number of threads alone.
     """
-    run = Run(config, (config.vae, config.base, config.rcod, config.mem), resume)
+    run = Run(config, (config.vae, config.base, config.regression, config.rcod, config.mem), resume)
     run.start()
     autocast = run.autocast
     parts = build_nano(config.seed)
@@ -38,8 +39,8 @@ def train_nano(
     run.train(vae, run.batches_of(config.vae, "vae", tokens_px, None))
     parts.vae.requires_grad_(False)
     # The factor is measured on the finished autoencoder, so a resumed run finds the same one.
-    source = run.batches_of(config.base, "measure", tokens_px, None)(0)
-    scaling_factor = measure_scaling_factor(parts, list(itertools.islice(source, SCALING_BATCHES)))
+    photos = run.batches_of(config.base, "measure", tokens_px, None)(0)
+    scaling_factor = measure_scaling_factor(parts, list(itertools.islice(photos, SCALING_BATCHES)))
     parts.vae.register_to_config(scaling_factor=scaling_factor)
     log.info("latents: scaling factor %.4f", scaling_factor)
 
@@ -50,8 +51,10 @@ def train_nano(
     grouping = run.grouping(parts, config.rcod, tokens_px)
     with seeded(config.seed):  # its LoRA matrices
         rcod = RcodStage(parts, config.rcod, grouping, autocast, run.perceptual)
-    validation = run.validation(rcod, tokens_px)
-    run.train(rcod, run.batches_of(config.rcod, "rcod", tokens_px, heavy), validation)
+    regression = RegressionStage(rcod, config.regression)
+    for stage in (regression, rcod):
+        source = run.batches_of(stage.config, stage.name, tokens_px, heavy)
+        run.train(stage, source, run.validation(rcod, stage, tokens_px))
     mem = MemStage(rcod, config.mem)
     run.train(mem, run.batches_of(config.mem, "mem", tokens_px, heavy))
 

@@ -44,14 +44,17 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
+NANO_LATENT_CHANNELS = 32
+
+
 def build_nano(seed: int) -> Parts:
     """nano's parts with random weights: 29 GMAC for one 512x512 image, 18 M parameters."""
     with seeded(seed):
-        vae = NanoVae()
+        vae = NanoVae(NANO_LATENT_CHANNELS)
         unet = UNet2DConditionModel(
             sample_size=64,
-            in_channels=16,
-            out_channels=16,
+            in_channels=NANO_LATENT_CHANNELS,
+            out_channels=NANO_LATENT_CHANNELS,
             block_out_channels=(96, 160, 224),
             layers_per_block=1,
             down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
@@ -60,7 +63,7 @@ def build_nano(seed: int) -> Parts:
             attention_head_dim=8,
             norm_num_groups=32,
         )
-        parts = Parts(vae, unet, Vpim(), Mem())
+        parts = Parts(vae, unet, Vpim(), Mem(NANO_LATENT_CHANNELS))
     for module in (parts.vae, parts.unet, parts.vpim):
         module.to(memory_format=torch.channels_last)
     return parts

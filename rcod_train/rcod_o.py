@@ -43,7 +43,7 @@ def train_rcod_o(
         rcod = RcodStage(parts, config.rcod, grouping, run.autocast, run.perceptual, condition)
         parts.mem = Mem(parts.vae.config.latent_channels).to(run.device)
     heavy = config.rcod.heavy_share
-    validation = run.validation(rcod, tokens_px)
+    validation = run.validation(rcod, rcod, tokens_px)
     run.train(rcod, run.batches_of(config.rcod, "rcod", tokens_px, heavy), validation)
     mem = MemStage(rcod, config.mem)
     run.train(mem, run.batches_of(config.mem, "mem", tokens_px, heavy))

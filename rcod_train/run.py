@@ -27,7 +27,7 @@ from rcod_train.validation import Validation
 log = logging.getLogger(__name__)
 
 # Streams of random numbers: one seed for each use, so that stages don't repeat each other's data.
-SEED_STEP = {"vae": 0, "base": 1, "rcod": 2, "mem": 3, "measure": 4}
+SEED_STEP = {"vae": 0, "base": 1, "rcod": 2, "mem": 3, "measure": 4, "regression": 5}
 MEASURING_BATCHES = 10_000  # at most
 _MACHINE = (
     "data",
@@ -128,17 +128,20 @@ class Run:
         log.info("metric M: M_min %.4f, M_max %.4f", record["m_min"], record["m_max"])
         return Grouping(record["m_min"], record["m_max"], config.n, config.k)
 
-    def validation(self, stage: RcodStage, tokens_px: int) -> Validation | None:
-        """Of a stage on the photos held out, if there are any and it validates at all."""
+    def validation(self, rcod: RcodStage, stage: Stage, tokens_px: int) -> Validation | None:
+        """Of a stage on the photos held out, if there are any and it validates at all.
+
+        The pairs are the same for all stages that train ``rcod``.
+        """
         if not (self.held_out and stage.config.validation_steps):
             return None
-        config = dataclasses.replace(stage.config, photos_per_batch=1, crops_per_photo=1)
+        config = dataclasses.replace(rcod.config, photos_per_batch=1, crops_per_photo=1)
         pairs = [
             PhotoBatches([photo], config, self.config.seed, tokens_px, config.heavy_share)[i]
             for i, photo in enumerate(self.held_out)
         ]
         folder = self.out / stage.name / "validation"
-        return Validation(stage, [pair.to(self.device) for pair in pairs], folder)
+        return Validation(rcod, [pair.to(self.device) for pair in pairs], folder)
 
     def info(
         self, rcod: RcodStage, family: str, name: str, summary: str, licence: str,

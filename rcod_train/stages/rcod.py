@@ -10,10 +10,12 @@ import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from rcod_train.adapters import SwitchedUnet, SwitchedVae
 from rcod_train.conditions import Condition, HqTokens
@@ -28,7 +30,12 @@ from rcod_train.grouping import (
     sample_regulariser_t,
 )
 from rcod_train.loop import Update
-from rcod_train.models.discriminator import Discriminator, adversarial_loss, hinge_loss
+from rcod_train.models.discriminator import (
+    Discriminator,
+    adversarial_loss,
+    feature_loss,
+    hinge_loss,
+)
 from rcod_train.network import Parts, predict_eps
 from rcod_train.precision import Autocast
 from rcod_train.schedule import OFFICIAL_ALPHA_BAR, alpha_sigma_of, noise_like, one_step
@@ -69,6 +76,23 @@ def fingerprint(parts: Parts) -> str:
     return hashlib.sha256(weight.numpy().tobytes()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Reconstruction:
+    """One pass of the generator: t (B,), z_sr, sr and hq in [-1, 1], weighted losses, figures."""
+
+    t: Tensor
+    z_sr: Tensor
+    sr: Tensor
+    hq: Tensor
+    terms: dict[str, Tensor]
+    figures: dict[str, Tensor | float]
+
+    def update(self) -> Update:
+        """The generator's, of the sum of all terms; the log shows each."""
+        shown = self.figures | {name: term.detach() for name, term in self.terms.items()}
+        return Update("generator", torch.stack(list(self.terms.values())).sum(), shown)
+
+
 class RcodStage:
     name = "rcod"
 
@@ -93,19 +117,12 @@ class RcodStage:
                     network.enable_gradient_checkpointing()
         parts.vpim.requires_grad_(False)
         self.condition = HqTokens(parts.vpim) if condition is None else condition
-        align = parts.vpim.align.requires_grad_(True)
-        generator = {f"unet.{n}": p for n, p in self.unet.parameters_of("generator").items()}
-        generator |= {f"vae.{n}": p for n, p in self.vae.encoder_parameters().items()}
-        generator |= {f"vpim.align.{n}": p for n, p in align.named_parameters()}
-        members = [(generator, config.learning_rate)]
-        if config.train_decoder:
-            decoder = {f"decoder.{n}": p for n, p in self.vae.decoder_parameters().items()}
-            members.append((decoder, config.decoder_learning_rate))
+        parts.vpim.align.requires_grad_(True)
         self.discriminator = None
         if config.adversarial_weight:
             self.discriminator = Discriminator().to(autocast.device)
         self.groups = {
-            "generator": members,
+            "generator": self.generator_members(config.learning_rate, config.decoder_learning_rate),
             "regulariser": [
                 (self.unet.parameters_of("regulariser"), config.regulariser_learning_rate)
             ],
@@ -113,6 +130,17 @@ class RcodStage:
         if self.discriminator is not None:
             named = dict(self.discriminator.named_parameters())
             self.groups["discriminator"] = [(named, config.discriminator_learning_rate)]
+
+    def generator_members(
+        self, learning_rate: float, decoder_learning_rate: float
+    ) -> list[tuple[dict[str, Parameter], float]]:
+        """The generator's trained parameters by name, with their learning rates."""
+        named = {f"unet.{n}": p for n, p in self.unet.parameters_of("generator").items()}
+        named |= {f"vae.{n}": p for n, p in self.vae.encoder_parameters().items()}
+        align = self.parts.vpim.align
+        named |= {f"vpim.align.{n}": p for n, p in align.named_parameters()}
+        decoder = {f"decoder.{n}": p for n, p in self.vae.decoder_parameters().items()}
+        return [(named, learning_rate)] + ([(decoder, decoder_learning_rate)] if decoder else [])
 
     def metric_and_latent(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """M (B,) of Eq. 6 and z_hq (B, C, h, w), without gradients.
@@ -193,40 +221,50 @@ class RcodStage:
             terms["latent"] = c.latent_weight * (z_sr - z_hq).square().mean()
         return terms
 
-    def realism_term(self, sr: Tensor, t: Tensor) -> Tensor:
-        """-D(sr), each sample by its share t / nk of the weight: more realism, less fidelity."""
+    def realism_terms(self, sr: Tensor, hq: Tensor, t: Tensor) -> dict[str, Tensor]:
+        """-D(sr) and the distance of D's features, each sample by its level's share of the weight:
+        more realism, less fidelity."""
         assert self.discriminator is not None
+        c = self.config
         self.discriminator.requires_grad_(False)
         with self.autocast():
-            scores = self.discriminator(sr)
+            fake = self.discriminator(sr)
+            real = self.discriminator(hq) if c.feature_weight else []
         self.discriminator.requires_grad_(True)
-        return (adversarial_loss(scores) * t / self.grouping.timesteps[-1]).mean()
+        share = (t / self.grouping.timesteps[-1]) ** c.realism_power
+        terms = {"adversarial": c.adversarial_weight * (adversarial_loss(fake) * share).mean()}
+        if c.feature_weight:
+            terms["feature"] = c.feature_weight * (feature_loss(real, fake) * share).mean()
+        return terms
+
+    def reconstruct(self, batch: Batch, generator: torch.Generator) -> Reconstruction:
+        """A level for each sample and what the model makes of it there."""
+        m, z_hq = self.metric_and_latent(batch)
+        levels = self.grouping.timesteps
+        t = sample_levels(self.grouping.timestep(m), levels, self.config.any_level, generator)
+        hq = to_unit(batch.hq)
+        z_sr, sr = self.generate(batch, t)
+        terms = self.fidelity_terms(z_sr, sr, z_hq, hq)
+        error = (sr.detach().clamp(-1, 1) - hq).square().mean((1, 2, 3))
+        figures = {"psnr_db": (-10 * torch.log10(error / 4)).mean(), "m": m.mean()}
+        for k, timestep in enumerate(levels):
+            figures[f"share_{k}"] = (t == timestep).float().mean()
+        return Reconstruction(t, z_sr, sr, hq, terms, figures)
 
     def updates(self, batch: Batch, generator: torch.Generator) -> Iterator[Update]:
         c = self.config
-        m, z_hq = self.metric_and_latent(batch)
-        levels = self.grouping.timesteps
-        t = sample_levels(self.grouping.timestep(m), levels, c.any_level, generator)
         with self.autocast():
             condition = self.condition(batch)
-        hq = to_unit(batch.hq)
-
-        z_sr, sr = self.generate(batch, t)
-        terms = self.fidelity_terms(z_sr, sr, z_hq, hq)
+        made = self.reconstruct(batch, generator)
+        z_sr, sr, hq, terms = made.z_sr, made.sr, made.hq, made.terms
         if self.perceptual is not None:
             terms["lpips"] = c.lpips_weight * self.perceptual(sr, hq).mean()
         if c.vsd_weight:
-            direction = self.regulariser_direction(z_sr, t, condition, generator)
+            direction = self.regulariser_direction(z_sr, made.t, condition, generator)
             terms["vsd"] = c.vsd_weight * vsd_loss(z_sr, direction)
         if self.discriminator is not None:
-            terms["adversarial"] = c.adversarial_weight * self.realism_term(sr, t)
-        figures = {name: term.detach() for name, term in terms.items()}
-        error = (sr.detach().clamp(-1, 1) - hq).square().mean((1, 2, 3))
-        figures["psnr_db"] = (-10 * torch.log10(error / 4)).mean()
-        figures["m"] = m.mean()
-        for k, timestep in enumerate(levels):
-            figures[f"share_{k}"] = (t == timestep).float().mean()
-        yield Update("generator", torch.stack(list(terms.values())).sum(), figures)
+            terms |= self.realism_terms(sr, hq, made.t)
+        yield made.update()
 
         if c.vsd_weight:
             with self.unet.use("regulariser"):

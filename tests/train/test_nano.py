@@ -17,8 +17,9 @@ from safetensors.torch import load_file
 from rcod_train.checkpoint import load_merged
 
 SETTINGS = [
-    "vae.steps=3", "base.steps=3", "rcod.steps=4", "mem.steps=3", "rcod.metric_samples=4",
-    *(f"{stage}.{field}" for stage in ("vae", "base", "rcod", "mem")
+    "vae.steps=3", "base.steps=3", "regression.steps=3", "rcod.steps=4", "mem.steps=3",
+    "rcod.metric_samples=4",
+    *(f"{stage}.{field}" for stage in ("vae", "base", "regression", "rcod", "mem")
       for field in ("crop_px=64", "context_px=96", "photos_per_batch=1", "crops_per_photo=2",
                     "checkpoint_steps=2", "warmup_steps=2")),
 ]  # fmt: skip
@@ -62,7 +63,18 @@ def test_every_stage_logs_its_losses(whole: Path) -> None:
     for stage, keys in {
         "vae": {"vae_loss", "psnr_db"},
         "base": {"base_loss"},
-        "rcod": {"generator_loss", "regulariser_loss", "l1", "vsd", "latent", "share_0", "m"},
+        "regression": {"generator_loss", "l1", "latent", "share_0", "m"},
+        "rcod": {
+            "generator_loss",
+            "regulariser_loss",
+            "l1",
+            "vsd",
+            "latent",
+            "share_0",
+            "m",
+            "adversarial",
+            "feature",
+        },
         "mem": {"mem_loss", "mean_abs_error"},
     }.items():
         rows = [

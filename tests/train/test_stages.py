@@ -11,7 +11,7 @@ from rcod_train.config import RcodStageConfig
 from rcod_train.data import Batch
 from rcod_train.errors import TrainError
 from rcod_train.grouping import Grouping
-from rcod_train.models.discriminator import adversarial_loss, hinge_loss
+from rcod_train.models.discriminator import adversarial_loss, feature_loss, hinge_loss
 from rcod_train.precision import Autocast
 from rcod_train.stages.base import measure_scaling_factor
 from rcod_train.stages.rcod import RcodStage, measure_metric_range
@@ -72,22 +72,37 @@ def test_without_vsd_and_adversary_only_the_generator_is_trained() -> None:
     assert not {"vsd", "adversarial"} & updates[0].figures.keys()
 
 
-def test_the_adversarial_weight_grows_with_the_level() -> None:
+def test_the_realism_terms_grow_with_the_level() -> None:
     rcod = stage()
     assert rcod.discriminator is not None
-    sr = torch.rand(1, 3, 64, 64)
+    sr, hq = torch.rand(2, 1, 3, 64, 64)
     rcod.discriminator.eval()  # holds the spectral norm still
-    terms = [rcod.realism_term(sr, torch.tensor([t])).item() for t in (250, 500, 750)]
-    assert terms == pytest.approx([terms[2] / 3, 2 * terms[2] / 3, terms[2]])
+    terms = [rcod.realism_terms(sr, hq, torch.tensor([t])) for t in (250, 500, 750)]
+    for name in ("adversarial", "feature"):
+        low, middle, last = (term[name].item() for term in terms)
+        assert last != 0
+        assert [low, middle] == pytest.approx([last / 9, 4 * last / 9])
+    assert not rcod.realism_terms(hq, hq, torch.tensor([750]))["feature"]
     assert all(p.requires_grad for p in rcod.discriminator.parameters())
 
 
 def test_hinge_and_adversarial_loss_by_hand() -> None:
     """Real 0.5 and 2: (0.5 + 0) / 2; fake -0.5 and 1: (0.5 + 2) / 2; a second scale at 0: 2."""
-    real = [torch.tensor([0.5, 2.0]).view(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)]
-    fake = [torch.tensor([-0.5, 1.0]).view(2, 1, 1, 1), torch.zeros(2, 1, 1, 1)]
+    features = torch.ones(2, 3, 2, 2)
+    real = [[features, torch.tensor([0.5, 2.0]).view(2, 1, 1, 1)], [torch.zeros(2, 1, 1, 1)]]
+    fake = [[features, torch.tensor([-0.5, 1.0]).view(2, 1, 1, 1)], [torch.zeros(2, 1, 1, 1)]]
     assert hinge_loss(real, fake).item() == pytest.approx((0.25 + 1.25 + 2.0) / 2)
     assert adversarial_loss(fake).tolist() == pytest.approx([0.25, -0.5])
+
+
+def test_the_feature_loss_by_hand() -> None:
+    """Distances 1 and 3 for the first sample, 0 and 2 for the second; the scores don't count."""
+    score = torch.rand(2, 1, 1, 1)
+    real = [[torch.zeros(2, 3, 2, 2), score], [torch.zeros(2, 1, 4, 4), score]]
+    first = torch.tensor([1.0, 0.0]).view(2, 1, 1, 1).expand(2, 3, 2, 2)
+    second = torch.tensor([-3.0, 2.0]).view(2, 1, 1, 1).expand(2, 1, 4, 4)
+    fake = [[first, score + 1], [second, score - 1]]
+    assert feature_loss(real, fake).tolist() == pytest.approx([2.0, 1.0])
 
 
 def test_the_metric_range_is_a_quantile_and_its_mirror() -> None:
