@@ -133,7 +133,7 @@ def measure(
     stage = RcodStage(parts, config, Grouping(0.2, 0.9), autocast, perceptual)
     loaded = memory("VmRSS")
     times: list[float] = []
-    for switched in (stage.unet, stage.vae):
+    for switched in (stage.model.unet, stage.model.vae):
         switched._switch = timed(switched._switch, times)  # type: ignore[method-assign]
     one = batch(crop_px, parts.vpim.tokens_px)
     with tempfile.TemporaryDirectory() as folder:

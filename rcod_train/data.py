@@ -73,10 +73,11 @@ class Batch:
     tokens_hq: Tensor  # (B, 3, S, S): the whole context, antialiased
     tokens_lq: Tensor  # (B, 3, S, S)
     photo: Tensor  # (B,) int64: which of the photos
+    lq_native: Tensor | None = None  # (B, 3, crop/4, crop/4): lq as it came; None: not degraded
 
     def to(self, device: torch.device) -> Batch:
-        fields = dataclasses.fields(self)
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields))
+        tensors = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in tensors))
 
 
 def to_unit(image_u8: Tensor) -> Tensor:
@@ -109,19 +110,22 @@ class PhotoBatches(Dataset[Batch]):
         chosen = rng.choice(len(self.photos), c.photos_per_batch)
         for index in chosen:
             context_hq = self._context(self.photos[index], rng)
-            context_lq = context_hq
+            context_lq, native = context_hq, None
             if self.heavy_share is not None:
                 preset = "osediff" if rng.random() < self.heavy_share else "s3diff"
-                lq = degrade(context_hq, PRESETS[preset], rng, SCALE)
-                context_lq = upsample_lq(lq, context_hq.shape[:2])
+                native = degrade(context_hq, PRESETS[preset], rng, SCALE)
+                context_lq = upsample_lq(native, context_hq.shape[:2])
             thumbnails = [self._thumbnail(x) for x in (context_hq, context_lq)]
             for _ in range(c.crops_per_photo):
                 top, left = rng.integers(0, (c.context_px - c.crop_px) // SCALE + 1, 2) * SCALE
                 window = np.s_[top : top + c.crop_px, left : left + c.crop_px]
                 rows.append((context_hq[window], context_lq[window], *thumbnails))
+                if native is not None:
+                    rows[-1] += (native[_divided(window, SCALE)],)
         arrays = [np.ascontiguousarray(np.stack(column)) for column in zip(*rows, strict=True)]
-        images = (torch.from_numpy(a).permute(0, 3, 1, 2) for a in arrays)
-        return Batch(*images, torch.from_numpy(chosen.repeat(c.crops_per_photo)))
+        images = [torch.from_numpy(a).permute(0, 3, 1, 2) for a in arrays]
+        photo = torch.from_numpy(chosen.repeat(c.crops_per_photo))
+        return Batch(*images[:4], photo, *images[4:])
 
     def _context(self, path: Path, rng: np.random.Generator) -> np.ndarray:
         side = self.config.context_px
@@ -138,6 +142,10 @@ class PhotoBatches(Dataset[Batch]):
     def _thumbnail(self, image: np.ndarray) -> np.ndarray:
         size = (self.tokens_px, self.tokens_px)
         return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BICUBIC))
+
+
+def _divided(window: tuple[slice, ...], by: int) -> tuple[slice, ...]:
+    return tuple(slice(s.start // by, s.stop // by) for s in window)
 
 
 def _start_worker(_: int) -> None:

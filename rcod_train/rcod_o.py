@@ -48,7 +48,7 @@ def train_rcod_o(
     mem = MemStage(rcod, config.mem)
     run.train(mem, run.batches_of(config.mem, "mem", tokens_px, heavy))
 
-    save_adapters(run.out / "adapters", rcod.unet, rcod.vae, parts.vpim)
+    save_adapters(run.out / "adapters", rcod.model.unet, rcod.model.vae, parts.vpim)
     summary = "One-step diffusion upscaler with a realism control, x4, on Stable Diffusion."
     info = run.info(rcod, "rcod-o", name, summary, licence, sources)
     checkpoint = run.out / "checkpoint"

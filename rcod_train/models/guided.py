@@ -38,6 +38,7 @@ class BlockMatrices:
 
     vae: Tensor | None = None
     unet: Tensor | None = None
+    bypass: bool = False
 
     @contextmanager
     def filled(self, vae: Tensor | None = None, unet: Tensor | None = None) -> Iterator[None]:
@@ -47,6 +48,15 @@ class BlockMatrices:
             yield
         finally:
             self.vae = self.unet = None
+
+    @contextmanager
+    def bypassed(self) -> Iterator[None]:
+        """Inside, the branches add nothing: the networks are those of the base model."""
+        self.bypass = True
+        try:
+            yield
+        finally:
+            self.bypass = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +87,8 @@ class GuidedLinear(nn.Linear):
         _start(self.lora_A, self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.branch.matrices.bypass:
+            return super().forward(x)
         low = self.lora_A(x) @ self.branch.matrix()  # (B, L, r)
         return super().forward(x) + self.lora_B(low)
 
@@ -96,6 +108,8 @@ class GuidedConv2d(nn.Conv2d):
         _start(self.lora_A, self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.branch.matrices.bypass:
+            return super().forward(x)
         low = self.lora_A(x)  # (B, r, h', w')
         mixed = self.branch.matrix().transpose(1, 2) @ low.flatten(2)  # (B, r, h' w')
         return super().forward(x) + self.lora_B(mixed.view_as(low))

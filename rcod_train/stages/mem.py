@@ -1,4 +1,4 @@
-"""Stage 4: the metric estimation module, which makes the adaptive level possible."""
+"""The last stage: the metric estimation module, which makes the adaptive level possible."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 import torch
 
 from rcod_train.config import MemStageConfig
-from rcod_train.data import Batch, to_unit
+from rcod_train.data import Batch
 from rcod_train.loop import Update
 from rcod_train.stages.rcod import RcodStage
 
 
 class MemStage:
-    """Regresses M of Eq. 6 from z_lq of the trained encoder; everything else is frozen."""
+    """Regresses M of Eq. 6 from z_lq of the trained encoder, or from the degradation estimator's
+    features (rcod-s); everything else is frozen."""
 
     name = "mem"
 
@@ -26,9 +27,7 @@ class MemStage:
 
     def updates(self, batch: Batch, generator: torch.Generator) -> Iterator[Update]:
         m, _ = self.rcod.metric_and_latent(batch)
-        with torch.no_grad(), self.rcod.autocast():
-            z_lq = self.rcod.parts.vae.encode(to_unit(batch.lq)).float()
-        error = self.mem(z_lq) - m
+        error = self.mem(self.rcod.model.mem_input(batch)) - m
         spread = self.rcod.grouping.m_max - self.rcod.grouping.m_min
         loss = (error / spread).square().mean()
         yield Update("mem", loss, {"mean_abs_error": error.detach().abs().mean()})

@@ -1,7 +1,7 @@
 """The paper's method on nano's base or Stable Diffusion: LoRA, LDG, one step, VSD with DAS, VPIM.
 
-nano has an adversarial loss beside VSD, as S3Diff has it: its base is too small to teach fine
-texture.
+nano has an adversarial loss beside VSD: its base is too small to teach fine texture. rcod-s has one
+in the place of VSD, as S3Diff has it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from rcod_train.adapters import SwitchedUnet, SwitchedVae
+from rcod_train.adapted import Adapted, GuidedModel, LoraModel
+from rcod_train.adapters import SwitchedUnet
 from rcod_train.conditions import Condition, HqTokens
 from rcod_train.config import RcodStageConfig
 from rcod_train.data import Batch, to_unit
@@ -31,6 +32,7 @@ from rcod_train.grouping import (
 )
 from rcod_train.loop import Update
 from rcod_train.models.discriminator import (
+    BackboneDiscriminator,
     Discriminator,
     adversarial_loss,
     feature_loss,
@@ -104,13 +106,15 @@ class RcodStage:
         autocast: Autocast,
         perceptual: Perceptual | None = None,
         condition: Condition | None = None,
+        discriminator: Discriminator | BackboneDiscriminator | None = None,
     ) -> None:
         self.parts, self.config, self.autocast = parts, config, autocast
         self.grouping, self.perceptual = grouping, perceptual
         self.fixed_alpha_bar = OFFICIAL_ALPHA_BAR if config.constants == "official" else None
         self.base_fingerprint = fingerprint(parts)
-        self.unet = SwitchedUnet(parts.unet, config.rank_unet, config.rank_regulariser)
-        self.vae = SwitchedVae(parts.vae, config.rank_vae, config.train_decoder)
+        self.model: Adapted = (
+            LoraModel(parts, config, autocast) if parts.guide is None else GuidedModel(parts)
+        )
         if config.gradient_checkpointing:
             for network in (parts.unet, parts.vae):
                 if network._supports_gradient_checkpointing:  # nano's small autoencoder has no need
@@ -120,27 +124,30 @@ class RcodStage:
         parts.vpim.align.requires_grad_(True)
         self.discriminator = None
         if config.adversarial_weight:
-            self.discriminator = Discriminator().to(autocast.device)
-        self.groups = {
-            "generator": self.generator_members(config.learning_rate, config.decoder_learning_rate),
-            "regulariser": [
-                (self.unet.parameters_of("regulariser"), config.regulariser_learning_rate)
-            ],
-        }
+            self.discriminator = (discriminator or Discriminator()).to(autocast.device)
+        members = self.generator_members(config.learning_rate, config.decoder_learning_rate)
+        self.groups = {"generator": members}
+        if config.vsd_weight:
+            named = self.lora_unet().parameters_of("regulariser")
+            self.groups["regulariser"] = [(named, config.regulariser_learning_rate)]
         if self.discriminator is not None:
-            named = dict(self.discriminator.named_parameters())
+            named = self.discriminator.trained_parameters()
             self.groups["discriminator"] = [(named, config.discriminator_learning_rate)]
 
     def generator_members(
         self, learning_rate: float, decoder_learning_rate: float
     ) -> list[tuple[dict[str, Parameter], float]]:
         """The generator's trained parameters by name, with their learning rates."""
-        named = {f"unet.{n}": p for n, p in self.unet.parameters_of("generator").items()}
-        named |= {f"vae.{n}": p for n, p in self.vae.encoder_parameters().items()}
         align = self.parts.vpim.align
+        named = self.model.parameters()
         named |= {f"vpim.align.{n}": p for n, p in align.named_parameters()}
-        decoder = {f"decoder.{n}": p for n, p in self.vae.decoder_parameters().items()}
+        decoder = self.model.decoder_parameters()
         return [(named, learning_rate)] + ([(decoder, decoder_learning_rate)] if decoder else [])
+
+    def lora_unet(self) -> SwitchedUnet:
+        """The U-Net whose base and regulariser give the VSD gradient."""
+        assert isinstance(self.model, LoraModel), "VSD needs LoRA adapters that can be switched"
+        return self.model.unet
 
     def metric_and_latent(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """M (B,) of Eq. 6 and z_hq (B, C, h, w), without gradients.
@@ -149,10 +156,12 @@ class RcodStage:
         with; for the published code's bins from the encoder as it is trained, as there.
         """
         official = self.config.grouping == "official"
-        encoder = nullcontext(self.parts.vae) if official else self.vae.base()
-        with torch.no_grad(), encoder as vae, self.autocast():
-            z_hq = vae.encode(to_unit(batch.hq)).float()
-            z_lq = vae.encode(to_unit(batch.lq)).float()
+        encoder = nullcontext() if official else self.model.base_encoder()
+        with torch.no_grad(), encoder, self.autocast():
+            if official:
+                self.model.adapt(batch)
+            z_hq = self.parts.vae.encode(to_unit(batch.hq)).float()
+            z_lq = self.parts.vae.encode(to_unit(batch.lq)).float()
         return cosine_metric(z_lq, z_hq), z_hq
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor | float, Tensor | float]:
@@ -163,6 +172,7 @@ class RcodStage:
 
     def generate(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
         """lq -> z_sr (B, C, h, w) and sr (B, 3, H, W): encoder, one U-Net pass, Eq. 3, decoder."""
+        self.model.adapt(batch)
         with self.autocast():
             z_lq = self.parts.vae.encode(to_unit(batch.lq))
             tokens = self.parts.vpim(to_unit(batch.tokens_lq))
@@ -189,17 +199,18 @@ class RcodStage:
         t_r = self.regulariser_t(t, generator)
         eps = noise_like(z_sr, generator)
         tokens, negative = condition
+        lora = self.lora_unet()
 
         def fake(z_t: Tensor, t_: Tensor) -> Tensor:
-            with self.unet.use("regulariser") as unet, self.autocast():
+            with lora.use("regulariser") as unet, self.autocast():
                 return predict_eps(unet, z_t, t_, tokens)
 
         def real(z_t: Tensor, t_: Tensor) -> Tensor:
             if self.config.guidance == 1.0:
-                with self.unet.use("base") as unet, self.autocast():
+                with lora.use("base") as unet, self.autocast():
                     return predict_eps(unet, z_t, t_, tokens)
             both = torch.cat([tokens, negative])
-            with self.unet.use("base") as unet, self.autocast():
+            with lora.use("base") as unet, self.autocast():
                 eps_both = predict_eps(unet, z_t.repeat(2, 1, 1, 1), t_.repeat(2), both)
             return guided(*eps_both.float().chunk(2), self.config.guidance)
 
@@ -226,11 +237,14 @@ class RcodStage:
         more realism, less fidelity."""
         assert self.discriminator is not None
         c = self.config
-        self.discriminator.requires_grad_(False)
+        trained = self.discriminator.trained_parameters().values()
+        for parameter in trained:
+            parameter.requires_grad_(False)
         with self.autocast():
             fake = self.discriminator(sr)
             real = self.discriminator(hq) if c.feature_weight else []
-        self.discriminator.requires_grad_(True)
+        for parameter in trained:
+            parameter.requires_grad_(True)
         share = (t / self.grouping.timesteps[-1]) ** c.realism_power
         terms = {"adversarial": c.adversarial_weight * (adversarial_loss(fake) * share).mean()}
         if c.feature_weight:
@@ -267,7 +281,7 @@ class RcodStage:
         yield made.update()
 
         if c.vsd_weight:
-            with self.unet.use("regulariser"):
+            with self.lora_unet().use("regulariser"):
                 z = z_sr.detach()
                 loss = eps_loss(self.parts, z, condition[0], generator, self.autocast)
                 yield Update("regulariser", loss, {})
@@ -301,7 +315,6 @@ class RcodStage:
         )
 
     def merge(self) -> Parts:
-        """The generator with its LoRA merged: what ships."""
-        self.unet.merge()
-        self.vae.merge()
+        """The generator with its LoRA merged, if it has one: what ships."""
+        self.model.merge()
         return self.parts

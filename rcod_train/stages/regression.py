@@ -1,4 +1,4 @@
-"""Stage 3 of nano: the RCOD model learns to restore, before realism is asked of it."""
+"""Before the RCOD stage of nano: the model learns to restore, before realism is asked of it."""
 
 from __future__ import annotations
 

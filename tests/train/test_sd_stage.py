@@ -59,13 +59,15 @@ def batch() -> Batch:
 
 def plain(rcod: RcodStage, role: str) -> UNet2DConditionModel:
     """A network of its own with the role's low-rank products added to its weights."""
-    unet = UNet2DConditionModel(**rcod.parts.unet.config)
+    network = UNet2DConditionModel(**rcod.parts.unet.config)
     state = {
         name.replace(".base_layer", ""): value.clone()
         for name, value in rcod.parts.unet.state_dict().items()
         if "lora_" not in name
     }
-    conv_in = rcod.unet.conv_in_generator if role == "generator" else rcod.unet.conv_in_base
+    conv_in = (
+        rcod.model.unet.conv_in_generator if role == "generator" else rcod.model.unet.conv_in_base
+    )
     state |= {f"conv_in.{name}": value.clone() for name, value in conv_in.named_parameters()}
     lora = {n: p for n, p in rcod.parts.unet.named_parameters() if f".{role}." in n}
     for name, a in lora.items():
@@ -73,8 +75,8 @@ def plain(rcod: RcodStage, role: str) -> UNet2DConditionModel:
             b = lora[name.replace("lora_A", "lora_B")]
             weight = state[name.split(".lora_A")[0] + ".weight"]
             weight += (b.flatten(1) @ a.flatten(1)).view_as(weight)
-    unet.load_state_dict(state)
-    return unet.requires_grad_(False).eval()
+    network.load_state_dict(state)
+    return network.requires_grad_(False).eval()
 
 
 def test_the_vsd_direction_is_the_formula_on_three_separate_networks(base: Path) -> None:
@@ -153,18 +155,23 @@ def test_a_half_precision_base_trains_fp32_adapters_near_the_fp32_gradients(
 def test_the_frozen_weights_are_there_once(base: Path) -> None:
     """Generator, regulariser and base together hold one base, two LoRAs and a second conv_in."""
     rcod = stage(base)
+    switched = rcod.lora_unet()
     plain_unet = UNet2DConditionModel(**rcod.parts.unet.config)
     count = sum(p.numel() for p in plain_unet.parameters())
     own = sum(
         p.numel()
         for role in ("generator", "regulariser")
-        for name, p in rcod.unet.parameters_of(role).items()
+        for name, p in switched.parameters_of(role).items()
         if "lora_" in name
     )
     conv_in = sum(p.numel() for p in plain_unet.conv_in.parameters())
     storages = {
         p.data_ptr(): p.numel()
-        for module in (rcod.parts.unet, rcod.unet.conv_in_base, rcod.unet.conv_in_generator)
+        for module in (
+            rcod.parts.unet,
+            rcod.model.unet.conv_in_base,
+            rcod.model.unet.conv_in_generator,
+        )
         for p in module.parameters()
     }
     assert sum(storages.values()) == count + own + conv_in
@@ -190,7 +197,7 @@ def test_the_published_metric_follows_the_trained_encoder_and_the_papers_does_no
     assert not torch.equal(m, m_official)
     fresh = copy.deepcopy(paper)
     with torch.no_grad():
-        for parameter in fresh.vae.encoder_parameters().values():
+        for parameter in fresh.model.vae.encoder_parameters().values():
             parameter.mul_(3.0)
     assert torch.equal(fresh.metric_and_latent(batch())[0], m)
     assert not m.requires_grad and not z_hq.requires_grad
@@ -219,7 +226,7 @@ def test_nothing_is_computed_on_another_device_than_the_networks(
     )  # fmt: skip
     rcod = RcodStage(parts, config, Grouping(0.2, 0.9), Autocast("fp32"))
     # PEFT leaves adapters alone where one of the layer is on this device already.
-    for module in (parts.unet, parts.vae, rcod.unet.conv_in_generator, rcod.discriminator):
+    for module in (parts.unet, parts.vae, rcod.lora_unet().conv_in_generator, rcod.discriminator):
         module.to(meta)
     for update in rcod.updates(batch().to(meta), torch.Generator()):
         assert update.loss.device == meta
