@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from diffusers import DDPMScheduler, UNet2DConditionModel
-from transformers import CLIPVisionModel
+from torch import nn
+from transformers import AutoConfig, AutoModel, CLIPVisionModel
 
 from rcod_train.errors import DataError
 from rcod_train.models.sd import ClipVpim, SdVae
@@ -20,14 +21,20 @@ log = logging.getLogger(__name__)
 STABLE_DIFFUSION = "stabilityai/stable-diffusion-2-1-base"
 SD_TURBO = "stabilityai/sd-turbo"
 CLIP = "openai/clip-vit-large-patch14"
+DINO = "facebook/dinov2-small"
+# Mean and standard deviation of the RGB that vision models were trained on, in [0, 1].
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-def load_base(base: str, clip: str, dtype: torch.dtype = torch.float32) -> Parts:
+def load_base(
+    base: str, clip: str, dtype: torch.dtype = torch.float32, example: str = STABLE_DIFFUSION
+) -> Parts:
     """Parts of a base model with a new alignment layer and no MEM; see the two below.
 
     ``dtype`` is that of the frozen weights; the alignment is fp32.
     """
-    vae, unet = load_diffusion(base, dtype=dtype)
+    vae, unet = load_diffusion(base, example, dtype)
     check_base(base, vae, unet)
     return Parts(vae, unet, load_vpim(clip, int(unet.config.cross_attention_dim), dtype))
 
@@ -112,6 +119,29 @@ def load_vpim(clip: str, cross_attention_dim: int, dtype: torch.dtype = torch.fl
     vpim.encoder.to(dtype)
     vpim.encoder.load_state_dict(encoder.state_dict())
     return vpim
+
+
+def load_backbone(source: str) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+    """A vision transformer for the discriminator to look through, and its mean and std of RGB.
+
+    Args:
+        source: folder or hub id in transformers' layout, such as DINOv2's; of a CLIP model its
+            image encoder is taken.
+
+    Raises:
+        DataError: it is missing, gated, of another layout, or no transformer of square images.
+    """
+    config: Any = _loaded(AutoConfig, source, None, DINO)
+    clip = hasattr(config, "vision_config") or config.model_type == "clip_vision_model"
+    model: Any = _loaded(CLIPVisionModel if clip else AutoModel, source, None, DINO)
+    for field in ("image_size", "hidden_size", "num_hidden_layers"):
+        if not isinstance(getattr(model.config, field, None), int):
+            raise DataError(
+                f"{source}: expected a vision transformer, whose configuration has one "
+                f'"{field}", found {type(model).__name__}. Use one such as {DINO}.'
+            )
+    statistics = (CLIP_MEAN, CLIP_STD) if clip else (IMAGENET_MEAN, IMAGENET_STD)
+    return model, *statistics
 
 
 def _loaded(kind: Any, source: str, part: str | None, example: str, **options: Any) -> Any:

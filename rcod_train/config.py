@@ -161,7 +161,22 @@ RCOD_O = RcodStageConfig(
     train_decoder=False,
     gradient_checkpointing=True,
 )
-RCOD_O_MEM = MemStageConfig(
+# RCOD_S: S3Diff's losses and light degradation, the paper's supplement for the rest. Its adversary
+# looks through DINO; ours is small where no backbone is given. Its share is the same at all levels.
+RCOD_S = dataclasses.replace(
+    RCOD_O,
+    rank_unet=32,
+    rank_vae=16,
+    heavy_share=0.0,
+    mse_weight=2.0,
+    lpips_weight=5.0,
+    vsd_weight=0.0,
+    adversarial_weight=0.5,
+    feature_weight=0.0,
+    realism_power=0.0,
+    discriminator_learning_rate=2e-5,
+)
+SD_MEM = MemStageConfig(
     steps=1000, photos_per_batch=4, crops_per_photo=1, crop_px=512, context_px=512
 )
 
@@ -214,7 +229,21 @@ class RcodOConfig(RunConfig):
     clip: str = ""
     text: str = ""
     rcod: RcodStageConfig = RCOD_O
-    mem: MemStageConfig = RCOD_O_MEM
+    mem: MemStageConfig = SD_MEM
+
+
+@dataclass(frozen=True)
+class RcodSConfig(RunConfig):
+    """One run of ``rcod-train rcod-s``. base_model, clip, backbone: folders or hub ids; backbone: a
+    vision model that the discriminator looks through, "" for a small one of our own; estimator: a
+    file of weights."""
+
+    base_model: str = ""
+    clip: str = ""
+    estimator: str = ""
+    backbone: str = ""
+    rcod: RcodStageConfig = RCOD_S
+    mem: MemStageConfig = SD_MEM
 
 
 Config = TypeVar("Config", bound=RunConfig)

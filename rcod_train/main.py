@@ -3,6 +3,8 @@
   rcod-train nano --data DIR --out DIR    from photos to a merged checkpoint in DIR/checkpoint
   rcod-train rcod-o --base DIR --clip DIR --data DIR --out DIR    the same on Stable Diffusion;
       LoRA adapters in DIR/adapters too
+  rcod-train rcod-s --base DIR --clip DIR --estimator FILE --data DIR --out DIR    the same with
+      branches guided by the photo's degradation, on SD-Turbo
   rcod-train import-official FILE --base DIR ... --out DIR    published weights: rcod_o.pkl
       --clip DIR; rcod_s.pkl --clip DIR --estimator FILE [--mem FILE]; osediff.pkl --tokens FILE
 
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_run(nano, "nano", "Apache-2.0")
     nano.add_argument("--lpips", action="store_true", help="add the LPIPS loss (downloads weights)")
     _add_rcod_o(commands)
+    _add_rcod_s(commands)
     _add_import(commands)
     return parser
 
@@ -76,10 +80,8 @@ def _add_rcod_o(commands: Any) -> None:
     add = parser.add_argument
     base = "Stable Diffusion 2.1-base or another eps-prediction base: folder or hub id"
     add("--base", required=True, metavar="DIR", help=base)
-    add("--clip", required=True, metavar="DIR", help="CLIP ViT-L/14: folder or hub id")
     _add_run(parser, "rcod-o", "CreativeML-OpenRAIL-M")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
-    add("--no-lpips", action="store_true", help="leave the LPIPS loss out (package or weights)")
+    _add_sd_run(parser)
     add(
         "--text",
         default="",
@@ -87,13 +89,42 @@ def _add_rcod_o(commands: Any) -> None:
         help="text embeddings (safetensors) that regulariser and base are conditioned on; without, "
         "the visual tokens of the HQ image",
     )
-    both = ("paper", "official")
-    for option, help_ in (
-        ("--grouping", "Eq. 5 with measured M_min and M_max, or the published code's fixed bins"),
-        ("--das", "Eq. 7, or the published code's intervals"),
-        ("--constants", "of Eq. 3: those of t, or the published code's one pair"),
-    ):
-        add(option, choices=both, default="paper", help=f"{help_} (default: %(default)s)")
+    _add_choice(parser, "--das", "Eq. 7, or the published code's intervals")
+
+
+def _add_sd_run(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a training on Stable Diffusion."""
+    add = parser.add_argument
+    add("--clip", required=True, metavar="DIR", help="CLIP ViT-L/14: folder or hub id")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    add("--no-lpips", action="store_true", help="leave the LPIPS loss out (package or weights)")
+    bins = "Eq. 5 with measured M_min and M_max, or the published code's fixed bins"
+    _add_choice(parser, "--grouping", bins)
+    pair = "of Eq. 3: those of t, or the published code's one pair"
+    _add_choice(parser, "--constants", pair)
+
+
+def _add_choice(parser: argparse.ArgumentParser, option: str, help_: str) -> None:
+    both, help_ = ("paper", "official"), f"{help_} (default: %(default)s)"
+    parser.add_argument(option, choices=both, default="paper", help=help_)
+
+
+def _add_rcod_s(commands: Any) -> None:
+    parser = commands.add_parser("rcod-s", help="degradation-guided branches on SD-Turbo")
+    add = parser.add_argument
+    base = "SD-Turbo or another eps-prediction base: folder or hub id"
+    add("--base", required=True, metavar="DIR", help=base)
+    _add_run(parser, "rcod-s", "LicenseRef-Stability-AI-SD-Turbo")
+    _add_sd_run(parser)
+    estimator = "degradation estimator: S3Diff's de_net.pth, or of rcod-train estimator"
+    add("--estimator", required=True, metavar="FILE", help=estimator)
+    add(
+        "--backbone",
+        default="",
+        metavar="DIR",
+        help="vision model that the discriminator looks through, such as DINOv2: folder or hub id; "
+        "without, a small discriminator on the pixels",
+    )
 
 
 def _add_import(commands: Any) -> None:
@@ -150,12 +181,7 @@ def _run_nano(arguments: argparse.Namespace) -> int:
     from rcod_train.nano import train_nano
 
     config = TrainConfig(**_common(arguments), use_lpips=arguments.lpips)
-    config = with_overrides(config, arguments.overrides)
-    checkpoint = train_nano(
-        config, arguments.resume, arguments.name, arguments.licence, tuple(arguments.source)
-    )
-    print(checkpoint)
-    return 0
+    return _train(train_nano, with_overrides(config, arguments.overrides), arguments)
 
 
 def _run_rcod_o(arguments: argparse.Namespace) -> int:
@@ -170,20 +196,38 @@ def _run_rcod_o(arguments: argparse.Namespace) -> int:
         # The base was never trained on visual tokens: there is nothing to guide away from.
         guidance=RCOD_O.guidance if arguments.text else 1.0,
     )
-    config = RcodOConfig(
+    config = RcodOConfig(**_common(arguments), **_sd(arguments), text=arguments.text, rcod=rcod)
+    return _train(train_rcod_o, with_overrides(config, arguments.overrides), arguments)
+
+
+def _run_rcod_s(arguments: argparse.Namespace) -> int:
+    from rcod_train.config import RCOD_S, RcodSConfig, with_overrides
+    from rcod_train.rcod_s import train_rcod_s
+
+    rcod = dataclasses.replace(RCOD_S, grouping=arguments.grouping, constants=arguments.constants)
+    config = RcodSConfig(
         **_common(arguments),
-        device=arguments.device,
-        use_lpips=not arguments.no_lpips,
-        base_model=arguments.base,
-        clip=arguments.clip,
-        text=arguments.text,
+        **_sd(arguments),
+        estimator=arguments.estimator,
+        backbone=arguments.backbone,
         rcod=rcod,
     )
-    config = with_overrides(config, arguments.overrides)
-    checkpoint = train_rcod_o(
-        config, arguments.resume, arguments.name, arguments.licence, tuple(arguments.source)
-    )
-    print(checkpoint)
+    return _train(train_rcod_s, with_overrides(config, arguments.overrides), arguments)
+
+
+def _sd(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fields of the configurations on Stable Diffusion."""
+    return {
+        "device": arguments.device,
+        "use_lpips": not arguments.no_lpips,
+        "base_model": arguments.base,
+        "clip": arguments.clip,
+    }
+
+
+def _train(train: Callable[..., Path], config: Any, arguments: argparse.Namespace) -> int:
+    named = (arguments.name, arguments.licence, tuple(arguments.source))
+    print(train(config, arguments.resume, *named))
     return 0
 
 
@@ -206,7 +250,12 @@ def _import_official(arguments: argparse.Namespace) -> int:
     return 0
 
 
-_COMMANDS = {"nano": _run_nano, "rcod-o": _run_rcod_o, "import-official": _import_official}
+_COMMANDS = {
+    "nano": _run_nano,
+    "rcod-o": _run_rcod_o,
+    "rcod-s": _run_rcod_s,
+    "import-official": _import_official,
+}
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from rcod_train.adapters import save_adapters
 from rcod_train.bases import STABLE_DIFFUSION, load_base
 from rcod_train.checkpoint import save_merged
 from rcod_train.conditions import TextEmbeddings
-from rcod_train.config import RcodOConfig
+from rcod_train.config import LoopConfig, RcodOConfig
 from rcod_train.errors import ConfigError
 from rcod_train.models.mem import Mem
 from rcod_train.network import Parts, freeze, seeded
@@ -29,7 +29,7 @@ def train_rcod_o(
     run = Run(config, (config.rcod, config.mem), resume)
     with seeded(config.seed):  # the alignment
         parts = load_base(config.base_model, config.clip, run.autocast.dtype)
-    _check_crops(parts, config)
+    check_crops(parts, config.rcod, config.mem, STABLE_DIFFUSION)
     tokens_px = parts.vpim.tokens_px
     condition = None
     if config.text:
@@ -56,12 +56,12 @@ def train_rcod_o(
     return checkpoint
 
 
-def _check_crops(parts: Parts, config: RcodOConfig) -> None:
+def check_crops(parts: Parts, rcod: LoopConfig, mem: LoopConfig, example: str) -> None:
     """The U-Net halves the latent once for each of its blocks but the last."""
     step = parts.vae.factor * 2 ** (len(parts.unet.config.block_out_channels) - 1)
-    for stage, settings in (("rcod", config.rcod), ("mem", config.mem)):
+    for stage, settings in (("rcod", rcod), ("mem", mem)):
         if settings.crop_px % step:
             raise ConfigError(
                 f"{stage}.crop_px: expected a multiple of {step} for this base model "
-                f"(such as {STABLE_DIFFUSION}), found {settings.crop_px}."
+                f"(such as {example}), found {settings.crop_px}."
             )

@@ -39,6 +39,8 @@ _MACHINE = (
     "base_model",
     "clip",
     "text",
+    "estimator",
+    "backbone",
 )
 
 
