@@ -15,9 +15,10 @@ from rcod_train.errors import ConfigError
 class LoopConfig:
     """What every stage has. Steps count optimiser updates of the generator or model."""
 
-    _CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {}
+    _CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"optimizer": ("adamw", "adamw8bit")}
 
     steps: int = 1000
+    optimizer: str = "adamw"
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     weight_decay: float = 0.0
@@ -78,7 +79,9 @@ class RcodStageConfig(LoopConfig):
     or one fixed pair for every t.
     """
 
-    _CHOICES = dict.fromkeys(("grouping", "das", "constants"), ("paper", "official"))
+    _CHOICES = LoopConfig._CHOICES | dict.fromkeys(
+        ("grouping", "das", "constants"), ("paper", "official")
+    )
     steps: int = 3000
     learning_rate: float = 5e-4
     regulariser_learning_rate: float = 5e-4

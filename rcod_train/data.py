@@ -153,12 +153,12 @@ def _start_worker(_: int) -> None:
     torch.set_num_threads(1)
 
 
-def batches(dataset: PhotoBatches, first: int, end: int, workers: int) -> Iterator[Batch]:
-    """Batches first .. end - 1, in order."""
+def batches(dataset: PhotoBatches, indices: range, workers: int) -> Iterator[Batch]:
+    """These batches, in order."""
     loader = DataLoader(
         dataset,
         batch_size=None,
-        sampler=range(first, end),
+        sampler=indices,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_start_worker,

@@ -1,6 +1,7 @@
 """One loop for all stages: checkpoints that resume bit for bit, EMA, a loss log, a clean stop.
 
-A step is one update of every optimiser, from the gradients of ``accumulate`` batches.
+A step is one update of every optimiser, from the gradients of ``accumulate`` batches in each of the
+processes.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from rcod_train.config import LoopConfig
 from rcod_train.data import Batch
 from rcod_train.errors import CheckpointError, Interrupted, TrainError
 from rcod_train.precision import Autocast
+from rcod_train.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +48,15 @@ class Update:
         self.group, self.loss, self.figures = group, loss, figures
 
 
+Members = list[tuple[dict[str, Parameter], float]]
+
+
 class Stage(Protocol):
     """What the loop needs of a stage."""
 
     name: str
     config: LoopConfig
-    groups: dict[str, list[tuple[dict[str, Parameter], float]]]
+    groups: dict[str, Members]
     """Optimiser name -> [(parameters by name, learning rate)]; each optimiser steps by itself."""
 
     def updates(self, batch: Batch, generator: torch.Generator) -> Iterator[Update]:
@@ -66,13 +71,39 @@ class Stage(Protocol):
 
 
 def step_generator(seed: int, batch: int) -> torch.Generator:
-    """The random source of one batch: nothing is carried over from one to the next."""
+    """The random source of one batch, counted over all processes: nothing is carried over from one
+    to the next."""
     return torch.Generator().manual_seed((seed * 1_000_003 + batch) % (2**63))
 
 
+def make_optimizer(config: LoopConfig, members: Members) -> torch.optim.Optimizer:
+    """AdamW with a learning rate for each set of parameters; "adamw8bit" keeps its moments in 8
+    bits (Dettmers et al. 2022) where a tensor has 4096 values or more.
+
+    Raises:
+        TrainError: bitsandbytes is missing.
+    """
+    groups = [{"params": list(named.values()), "lr": rate, "base": rate} for named, rate in members]
+    both = {"betas": (0.9, config.beta2), "weight_decay": config.weight_decay}
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **both, fused=False, foreach=True)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as exc:
+        raise TrainError(
+            'optimizer adamw8bit: the package bitsandbytes is missing. pip install "rcod[8bit]", '
+            "or train with adamw."
+        ) from exc
+    optimizer: torch.optim.Optimizer = AdamW8bit(groups, **both)
+    return optimizer
+
+
 class _Trainer:
-    def __init__(self, stage: Stage, folder: Path, seed: int, autocast: Autocast) -> None:
+    def __init__(
+        self, stage: Stage, folder: Path, seed: int, autocast: Autocast, ranks: Ranks
+    ) -> None:
         self.stage, self.folder, self.seed, self.step = stage, folder, seed, 0
+        self.ranks, self.device = ranks, autocast.device
         self.parameters = {
             f"{group}.{name}": parameter
             for group, members in stage.groups.items()
@@ -81,17 +112,7 @@ class _Trainer:
         }
         self.ema = {name: p.detach().clone() for name, p in self.parameters.items()}
         self.optimizers = {
-            group: torch.optim.AdamW(
-                [
-                    {"params": list(named.values()), "lr": rate, "base": rate}
-                    for named, rate in members
-                ],
-                betas=(0.9, stage.config.beta2),
-                weight_decay=stage.config.weight_decay,
-                fused=False,
-                foreach=True,
-            )
-            for group, members in stage.groups.items()
+            group: make_optimizer(stage.config, members) for group, members in stage.groups.items()
         }
         self.scalers = {group: autocast.scaler() for group in stage.groups}
 
@@ -103,11 +124,12 @@ class _Trainer:
         return warm * (c.final_rate + (1.0 - c.final_rate) * cosine)
 
     def train_step(self, batches: Iterator[Batch]) -> dict[str, float]:
-        """One step; returns its row of the log, means over its batches."""
+        """One step; returns its row of the log, means over its batches in all processes."""
         n = self.stage.config.accumulate
         row: dict[str, float] = {"step": self.step}
         for i in range(n):
-            generator = step_generator(self.seed, self.step * n + i)
+            batch = (self.step * n + i) * self.ranks.world + self.ranks.rank
+            generator = step_generator(self.seed, batch)
             for update in self.stage.updates(next(batches), generator):
                 figures = {f"{update.group}_loss": update.loss.detach(), **update.figures}
                 for key, value in figures.items():
@@ -117,6 +139,10 @@ class _Trainer:
                     row[f"{update.group}_grad_norm"] = self.optimise(update.group)
         self.update_ema()
         self.step += 1
+        if self.ranks.world > 1:
+            figures = torch.tensor(list(row.values()), dtype=torch.float64, device=self.device)
+            self.ranks.average_([figures])
+            row = dict(zip(row, figures.tolist(), strict=True))
         return row
 
     def backward(self, update: Update, i: int) -> None:
@@ -139,8 +165,9 @@ class _Trainer:
         factor = self.rate_factor()
         for members in optimizer.param_groups:
             members["lr"] = members["base"] * factor
-        scaler.unscale_(optimizer)
         parameters = [p for members in optimizer.param_groups for p in members["params"]]
+        self.ranks.average_([p.grad for p in parameters if p.grad is not None])
+        scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.stage.config.clip_norm)
         if not torch.isfinite(norm) and scaler.get_scale() <= 1.0:  # 1 without fp16
             raise self._diverged(
@@ -294,6 +321,7 @@ def run_stage(
     resume: bool,
     autocast: Autocast | None = None,
     validate: Callable[[int], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> None:
     """Train a stage to its last step and leave its modules with the averaged (EMA) weights.
 
@@ -304,14 +332,15 @@ def run_stage(
         resume: continue from the newest checkpoint; a finished stage only loads its weights.
         autocast: what the stage computes in; None: fp32 on the CPU.
         validate: called with the step every ``validation_steps`` and at the end, with the averaged
-            weights.
+            weights, in the first process.
+        ranks: the processes that train together; None: this one alone.
 
     Raises:
         CheckpointError: the checkpoint is of another configuration.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
         TrainError: a loss or gradient is not finite, or a checkpoint can't be written.
     """
-    trainer = _Trainer(stage, folder, seed, autocast or Autocast("fp32"))
+    trainer = _Trainer(stage, folder, seed, autocast or Autocast("fp32"), ranks or Ranks())
     existing = sorted(folder.glob("step-*.pt"))
     if existing and not resume:
         raise CheckpointError(
@@ -332,11 +361,14 @@ def _train(
     resume: bool,
     validate: Callable[[int], None] | None,
 ) -> None:
-    stage, steps = trainer.stage, trainer.stage.config.steps
-    trainer.folder.mkdir(parents=True, exist_ok=True)
-    log_path = trainer.folder / "losses.jsonl"
-    if resume and log_path.exists():
-        _cut_log(log_path, trainer.step)
+    stage, steps, ranks = trainer.stage, trainer.stage.config.steps, trainer.ranks
+    ranks.wait()  # all have looked for checkpoints
+    log_path = Path(os.devnull)
+    if ranks.writes:
+        trainer.folder.mkdir(parents=True, exist_ok=True)
+        log_path = trainer.folder / "losses.jsonl"
+        if resume and log_path.exists():
+            _cut_log(log_path, trainer.step)
     progress = tqdm(
         total=steps,
         initial=trainer.step,
@@ -344,6 +376,7 @@ def _train(
         unit="step",
         dynamic_ncols=True,
         mininterval=1.0,
+        disable=not ranks.writes,
     )
     with (
         _stop_requested() as stopped,
@@ -362,14 +395,18 @@ def _train(
             )
             progress.update()
             last = trainer.step == steps
+            stop = ranks.any(bool(stopped), trainer.device)
             every = stage.config.validation_steps
             if validate is not None and every and (last or trainer.step % every == 0):
-                with trainer.averaged():
-                    validate(trainer.step)
-            if last or stopped or trainer.step % stage.config.checkpoint_steps == 0:
+                if ranks.writes:
+                    with trainer.averaged():
+                        validate(trainer.step)
+                ranks.wait()
+            if last or stop or trainer.step % stage.config.checkpoint_steps == 0:
                 log_file.flush()
-                trainer.save()
-            if stopped and not last:
+                if ranks.writes:
+                    trainer.save()
+            if stop and not last:
                 raise Interrupted(
                     f"stage {stage.name}: stopped at step {trainer.step} of {steps}, state saved "
                     f"in {trainer.folder}. Continue with --resume."

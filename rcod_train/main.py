@@ -226,8 +226,12 @@ def _sd(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(train: Callable[..., Path], config: Any, arguments: argparse.Namespace) -> int:
+    from rcod_train.ranks import is_first
+
     named = (arguments.name, arguments.licence, tuple(arguments.source))
-    print(train(config, arguments.resume, *named))
+    checkpoint = train(config, arguments.resume, *named)
+    if is_first():
+        print(checkpoint)
     return 0
 
 

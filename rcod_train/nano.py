@@ -6,7 +6,6 @@ import itertools
 import logging
 from pathlib import Path
 
-from rcod_train.checkpoint import save_merged
 from rcod_train.config import TrainConfig
 from rcod_train.network import build_nano, seeded
 from rcod_train.run import Run
@@ -60,6 +59,4 @@ def train_nano(
 
     summary = "Small one-step diffusion upscaler with a realism control, x4, for CPUs."
     info = run.info(rcod, "nano", name, summary, licence, sources)
-    checkpoint = run.out / "checkpoint"
-    save_merged(checkpoint, rcod.merge(), info)
-    return checkpoint
+    return run.save(rcod.merge(), info)

@@ -21,14 +21,14 @@ def load_lpips(device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
     except ImportError as exc:
         raise TrainError(
             'LPIPS: the package lpips is missing. pip install "rcod[lpips]", or train without this '
-            "loss: nano without --lpips, rcod-o with --no-lpips."
+            "loss: nano without --lpips, the others with --no-lpips."
         ) from exc
     try:
         network = lpips.LPIPS(net="vgg", verbose=False)
     except Exception as exc:  # the download's errors are of many types
         raise TrainError(
             f"LPIPS: the VGG weights could not be loaded ({exc}). They are downloaded at first "
-            "use; without a network train nano without --lpips, rcod-o with --no-lpips."
+            "use; without a network train nano without --lpips, the others with --no-lpips."
         ) from exc
     network.requires_grad_(False).to(device)
     forward: Callable[[Tensor, Tensor], Tensor] = network.eval()

@@ -5,18 +5,22 @@ from __future__ import annotations
 import torch
 
 from rcod_train.errors import ConfigError
+from rcod_train.ranks import Ranks
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_device(choice: str) -> torch.device:
-    """auto | cpu | cuda | cuda:N -> a device that is there; auto prefers a GPU.
+def resolve_device(choice: str, ranks: Ranks | None = None) -> torch.device:
+    """auto | cpu | cuda | cuda:N -> a device that is there; auto prefers a GPU. Of several
+    processes each gets the GPU of its own index.
 
     Raises:
         ConfigError: it isn't, or PyTorch was built without CUDA.
     """
     if choice == "auto":
         choice = "cuda" if torch.cuda.is_available() else "cpu"
+    if choice == "cuda" and ranks is not None and ranks.world > 1:
+        choice = f"cuda:{ranks.local_rank}"
     kind, _, index = choice.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
         raise ConfigError(f"device {choice!r}: expected auto, cpu, cuda or cuda:N.")

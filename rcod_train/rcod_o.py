@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rcod_train.adapters import save_adapters
 from rcod_train.bases import STABLE_DIFFUSION, load_base
-from rcod_train.checkpoint import save_merged
 from rcod_train.conditions import TextEmbeddings
 from rcod_train.config import LoopConfig, RcodOConfig
 from rcod_train.errors import ConfigError
@@ -48,12 +47,11 @@ def train_rcod_o(
     mem = MemStage(rcod, config.mem)
     run.train(mem, run.batches_of(config.mem, "mem", tokens_px, heavy))
 
-    save_adapters(run.out / "adapters", rcod.model.unet, rcod.model.vae, parts.vpim)
+    if run.ranks.writes:
+        save_adapters(run.out / "adapters", rcod.model.unet, rcod.model.vae, parts.vpim)
     summary = "One-step diffusion upscaler with a realism control, x4, on Stable Diffusion."
     info = run.info(rcod, "rcod-o", name, summary, licence, sources)
-    checkpoint = run.out / "checkpoint"
-    save_merged(checkpoint, rcod.merge(), info)
-    return checkpoint
+    return run.save(rcod.merge(), info)
 
 
 def check_crops(parts: Parts, rcod: LoopConfig, mem: LoopConfig, example: str) -> None:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from rcod_train.bases import SD_TURBO, load_backbone, load_base
-from rcod_train.checkpoint import save_merged
 from rcod_train.config import RcodSConfig
 from rcod_train.grouping import Grouping
 from rcod_train.models.discriminator import BackboneDiscriminator
@@ -70,9 +69,7 @@ def train_rcod_s(
         "One-step diffusion upscaler with a realism control, x4, guided by the photo's degradation."
     )
     info = run.info(rcod, "rcod-s", name, summary, licence, sources)
-    checkpoint = run.out / "checkpoint"
-    save_merged(checkpoint, rcod.merge(), info)
-    return checkpoint
+    return run.save(rcod.merge(), info)
 
 
 def add_guide(parts: Parts, config: RcodSConfig, estimator: dict[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from rcod_train.checkpoint import CheckpointInfo, levels_of
+from rcod_train.checkpoint import CheckpointInfo, levels_of, save_merged
 from rcod_train.config import LoopConfig, RcodStageConfig, RunConfig
 from rcod_train.data import Batch, PhotoBatches, batches, find_photos
 from rcod_train.errors import ConfigError, TrainError
@@ -21,6 +21,7 @@ from rcod_train.loop import Stage, run_stage
 from rcod_train.network import Parts
 from rcod_train.perceptual import load_lpips
 from rcod_train.precision import Autocast, resolve_device, resolve_precision
+from rcod_train.ranks import join
 from rcod_train.stages.rcod import RcodStage, measure_metric_range
 from rcod_train.validation import Validation
 
@@ -55,7 +56,10 @@ class Run:
         self.config, self.resume, self.out = config, resume, Path(config.out)
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.device = resolve_device(config.device)
+        self.ranks = join(on_cpu=config.device == "cpu")
+        self.device = resolve_device(config.device, self.ranks)
+        if not self.ranks.writes:
+            logging.getLogger("rcod_train").setLevel(logging.WARNING)
         self.autocast = Autocast(resolve_precision(config.precision, self.device), self.device)
         side = max(stage.context_px for stage in stages)
         self.photos = find_photos(config.data, side)
@@ -70,6 +74,8 @@ class Run:
 
     def start(self) -> None:
         """The folder of the run, with its resolved configuration."""
+        if not self.ranks.writes:
+            return
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self.config.write(self.out / "config.json")
@@ -91,10 +97,14 @@ class Run:
     ) -> Callable[[int], Iterator[Batch]]:
         seed = self.config.seed * len(SEED_STEP) + SEED_STEP[stream]
         dataset = PhotoBatches(self.photos, stage, seed, tokens_px, heavy_share)
-        end = MEASURING_BATCHES if stream == "measure" else stage.steps * stage.accumulate
+        rank, world = self.ranks.rank, self.ranks.world
+        end = stage.steps * stage.accumulate
+        if stream == "measure":  # the same in all processes
+            rank, world, end = 0, 1, MEASURING_BATCHES
 
         def from_batch(first: int) -> Iterator[Batch]:
-            for batch in batches(dataset, first, end, self.config.workers):
+            mine = range(first * world + rank, end * world, world)
+            for batch in batches(dataset, mine, self.config.workers):
                 yield batch.to(self.device)
 
         return from_batch
@@ -106,7 +116,7 @@ class Run:
         validate: Callable[[int], None] | None = None,
     ) -> None:
         folder, seed = self.out / stage.name, self.config.seed
-        run_stage(stage, make, folder, seed, self.resume, self.autocast, validate)
+        run_stage(stage, make, folder, seed, self.resume, self.autocast, validate, self.ranks)
 
     def grouping(self, parts: Parts, config: RcodStageConfig, tokens_px: int) -> Grouping:
         """Eq. 5 with M_min and M_max measured on the photos, or the published bins.
@@ -124,9 +134,10 @@ class Run:
                 parts, source, config.metric_samples, config.metric_quantile, self.autocast
             )
             record = {"m_min": m_min, "m_max": m_max, **made_with}
-            partial = path.with_suffix(".partial")
-            partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-            os.replace(partial, path)
+            if self.ranks.writes:
+                partial = path.with_suffix(".partial")
+                partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
+                os.replace(partial, path)
         log.info("metric M: M_min %.4f, M_max %.4f", record["m_min"], record["m_max"])
         return Grouping(record["m_min"], record["m_max"], config.n, config.k)
 
@@ -162,6 +173,14 @@ class Run:
             k=rcod.grouping.k,
             training=self.record(),
         )
+
+    def save(self, parts: Parts, info: CheckpointInfo) -> Path:
+        """Write ``<out>/checkpoint``; returns that folder."""
+        checkpoint = self.out / "checkpoint"
+        if self.ranks.writes:
+            save_merged(checkpoint, parts, info)
+        self.ranks.wait()
+        return checkpoint
 
     def record(self) -> dict[str, Any]:
         """The settings and the number of photos, without what is of this machine alone."""

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -310,3 +311,39 @@ def test_a_checkpoint_older_than_a_setting_is_continued_at_its_default(tmp_path:
     other = Line(dataclasses.replace(CONFIG, accumulate=2))
     with pytest.raises(CheckpointError, match="accumulate: 1 there, 2 here"):
         run_stage(other, numbers, tmp_path, seed=5, resume=True)
+
+
+class Wide(Line):
+    """Enough values for 8-bit moments."""
+
+    def __init__(self, config: LoopConfig) -> None:
+        super().__init__(config)
+        self.w = Parameter(torch.ones(8192))
+        self.groups = {"line": [({"w": self.w}, config.learning_rate)]}
+
+    def updates(self, batch: Any, generator: torch.Generator) -> Iterator[Update]:
+        yield Update("line", self.w.square().mean(), {})
+
+
+def test_moments_in_8_bits_train_and_resume_bit_for_bit(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    config = dataclasses.replace(CONFIG, optimizer="adamw8bit", ema_decay=0.0)
+    whole, again = Wide(config), Wide(config)
+    run_stage(whole, numbers, tmp_path, seed=5, resume=False)
+    assert whole.w.abs().max() < 0.9
+    last = tmp_path / "step-0000006.pt"
+    state = read_checkpoint(last)["optimizers"]["line"]["state"]
+    (moments,) = (value for value in state[0].values() if isinstance(value, dict))
+    assert moments["state1"].dtype == moments["state2"].dtype == torch.uint8
+    last.unlink()
+    run_stage(again, numbers, tmp_path, seed=5, resume=True)
+    assert torch.equal(again.w, whole.w)
+
+
+def test_a_missing_package_for_8_bits_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    stage = Wide(dataclasses.replace(CONFIG, optimizer="adamw8bit"))
+    with pytest.raises(TrainError, match=r'pip install "rcod\[8bit\]"'):
+        run_stage(stage, numbers, tmp_path, seed=5, resume=False)
