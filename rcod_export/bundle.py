@@ -38,6 +38,7 @@ from rcod_runtime.manifest import (
 )
 from rcod_runtime.manifest import Tensor as TensorSpec
 from rcod_runtime.signature import SIGNATURE_FILE
+from rcod_train.adapter_files import are_adapters, load_adapters
 from rcod_train.checkpoint import CheckpointInfo, load_merged
 from rcod_train.files import written_whole
 from rcod_train.network import Parts
@@ -65,7 +66,8 @@ class ExportConfig:
     """Choices of one export; they go into the manifest.
 
     ``opset`` None is the one that most runtimes read, or the first that knows the precision;
-    ``fold_level`` leaves one level of the checkpoint, as part of the denoiser.
+    ``fold_level`` leaves one level of the checkpoint, as part of the denoiser; ``base`` and
+    ``clip`` are the models that adapters are merged with: folders or hub ids.
     """
 
     precision: Precision = Precision.FP32
@@ -74,6 +76,8 @@ class ExportConfig:
     tile_px: int = 512
     overlap_px: int = 64
     sample: Path = DEFAULT_SAMPLE
+    base: str | None = None
+    clip: str | None = None
 
 
 def opset_of(config: ExportConfig) -> int:
@@ -94,6 +98,9 @@ def opset_of(config: ExportConfig) -> int:
 def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
     """Export, check and write a bundle; an existing bundle at ``out`` is replaced at the end.
 
+    Args:
+        checkpoint: a merged one, or adapters, which need ``config.base`` and ``config.clip``.
+
     Raises:
         CheckpointError: the checkpoint can't be read.
         ExportError: a graph can't be exported.
@@ -106,7 +113,7 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
     if (out / SIGNATURE_FILE).exists():
         log.warning("%s: its signature will go with it; sign the new bundle", out)
     opset = opset_of(config)
-    parts, info = load_merged(checkpoint)
+    parts, info = _loaded(checkpoint, config)
     if config.fold_level is not None:
         parts, info = _folded(parts, info, config.fold_level)
     contract = _image_contract(parts, config)
@@ -136,6 +143,20 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
         manifest = _with_sample(manifest, folder, images, config)
         write_card(folder / "MODEL_CARD.md", manifest, info.training)
     return manifest
+
+
+def _loaded(checkpoint: Path, config: ExportConfig) -> tuple[Parts, CheckpointInfo]:
+    models = (config.base, config.clip)
+    if not are_adapters(checkpoint):
+        if models != (None, None):
+            raise UsageError(f"{checkpoint}: a merged checkpoint takes no --base and no --clip.")
+        return load_merged(checkpoint)
+    if config.base is None or config.clip is None:
+        raise UsageError(
+            f"{checkpoint}: adapters, which are merged with the models they were trained on. Give "
+            "--base and --clip, or the merged checkpoint beside this folder."
+        )
+    return load_adapters(checkpoint, config.base, config.clip)
 
 
 def _folded(parts: Parts, info: CheckpointInfo, name: str) -> tuple[Parts, CheckpointInfo]:

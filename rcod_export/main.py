@@ -1,6 +1,7 @@
 """Export RCOD checkpoints.
 
-  rcod-export bundle CHECKPOINT -o BUNDLE    ONNX graphs, compared with PyTorch, and a manifest
+  rcod-export bundle CHECKPOINT -o BUNDLE    ONNX graphs, compared with PyTorch, and a manifest;
+      of LoRA adapters: rcod-export bundle ADAPTERS --base DIR --clip DIR -o BUNDLE
   rcod-export engines BUNDLE --sm 89 120     TensorRT engines of its graphs, into the bundle
   rcod-export inspect BUNDLE                 what its graphs are made of and cost
   rcod-export verify BUNDLE                  check files, sample and engines again
@@ -30,7 +31,7 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    bundle = commands.add_parser("bundle", help="merged checkpoint to a bundle")
+    bundle = commands.add_parser("bundle", help="merged checkpoint or adapters to a bundle")
     bundle.add_argument("checkpoint", type=Path, help="folder that rcod-train wrote")
     bundle.add_argument("-o", "--out", type=Path, required=True, metavar="BUNDLE")
     bundle.add_argument(
@@ -58,6 +59,12 @@ def build_parser() -> argparse.ArgumentParser:
     bundle.add_argument(
         "--sample", type=Path, metavar="PNG", help="photo for the bundle's self-test"
     )
+    for option, model in (("--base", "Stable Diffusion"), ("--clip", "CLIP ViT-L/14")):
+        bundle.add_argument(
+            option,
+            metavar="DIR",
+            help=f"for adapters alone: {model} as in the training, folder or hub id",
+        )
     _add_engines(commands)
     sign = commands.add_parser(
         "sign",
@@ -146,6 +153,8 @@ def _bundle(arguments: argparse.Namespace) -> int:
         tile_px=arguments.tile,
         overlap_px=arguments.overlap,
         sample=arguments.sample or DEFAULT_SAMPLE,
+        base=arguments.base,
+        clip=arguments.clip,
     )
     manifest = build_bundle(arguments.checkpoint, arguments.out, config)
     for row in manifest.evidence.parity:

@@ -9,21 +9,16 @@ import copy
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Literal
 
 from diffusers import UNet2DConditionModel
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
 from torch import nn
 from torch.nn import Parameter
 
-from rcod_train.errors import TrainError
-from rcod_train.files import written_whole
-from rcod_train.models.sd import UNET_TARGETS, ClipVpim, SdVae
+from rcod_train.models.sd import UNET_TARGETS, SdVae
 from rcod_train.models.vae import NanoVae
-from rcod_train.models.vpim import Vpim
 
 Role = Literal["base", "generator", "regulariser"]
 
@@ -144,34 +139,3 @@ class SwitchedVae:
         self.vae.fuse_lora(adapter_names=["generator"])
         self.vae.unload_lora()
         return self.vae
-
-
-def save_adapters(
-    folder: Path, unet: SwitchedUnet, vae: SwitchedVae, vpim: ClipVpim | Vpim
-) -> None:
-    """The generator's trained values by themselves, before they are merged.
-
-    unet/ vae/          PEFT's adapter_config.json and adapter_model.safetensors
-    full.safetensors    what is trained in full: unet.conv_in.*, vpim.align.*
-
-    Raises:
-        TrainError: the folder can't be written; what was there before is left.
-    """
-    full = {f"unet.conv_in.{n}": p for n, p in unet.conv_in_generator.named_parameters()}
-    full |= {f"vpim.align.{n}": p for n, p in vpim.align.named_parameters()}
-    try:
-        with written_whole(folder) as partial:
-            for name, network in (("unet", unet.unet), ("vae", vae.vae)):
-                state = get_peft_model_state_dict(network, adapter_name="generator")
-                # Parameters carry this prefix in PEFT's files, whatever the network.
-                state = {f"base_model.model.{k}": v.contiguous() for k, v in state.items()}
-                (partial / name).mkdir()
-                network.peft_config["generator"].save_pretrained(partial / name)
-                save_file(state, partial / name / "adapter_model.safetensors")
-            state = {name: value.detach().contiguous() for name, value in full.items()}
-            save_file(state, partial / "full.safetensors")
-    except OSError as exc:
-        raise TrainError(
-            f"{folder}: the adapters could not be written ({exc.strerror or exc}). "
-            "Free space and run again with --resume."
-        ) from exc

@@ -106,9 +106,8 @@ def save_merged(folder: Path, parts: Parts, info: CheckpointInfo) -> None:
             for name in PARTS:
                 module = getattr(parts, name)
                 if module is not None:
-                    _rounded(module).save_pretrained(partial / name, safe_serialization=True)
-            text = json.dumps(dataclasses.asdict(info), indent=1) + "\n"
-            (partial / "rcod.json").write_text(text, encoding="utf-8")
+                    rounded(module).save_pretrained(partial / name, safe_serialization=True)
+            (partial / "rcod.json").write_text(info_text(info), encoding="utf-8")
     except OSError as exc:
         raise CheckpointError(
             f"{folder}: the checkpoint could not be written ({exc.strerror or exc}). "
@@ -116,7 +115,13 @@ def save_merged(folder: Path, parts: Parts, info: CheckpointInfo) -> None:
         ) from exc
 
 
-def _rounded(module: ModelMixin) -> ModelMixin:
+def info_text(info: CheckpointInfo) -> str:
+    """rcod.json."""
+    return json.dumps(dataclasses.asdict(info), indent=1) + "\n"
+
+
+def rounded(module: ModelMixin) -> ModelMixin:
+    """With its parameters in fp16, as they are stored."""
     for name, parameter in module.named_parameters():
         half = parameter.data.half()
         if not torch.isfinite(half).all():
@@ -132,7 +137,7 @@ def load_merged(folder: str | Path) -> tuple[Parts, CheckpointInfo]:
         CheckpointError: a part is missing, of another geometry, or rcod.json is not understood.
     """
     folder = Path(folder)
-    info = _read_info(folder / "rcod.json")
+    info = read_info(folder / "rcod.json")
     modules: dict[str, Any] = {}
     if info.family not in FAMILIES:
         raise CheckpointError(
@@ -170,7 +175,12 @@ def _load_part(path: Path, kinds: tuple[type[ModelMixin], ...], guide: Guide | N
     return module
 
 
-def _read_info(path: Path) -> CheckpointInfo:
+def read_info(path: Path) -> CheckpointInfo:
+    """rcod.json.
+
+    Raises:
+        CheckpointError: not there, or not understood.
+    """
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as exc:

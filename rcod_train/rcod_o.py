@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rcod_train.adapters import save_adapters
+from rcod_train.adapted import LoraModel
+from rcod_train.adapter_files import save_adapters
 from rcod_train.bases import STABLE_DIFFUSION, load_base
 from rcod_train.conditions import TextEmbeddings
 from rcod_train.config import LoopConfig, RcodOConfig
@@ -47,10 +48,11 @@ def train_rcod_o(
     mem = MemStage(rcod, config.mem)
     run.train(mem, run.batches_of(config.mem, "mem", tokens_px, heavy))
 
-    if run.ranks.writes:
-        save_adapters(run.out / "adapters", rcod.model.unet, rcod.model.vae, parts.vpim)
     summary = "One-step diffusion upscaler with a realism control, x4, on Stable Diffusion."
     info = run.info(rcod, "rcod-o", name, summary, licence, sources)
+    if run.ranks.writes:
+        assert isinstance(rcod.model, LoraModel)
+        save_adapters(run.out / "adapters", rcod.model, info)
     return run.save(rcod.merge(), info)
 
 

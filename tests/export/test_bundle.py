@@ -14,6 +14,7 @@ import onnx
 import pytest
 import torch
 from onnx import TensorProto
+from safetensors.torch import save_file
 
 import rcod_export.onnx_file
 from rcod_export.bundle import ExportConfig, build_bundle
@@ -297,3 +298,15 @@ def test_other_weights_beside_the_same_graph_are_other_content(external_bundle: 
     graph = read_manifest(external_bundle / "manifest.json").graphs["denoiser"]
     other = dataclasses.replace(graph, data_files={"onnx/denoiser.onnx.data": "0" * 64})
     assert other.sha256 == graph.sha256 and other.content_sha256 != graph.content_sha256
+
+
+def test_adapters_need_the_models_they_were_trained_on_and_checkpoints_do_not(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "adapters").mkdir()
+    save_file({}, tmp_path / "adapters" / "full.safetensors")
+    with pytest.raises(UsageError, match="adapters, which are merged .* Give --base and --clip"):
+        build_bundle(tmp_path / "adapters", tmp_path / "b", ExportConfig(base="sd"))
+    with pytest.raises(UsageError, match="a merged checkpoint takes no --base"):
+        build_bundle(tmp_path / "merged", tmp_path / "b", ExportConfig(base="sd"))
+    assert not (tmp_path / "b").exists()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,9 @@ from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from rcod_train.adapter_files import are_adapters, load_adapters
 from rcod_train.checkpoint import load_merged
+from rcod_train.errors import CheckpointError
 from rcod_train.main import main
 from rcod_train.schedule import alpha_sigma
 from tests.tiny_sd import save_base, tiny_unet, tiny_vae
@@ -135,6 +138,32 @@ def test_peft_reads_the_adapters_and_they_are_what_was_merged(run: Path, base: P
     torch.testing.assert_close(found, expected, atol=5e-3, rtol=0)
     vae = load_file(run / "adapters" / "vae" / "adapter_model.safetensors")
     assert vae and not [name for name in vae if "decoder" in name]
+
+
+def test_the_adapters_merged_again_are_the_merged_checkpoint(run: Path, base: Path) -> None:
+    merged, info = load_merged(run / "checkpoint")
+    models = str(base / "sd"), str(base / "clip")
+    parts, again = load_adapters(run / "adapters", *models)
+    assert again == info and are_adapters(run / "adapters")
+    assert not are_adapters(run / "checkpoint")
+    for name in ("vae", "unet", "vpim", "mem"):
+        expected, found = (getattr(p, name).state_dict() for p in (merged, parts))
+        assert expected.keys() == found.keys()
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, atol=0, rtol=1e-3, msg=f"{name}.{key}")
+        assert not getattr(parts, name).training
+
+
+def test_adapters_of_another_base_or_damaged_ones_are_named(
+    run: Path, base: Path, tmp_path: Path
+) -> None:
+    other_base(tmp_path / "wide", base, block_out_channels=(16, 32, 32, 64))
+    with pytest.raises(CheckpointError, match=r"adapters/unet: does not fit the base model"):
+        load_adapters(run / "adapters", str(tmp_path / "wide" / "sd"), str(base / "clip"))
+    shutil.copytree(run / "adapters", tmp_path / "cut")
+    (tmp_path / "cut" / "vae" / "adapter_model.safetensors").write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="adapter_model.safetensors: not readable"):
+        load_adapters(tmp_path / "cut", str(base / "sd"), str(base / "clip"))
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
