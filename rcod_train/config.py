@@ -132,6 +132,18 @@ class MemStageConfig(LoopConfig):
     learning_rate: float = 3e-3
 
 
+@dataclass(frozen=True)
+class EstimatorStageConfig(LoopConfig):
+    """Degradation estimator: it sees crop_px / 4 of what was degraded."""
+
+    steps: int = 20_000
+    learning_rate: float = 2e-4
+    photos_per_batch: int = 8
+    crop_px: int = 256
+    context_px: int = 256
+    heavy_share: float = 0.5  # of "osediff" degradations, the rest "s3diff"
+
+
 # RCOD_O as the paper's supplement has it (30,000 iterations, batch 4, learning rate 2e-5, rank 4),
 # the rest as OSEDiff. No adversary, no decoder: what ships differs from the base by 5.5 M values.
 RCOD_O = RcodStageConfig(
@@ -247,6 +259,16 @@ class RcodSConfig(RunConfig):
     backbone: str = ""
     rcod: RcodStageConfig = RCOD_S
     mem: MemStageConfig = SD_MEM
+
+
+@dataclass(frozen=True)
+class EstimatorConfig(RunConfig):
+    """One run of ``rcod-train estimator``; the sizes are S3Diff's."""
+
+    width: int = 64
+    features: int = 128
+    hidden: int = 512
+    estimator: EstimatorStageConfig = field(default_factory=EstimatorStageConfig)
 
 
 Config = TypeVar("Config", bound=RunConfig)

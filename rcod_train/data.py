@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rcod_train.config import LoopConfig
-from rcod_train.degradation import PRESETS, degrade, upsample_lq
+from rcod_train.degradation import PRESETS, Strength, degrade, upsample_lq
 from rcod_train.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,10 @@ class Batch:
     tokens_hq: Tensor  # (B, 3, S, S): the whole context, antialiased
     tokens_lq: Tensor  # (B, 3, S, S)
     photo: Tensor  # (B,) int64: which of the photos
-    lq_native: Tensor | None = None  # (B, 3, crop/4, crop/4): lq as it came; None: not degraded
+    # None without degradation: lq before it was upsampled, (B, 3, crop/4, crop/4), and the scores
+    # of its blur and noise, (B, 2) float32 in [0, 1).
+    lq_native: Tensor | None = None
+    scores: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         tensors = (getattr(self, f.name) for f in dataclasses.fields(self))
@@ -100,6 +103,9 @@ class PhotoBatches(Dataset[Batch]):
             raise ConfigError(
                 f"crop_px: expected 1 to context_px ({config.context_px}), found {config.crop_px}."
             )
+        # Before OpenCV's first call: threads of its pool don't live on in a forked worker, which
+        # waits for them for ever.
+        cv2.setNumThreads(1)
         self.photos, self.config, self.seed = photos, config, seed
         self.tokens_px, self.heavy_share = tokens_px, heavy_share
 
@@ -107,13 +113,14 @@ class PhotoBatches(Dataset[Batch]):
         rng = np.random.default_rng((self.seed, i))
         c = self.config
         rows: list[tuple[np.ndarray, ...]] = []
+        scores: list[tuple[float, float]] = []
         chosen = rng.choice(len(self.photos), c.photos_per_batch)
         for index in chosen:
             context_hq = self._context(self.photos[index], rng)
-            context_lq, native = context_hq, None
+            context_lq, native, strength = context_hq, None, Strength()
             if self.heavy_share is not None:
                 preset = "osediff" if rng.random() < self.heavy_share else "s3diff"
-                native = degrade(context_hq, PRESETS[preset], rng, SCALE)
+                native = degrade(context_hq, PRESETS[preset], rng, SCALE, strength)
                 context_lq = upsample_lq(native, context_hq.shape[:2])
             thumbnails = [self._thumbnail(x) for x in (context_hq, context_lq)]
             for _ in range(c.crops_per_photo):
@@ -122,10 +129,13 @@ class PhotoBatches(Dataset[Batch]):
                 rows.append((context_hq[window], context_lq[window], *thumbnails))
                 if native is not None:
                     rows[-1] += (native[_divided(window, SCALE)],)
+                    scores.append(strength.scores())
         arrays = [np.ascontiguousarray(np.stack(column)) for column in zip(*rows, strict=True)]
         images = [torch.from_numpy(a).permute(0, 3, 1, 2) for a in arrays]
         photo = torch.from_numpy(chosen.repeat(c.crops_per_photo))
-        return Batch(*images[:4], photo, *images[4:])
+        if not scores:
+            return Batch(*images, photo)
+        return Batch(*images[:4], photo, images[4], torch.tensor(scores))
 
     def _context(self, path: Path, rng: np.random.Generator) -> np.ndarray:
         side = self.config.context_px

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import cv2
@@ -14,6 +15,9 @@ from rcod_train.kernels import BlurConfig, random_blur, random_sinc
 
 Pixels = NDArray[np.uint8]
 Floats = NDArray[np.float32]
+
+# Blur and noise of which the scores are one half; both presets spread around them.
+TYPICAL_BLUR_PX, TYPICAL_NOISE = 1.5, 12 / 255
 
 INTERPOLATIONS = (cv2.INTER_AREA, cv2.INTER_LINEAR, cv2.INTER_CUBIC)
 
@@ -71,10 +75,41 @@ PRESETS = {
 }  # fmt: skip
 
 
+@dataclass
+class Strength:
+    """How much of each a photo got: squared, so that both stages add up.
+
+    blur: of the Gaussian of the same energy as the kernels, in hq pixels squared. noise: its
+    variance, pixels in 0..1. Resizing and JPEG are not counted.
+    """
+
+    blur_px2: float = 0.0
+    noise_variance: float = 0.0
+
+    def scores(self) -> tuple[float, float]:
+        """Blur and noise in [0, 1): s / (s + typical), s being the standard deviation."""
+        pairs = ((self.blur_px2, TYPICAL_BLUR_PX), (self.noise_variance, TYPICAL_NOISE))
+        blur, noise = (value**0.5 / (value**0.5 + typical) for value, typical in pairs)
+        return blur, noise
+
+    def add_blur(self, kernel: Floats, hq_px: float) -> None:
+        """A kernel on an image whose pixels are ``hq_px`` of hq's wide. A Gaussian's sum of squares
+        is 1 / (4 pi sigma^2); a single pixel's is 1 and blurs nothing."""
+        energy = float(np.square(kernel, dtype=np.float64).sum())
+        self.blur_px2 += max(0.0, 1.0 / energy - 1.0) / (4 * math.pi) * hq_px**2
+
+
 def degrade(
-    hq_hwc_u8: Pixels, config: DegradationConfig, rng: np.random.Generator, scale: int = 4
+    hq_hwc_u8: Pixels,
+    config: DegradationConfig,
+    rng: np.random.Generator,
+    scale: int = 4,
+    strength: Strength | None = None,
 ) -> Pixels:
     """hq (H, W, 3) uint8 RGB -> lq (H/scale, W/scale, 3) uint8; the same rng state, the same bytes.
+
+    Args:
+        strength: takes up how much blur and noise there was.
 
     Raises:
         DataError: not a uint8 RGB image, or sides that are not multiples of ``scale``.
@@ -87,16 +122,17 @@ def degrade(
     if height % scale or width % scale:
         raise DataError(f"degrade: sides {height} x {width} are not multiples of {scale}.")
     image = hq_hwc_u8.astype(np.float32) / 255.0
+    strength = Strength() if strength is None else strength
 
-    image = _blur(image, config.first, rng)
+    image = _blur(image, config.first, rng, strength, 1.0)
     image = _resize(image, _random_size(image.shape, config.first, rng, 1.0), rng)
-    image = _noise(image, config.first, rng)
+    image = _noise(image, config.first, rng, strength)
     image = _jpeg(image, config.first, rng)
 
-    image = _blur(image, config.second, rng)
+    image = _blur(image, config.second, rng, strength, height / image.shape[0])
     size = _random_size(hq_hwc_u8.shape, config.second, rng, 1.0 / scale)
     image = _resize(image, size, rng)
-    image = _noise(image, config.second, rng)
+    image = _noise(image, config.second, rng, strength)
 
     # The last resize and sinc filter come before or after the last JPEG, at random.
     jpeg_last = rng.random() < 0.5
@@ -121,10 +157,14 @@ def _filtered(image: Floats, kernel: Floats) -> Floats:
     return cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REFLECT_101)
 
 
-def _blur(image: Floats, stage: StageConfig, rng: np.random.Generator) -> Floats:
+def _blur(
+    image: Floats, stage: StageConfig, rng: np.random.Generator, strength: Strength, hq_px: float
+) -> Floats:
     if rng.random() >= stage.blur.probability:
         return image
-    return _filtered(image, random_blur(stage.blur, rng))
+    kernel = random_blur(stage.blur, rng)
+    strength.add_blur(kernel, hq_px)
+    return _filtered(image, kernel)
 
 
 def _random_size(
@@ -144,7 +184,9 @@ def _resize(image: Floats, size_hw: tuple[int, int], rng: np.random.Generator) -
     return cv2.resize(image, size_hw[::-1], interpolation=interpolation)
 
 
-def _noise(image: Floats, stage: StageConfig, rng: np.random.Generator) -> Floats:
+def _noise(
+    image: Floats, stage: StageConfig, rng: np.random.Generator, strength: Strength
+) -> Floats:
     grey = rng.random() < stage.grey_probability
     if rng.random() < stage.gaussian_probability:
         sigma = rng.uniform(*stage.gaussian_sigma) / 255.0
@@ -152,6 +194,7 @@ def _noise(image: Floats, stage: StageConfig, rng: np.random.Generator) -> Float
         noise = rng.standard_normal(shape, dtype=np.float32) * np.float32(sigma)
     else:
         noise = _poisson_noise(image, grey, rng) * np.float32(rng.uniform(*stage.poisson_scale))
+    strength.noise_variance += float(np.square(noise, dtype=np.float64).mean())
     return np.clip(image + noise, 0.0, 1.0)
 
 

@@ -5,10 +5,12 @@
       LoRA adapters in DIR/adapters too
   rcod-train rcod-s --base DIR --clip DIR --estimator FILE --data DIR --out DIR    the same with
       branches guided by the photo's degradation, on SD-Turbo
+  rcod-train estimator --data DIR --out DIR    the degradation estimator for rcod-s, to
+      DIR/estimator.safetensors
   rcod-train import-official FILE --base DIR ... --out DIR    published weights: rcod_o.pkl
       --clip DIR; rcod_s.pkl --clip DIR --estimator FILE [--mem FILE]; osediff.pkl --tokens FILE
 
-Progress goes to stderr, the path of the checkpoint to stdout. Exit codes: 0 done, 2 wrong
+Progress goes to stderr, the path of the result to stdout. Exit codes: 0 done, 2 wrong
 arguments, 9 the training could not go on (the message says why), 130 stopped by a signal with
 its state saved: run again with --resume.
 """
@@ -35,11 +37,30 @@ def build_parser() -> argparse.ArgumentParser:
     nano.add_argument("--lpips", action="store_true", help="add the LPIPS loss (downloads weights)")
     _add_rcod_o(commands)
     _add_rcod_s(commands)
+    estimator = commands.add_parser("estimator", help="the degradation estimator for rcod-s")
+    _add_loop(estimator)
+    _add_device(estimator)
     _add_import(commands)
     return parser
 
 
 def _add_run(parser: argparse.ArgumentParser, name: str, licence: str) -> None:
+    """The arguments of every training of a model."""
+    _add_loop(parser)
+    add = parser.add_argument
+    add("--name", default=name, help="name of the model (default: %(default)s)")
+    add("--licence", default=licence, help="SPDX licence of the weights (default: %(default)s)")
+    add(
+        "--source",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="origin and licence of the photos, kept in the model card; may be repeated",
+    )
+    add("--validation", default="", metavar="DIR", help="photos to validate on, not trained on")
+
+
+def _add_loop(parser: argparse.ArgumentParser) -> None:
     """The arguments of every training."""
     add = parser.add_argument
     add("--data", nargs="+", required=True, metavar="DIR", help="folders of photos")
@@ -55,16 +76,6 @@ def _add_run(parser: argparse.ArgumentParser, name: str, licence: str) -> None:
     )
     add("--workers", type=int, default=1, help="data processes (default: %(default)s)")
     add("--threads", type=int, default=0, help="compute threads; 0: all cores")
-    add("--name", default=name, help="name of the model (default: %(default)s)")
-    add("--licence", default=licence, help="SPDX licence of the weights (default: %(default)s)")
-    add(
-        "--source",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="origin and licence of the photos, kept in the model card; may be repeated",
-    )
-    add("--validation", default="", metavar="DIR", help="photos to validate on, not trained on")
     add(
         "--set",
         action="append",
@@ -96,12 +107,17 @@ def _add_sd_run(parser: argparse.ArgumentParser) -> None:
     """The arguments of a training on Stable Diffusion."""
     add = parser.add_argument
     add("--clip", required=True, metavar="DIR", help="CLIP ViT-L/14: folder or hub id")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    _add_device(parser)
     add("--no-lpips", action="store_true", help="leave the LPIPS loss out (package or weights)")
     bins = "Eq. 5 with measured M_min and M_max, or the published code's fixed bins"
     _add_choice(parser, "--grouping", bins)
     pair = "of Eq. 3: those of t, or the published code's one pair"
     _add_choice(parser, "--constants", pair)
+
+
+def _add_device(parser: argparse.ArgumentParser) -> None:
+    help_ = "auto, cpu, cuda or cuda:N (default: %(default)s)"
+    parser.add_argument("--device", default="auto", help=help_)
 
 
 def _add_choice(parser: argparse.ArgumentParser, option: str, help_: str) -> None:
@@ -172,8 +188,9 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("rcod_train").setLevel(logging.INFO)
-    names = ("out", "seed", "precision", "workers", "threads", "validation")
-    return {"data": tuple(arguments.data), **{name: getattr(arguments, name) for name in names}}
+    names = ("out", "seed", "precision", "workers", "threads", "validation", "device")
+    given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+    return {"data": tuple(arguments.data), **given}
 
 
 def _run_nano(arguments: argparse.Namespace) -> int:
@@ -218,7 +235,6 @@ def _run_rcod_s(arguments: argparse.Namespace) -> int:
 def _sd(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fields of the configurations on Stable Diffusion."""
     return {
-        "device": arguments.device,
         "use_lpips": not arguments.no_lpips,
         "base_model": arguments.base,
         "clip": arguments.clip,
@@ -232,6 +248,18 @@ def _train(train: Callable[..., Path], config: Any, arguments: argparse.Namespac
     checkpoint = train(config, arguments.resume, *named)
     if is_first():
         print(checkpoint)
+    return 0
+
+
+def _run_estimator(arguments: argparse.Namespace) -> int:
+    from rcod_train.config import EstimatorConfig, with_overrides
+    from rcod_train.estimator import train_estimator
+    from rcod_train.ranks import is_first
+
+    config = with_overrides(EstimatorConfig(**_common(arguments)), arguments.overrides)
+    path = train_estimator(config, arguments.resume)
+    if is_first():
+        print(path)
     return 0
 
 
@@ -258,6 +286,7 @@ _COMMANDS = {
     "nano": _run_nano,
     "rcod-o": _run_rcod_o,
     "rcod-s": _run_rcod_s,
+    "estimator": _run_estimator,
     "import-official": _import_official,
 }
 

@@ -28,7 +28,15 @@ from rcod_train.validation import Validation
 log = logging.getLogger(__name__)
 
 # Streams of random numbers: one seed for each use, so that stages don't repeat each other's data.
-SEED_STEP = {"vae": 0, "base": 1, "rcod": 2, "mem": 3, "measure": 4, "regression": 5}
+SEED_STEP = {
+    "vae": 0,
+    "base": 1,
+    "rcod": 2,
+    "mem": 3,
+    "measure": 4,
+    "regression": 5,
+    "estimator": 6,
+}
 MEASURING_BATCHES = 10_000  # at most
 _MACHINE = (
     "data",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -80,6 +82,26 @@ def test_workers_give_the_same_batches_in_order(photos: Path) -> None:
     there = [batch.lq for batch in batches(dataset(photos), range(1, 4), workers=2)]
     assert len(here) == 3
     assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
+
+
+def test_workers_start_after_the_parent_has_degraded_a_photo(tmp_path: Path) -> None:
+    """As a validation makes its pairs: OpenCV's threads, which a photo of this size starts in the
+    parent, hung every worker."""
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "photo.png")
+    code = (
+        "import sys\n"
+        "from rcod_train.config import LoopConfig\n"
+        "from rcod_train.data import PhotoBatches, batches, find_photos\n"
+        "config = LoopConfig(photos_per_batch=1, crop_px=512, context_px=512)\n"
+        "data = PhotoBatches(find_photos((sys.argv[1],), 512), config, 0, 8, 0.5)\n"
+        "for i in range(4): data[i]\n"
+        "print(len(list(batches(data, range(2), workers=1))))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "2\n", done.stderr
 
 
 def test_unit_range() -> None:
