@@ -200,13 +200,16 @@ SD_MEM = MemStageConfig(
 class RunConfig:
     """What every run has.
 
-    precision: of the matrix products and of frozen base weights; what is trained, the losses and
-    Eq. 3 are fp32. validation: a folder of photos, or else ``validation_share`` of the data, taken
-    from the training; at most ``validation_photos`` of them.
+    data: folders of photos and tar shards. pairs: folders with LR and HR; they are ``pairs_share``
+    of the samples where there are both. precision: of the matrix products and of frozen base
+    weights; what is trained, the losses and Eq. 3 are fp32. validation: a folder of photos, or else
+    ``validation_share`` of the data, taken from the training; at most ``validation_photos``.
     """
 
     data: tuple[str, ...]
     out: str
+    pairs: tuple[str, ...] = ()
+    pairs_share: float = 0.5
     seed: int = 0
     device: str = "cpu"
     precision: str = "auto"  # auto | fp32 | bf16 | fp16 (fp16 with loss scaling)

@@ -6,62 +6,21 @@ import dataclasses
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rcod_train.config import LoopConfig
 from rcod_train.degradation import PRESETS, Strength, degrade, upsample_lq
-from rcod_train.errors import ConfigError, DataError
+from rcod_train.errors import ConfigError, DataError, TrainError
+from rcod_train.photos import SCALE, UNREADABLE, Photo, Pixels
 
 log = logging.getLogger(__name__)
-
-PHOTO_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
-SCALE = 4
-
-
-def find_photos(folders: tuple[str, ...], min_side_px: int) -> list[Path]:
-    """All photos below the folders that open and are large enough, sorted by name.
-
-    The others are counted and named in a warning.
-
-    Raises:
-        DataError: a folder is missing, or no photo is left.
-    """
-    candidates: list[Path] = []
-    for folder in map(Path, folders):
-        if not folder.is_dir():
-            raise DataError(f"{folder}: expected a folder of photos, found none. Check --data.")
-        candidates += [p for p in folder.rglob("*") if p.suffix.lower() in PHOTO_SUFFIXES]
-    photos, skipped = [], []
-    for path in sorted(candidates):
-        try:
-            with Image.open(path) as image:
-                large_enough = min(image.size) >= min_side_px
-        except (OSError, Image.DecompressionBombError):
-            large_enough = False
-        (photos if large_enough else skipped).append(path)
-    if skipped:
-        names = ", ".join(p.name for p in skipped[:5]) + (", ..." if len(skipped) > 5 else "")
-        log.warning(
-            "%d of %d files skipped (unreadable, or a side under %d px): %s",
-            len(skipped),
-            len(candidates),
-            min_side_px,
-            names,
-        )
-    if not photos:
-        raise DataError(
-            f"{', '.join(folders)}: expected photos with both sides at least {min_side_px} px, "
-            f"found {len(candidates)} image files and none large enough. "
-            "Add photos, or lower the stage's context_px."
-        )
-    return photos
 
 
 @dataclass(frozen=True)
@@ -89,15 +48,22 @@ def to_unit(image_u8: Tensor) -> Tensor:
 
 
 class PhotoBatches(Dataset[Batch]):
-    """Item i is the whole i-th batch, made from (seed, i) alone."""
+    """Item i is the whole i-th batch, made from (seed, i) alone.
+
+    Args:
+        photos: photos, pairs, or both.
+        heavy_share: of "osediff" degradations; None: nothing is degraded.
+        pairs_share: of samples that are pairs, where there are both.
+    """
 
     def __init__(
         self,
-        photos: list[Path],
+        photos: list[Photo],
         config: LoopConfig,
         seed: int,
         tokens_px: int,
         heavy_share: float | None,
+        pairs_share: float = 0.5,
     ) -> None:
         if not 0 < config.crop_px <= config.context_px:
             raise ConfigError(
@@ -108,19 +74,21 @@ class PhotoBatches(Dataset[Batch]):
         cv2.setNumThreads(1)
         self.photos, self.config, self.seed = photos, config, seed
         self.tokens_px, self.heavy_share = tokens_px, heavy_share
+        paired = np.array([photo.lq is not None for photo in photos])
+        self.plain, self.paired = np.flatnonzero(~paired), np.flatnonzero(paired)
+        self.pairs_share = pairs_share
+        self.unreadable: set[int] = set()
 
     def __getitem__(self, i: int) -> Batch:
         rng = np.random.default_rng((self.seed, i))
         c = self.config
         rows: list[tuple[np.ndarray, ...]] = []
         scores: list[tuple[float, float]] = []
-        chosen = rng.choice(len(self.photos), c.photos_per_batch)
-        for index in chosen:
-            context_hq = self._context(self.photos[index], rng)
-            context_lq, native, strength = context_hq, None, Strength()
-            if self.heavy_share is not None:
-                preset = "osediff" if rng.random() < self.heavy_share else "s3diff"
-                native = degrade(context_hq, PRESETS[preset], rng, SCALE, strength)
+        chosen = self._choose(rng)
+        for n, index in enumerate(chosen):
+            context_hq, native, strength, chosen[n] = self._sample(index, rng)
+            context_lq = context_hq
+            if native is not None:
                 context_lq = upsample_lq(native, context_hq.shape[:2])
             thumbnails = [self._thumbnail(x) for x in (context_hq, context_lq)]
             for _ in range(c.crops_per_photo):
@@ -137,17 +105,60 @@ class PhotoBatches(Dataset[Batch]):
             return Batch(*images, photo)
         return Batch(*images[:4], photo, images[4], torch.tensor(scores))
 
-    def _context(self, path: Path, rng: np.random.Generator) -> np.ndarray:
-        side = self.config.context_px
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
-        top = rng.integers(0, pixels.shape[0] - side + 1)
-        left = rng.integers(0, pixels.shape[1] - side + 1)
-        pixels = pixels[top : top + side, left : left + side]
-        pixels = pixels[:, ::-1] if rng.random() < 0.5 else pixels
-        return np.ascontiguousarray(
-            np.rot90(pixels, rng.integers(0, 4) if rng.random() < 0.3 else 0)
+    def _choose(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        count = self.config.photos_per_batch
+        if not (len(self.plain) and len(self.paired)):
+            return rng.choice(len(self.photos), count)
+        from_pairs = rng.random(count) < self.pairs_share
+        return np.where(from_pairs, rng.choice(self.paired, count), rng.choice(self.plain, count))
+
+    def _sample(
+        self, index: int, rng: np.random.Generator
+    ) -> tuple[Pixels, Pixels | None, Strength, int]:
+        """hq and lq (None without degradation) of a photo, what was done to it, and which it is:
+        the next one in the place of one that can't be decoded."""
+        for step in range(len(self.photos)):
+            i = (index + step) % len(self.photos)
+            photo = self.photos[i]
+            try:
+                hq = photo.read()
+                lq = photo.read_lq() if photo.lq and self.heavy_share is not None else None
+            except UNREADABLE as exc:
+                if i not in self.unreadable:
+                    self.unreadable.add(i)
+                    log.warning("%s: can't be decoded (%s); the next photo takes its place; "
+                                "%d so far", photo, exc, len(self.unreadable))  # fmt: skip
+                continue
+            strength = Strength()
+            if lq is not None:
+                hq, lq = self._context(hq, rng, lq)
+            else:
+                hq, _ = self._context(hq, rng)
+                if self.heavy_share is not None:
+                    preset = "osediff" if rng.random() < self.heavy_share else "s3diff"
+                    lq = degrade(hq, PRESETS[preset], rng, SCALE, strength)
+            return hq, lq, strength, i
+        raise DataError(
+            f"{self.photos[0]} and {len(self.photos) - 1} others: none can be decoded any more. "
+            "Are the files still there?"
         )
+
+    def _context(
+        self, hq: Pixels, rng: np.random.Generator, lq: Pixels | None = None
+    ) -> tuple[Pixels, Pixels | None]:
+        """The same window of both, turned and mirrored alike."""
+        side, grid = self.config.context_px, 1 if lq is None else SCALE
+        top = rng.integers(0, (hq.shape[0] - side) // grid + 1) * grid
+        left = rng.integers(0, (hq.shape[1] - side) // grid + 1) * grid
+        window = np.s_[top : top + side, left : left + side]
+        mirrored = rng.random() < 0.5
+        turns = rng.integers(0, 4) if rng.random() < 0.3 else 0
+
+        def moved(pixels: Pixels) -> Pixels:
+            pixels = pixels[:, ::-1] if mirrored else pixels
+            return np.ascontiguousarray(np.rot90(pixels, turns))
+
+        return moved(hq[window]), None if lq is None else moved(lq[_divided(window, SCALE)])
 
     def _thumbnail(self, image: np.ndarray) -> np.ndarray:
         size = (self.tokens_px, self.tokens_px)
@@ -164,7 +175,11 @@ def _start_worker(_: int) -> None:
 
 
 def batches(dataset: PhotoBatches, indices: range, workers: int) -> Iterator[Batch]:
-    """These batches, in order."""
+    """These batches, in order.
+
+    Raises:
+        TrainError: a worker died.
+    """
     loader = DataLoader(
         dataset,
         batch_size=None,
@@ -173,4 +188,12 @@ def batches(dataset: PhotoBatches, indices: range, workers: int) -> Iterator[Bat
         prefetch_factor=4 if workers else None,
         worker_init_fn=_start_worker,
     )
-    return iter(loader)
+    try:
+        yield from loader
+    except RuntimeError as exc:
+        if "DataLoader worker" not in str(exc):
+            raise
+        raise TrainError(
+            f"a data worker died ({str(exc).strip()}). Is there enough memory? Run again with "
+            "--resume, and fewer --workers."
+        ) from exc

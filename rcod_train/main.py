@@ -48,6 +48,14 @@ def _add_run(parser: argparse.ArgumentParser, name: str, licence: str) -> None:
     """The arguments of every training of a model."""
     _add_loop(parser)
     add = parser.add_argument
+    add(
+        "--pairs",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders with LR/ and HR/, x4, the same names: taken as they are, beside --data or "
+        "in its place",
+    )
     add("--name", default=name, help="name of the model (default: %(default)s)")
     add("--licence", default=licence, help="SPDX licence of the weights (default: %(default)s)")
     add(
@@ -63,7 +71,13 @@ def _add_run(parser: argparse.ArgumentParser, name: str, licence: str) -> None:
 def _add_loop(parser: argparse.ArgumentParser) -> None:
     """The arguments of every training."""
     add = parser.add_argument
-    add("--data", nargs="+", required=True, metavar="DIR", help="folders of photos")
+    add(
+        "--data",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="folders of photos, and .tar shards of them (as webdataset has them)",
+    )
     add("--out", required=True, metavar="DIR", help="checkpoints, logs and the result")
     add("--resume", action="store_true", help="continue from the newest checkpoint")
     add("--seed", type=int, default=0, help="default: %(default)s")
@@ -190,7 +204,8 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
     logging.getLogger("rcod_train").setLevel(logging.INFO)
     names = ("out", "seed", "precision", "workers", "threads", "validation", "device")
     given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
-    return {"data": tuple(arguments.data), **given}
+    pairs = tuple(getattr(arguments, "pairs", ()))
+    return {"data": tuple(arguments.data), "pairs": pairs, **given}
 
 
 def _run_nano(arguments: argparse.Namespace) -> int:

@@ -14,12 +14,13 @@ import torch
 
 from rcod_train.checkpoint import CheckpointInfo, levels_of, save_merged
 from rcod_train.config import LoopConfig, RcodStageConfig, RunConfig
-from rcod_train.data import Batch, PhotoBatches, batches, find_photos
+from rcod_train.data import Batch, PhotoBatches, batches
 from rcod_train.errors import ConfigError, TrainError
 from rcod_train.grouping import Grouping, official_grouping
 from rcod_train.loop import Stage, run_stage
 from rcod_train.network import Parts
 from rcod_train.perceptual import load_lpips
+from rcod_train.photos import Photo, find_pairs, find_photos
 from rcod_train.precision import Autocast, resolve_device, resolve_precision
 from rcod_train.ranks import join
 from rcod_train.stages.rcod import RcodStage, measure_metric_range
@@ -40,6 +41,7 @@ SEED_STEP = {
 MEASURING_BATCHES = 10_000  # at most
 _MACHINE = (
     "data",
+    "pairs",
     "out",
     "workers",
     "threads",
@@ -70,8 +72,12 @@ class Run:
             logging.getLogger("rcod_train").setLevel(logging.WARNING)
         self.autocast = Autocast(resolve_precision(config.precision, self.device), self.device)
         side = max(stage.context_px for stage in stages)
-        self.photos = find_photos(config.data, side)
-        self.held_out: list[Path] = []
+        self.photos = find_photos(config.data, side) if config.data else []
+        for folder in config.pairs:
+            self.photos += find_pairs(folder, side)
+        if not self.photos:
+            raise ConfigError("no photos: give --data or --pairs.")
+        self.held_out: list[Photo] = []
         if config.validation:
             self.held_out = find_photos((config.validation,), side)
             self.photos = _without(self.photos, self.held_out)
@@ -94,17 +100,14 @@ class Run:
 
     def photo_names(self) -> list[str]:
         """Every photo's path below its --data folder, in the order of ``Batch.photo``."""
-        folders = [Path(folder) for folder in self.config.data]
-        return [
-            next(p.relative_to(f).as_posix() for f in folders if p.is_relative_to(f))
-            for p in self.photos
-        ]
+        return [photo.name for photo in self.photos]
 
     def batches_of(
         self, stage: LoopConfig, stream: str, tokens_px: int, heavy_share: float | None
     ) -> Callable[[int], Iterator[Batch]]:
         seed = self.config.seed * len(SEED_STEP) + SEED_STEP[stream]
-        dataset = PhotoBatches(self.photos, stage, seed, tokens_px, heavy_share)
+        pairs_share = self.config.pairs_share
+        dataset = PhotoBatches(self.photos, stage, seed, tokens_px, heavy_share, pairs_share)
         rank, world = self.ranks.rank, self.ranks.world
         end = stage.steps * stage.accumulate
         if stream == "measure":  # the same in all processes
@@ -196,16 +199,16 @@ class Run:
         return record | {"photos": len(self.photos)}
 
 
-def _without(photos: list[Path], held_out: list[Path]) -> list[Path]:
+def _without(photos: list[Photo], held_out: list[Photo]) -> list[Photo]:
     """The photos that are not in the validation folder, which may lie below a data folder."""
-    there = {path.resolve() for path in held_out}
-    left = [path for path in photos if path.resolve() not in there]
+    there = {(photo.path.resolve(), photo.span) for photo in held_out}
+    left = [photo for photo in photos if (photo.path.resolve(), photo.span) not in there]
     if not left:
         raise ConfigError("--validation holds all photos of --data. Choose another folder.")
     return left
 
 
-def _split(photos: list[Path], share: float) -> tuple[list[Path], list[Path]]:
+def _split(photos: list[Photo], share: float) -> tuple[list[Photo], list[Photo]]:
     """Every n-th photo is held out: at least one, and at least one is left."""
     count = max(1, round(len(photos) * share))
     if not 0 < share < 1 or count >= len(photos):
@@ -214,7 +217,7 @@ def _split(photos: list[Path], share: float) -> tuple[list[Path], list[Path]]:
             f"on, found {share}. Add photos, or give a folder with --validation."
         )
     held_out = [photos[i * len(photos) // count] for i in range(count)]
-    return [path for path in photos if path not in set(held_out)], held_out
+    return [photo for photo in photos if photo not in set(held_out)], held_out
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -15,10 +15,11 @@ from PIL import Image
 
 from benchmarks.picture import draw_picture
 from rcod_train.config import LoopConfig
-from rcod_train.data import PhotoBatches, batches, find_photos, to_unit
+from rcod_train.data import PhotoBatches, batches, to_unit
 from rcod_train.degradation import PRESETS, StageConfig, degrade, upsample_lq
 from rcod_train.errors import DataError
 from rcod_train.kernels import BlurConfig, gaussian_like, random_blur, random_sinc, sinc
+from rcod_train.photos import find_photos
 
 CONFIG = LoopConfig(steps=4, photos_per_batch=2, crops_per_photo=2, crop_px=64, context_px=96)
 
@@ -48,7 +49,7 @@ def test_a_folder_without_usable_photos_is_an_error(photos: Path, tmp_path: Path
         find_photos((str(tmp_path),), 96)
     with pytest.raises(DataError, match="at least 500 px, found 4 image files"):
         find_photos((str(photos),), 500)
-    with pytest.raises(DataError, match="expected a folder of photos, found none"):
+    with pytest.raises(DataError, match="expected a folder of photos or a .tar shard, found none"):
         find_photos((str(tmp_path / "none"),), 96)
 
 
@@ -92,7 +93,8 @@ def test_workers_start_after_the_parent_has_degraded_a_photo(tmp_path: Path) -> 
     code = (
         "import sys\n"
         "from rcod_train.config import LoopConfig\n"
-        "from rcod_train.data import PhotoBatches, batches, find_photos\n"
+        "from rcod_train.data import PhotoBatches, batches\n"
+        "from rcod_train.photos import find_photos\n"
         "config = LoopConfig(photos_per_batch=1, crop_px=512, context_px=512)\n"
         "data = PhotoBatches(find_photos((sys.argv[1],), 512), config, 0, 8, 0.5)\n"
         "for i in range(4): data[i]\n"

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
 from rcod_train.config import EstimatorStageConfig, LoopConfig, RcodSConfig
-from rcod_train.data import PhotoBatches, find_photos
+from rcod_train.data import PhotoBatches
 from rcod_train.degradation import PRESETS, TYPICAL_BLUR_PX, TYPICAL_NOISE, Strength, degrade
 from rcod_train.kernels import gaussian_like, sinc
 from rcod_train.loop import run_stage
@@ -22,6 +22,7 @@ from rcod_train.models.guide import DegradationEstimator
 from rcod_train.models.sd import ClipVpim, SdVae
 from rcod_train.network import Parts
 from rcod_train.official.reading import read_state
+from rcod_train.photos import find_photos
 from rcod_train.precision import Autocast
 from rcod_train.rcod_s import add_guide
 from rcod_train.stages.estimator import EstimatorStage

@@ -1,0 +1,184 @@
+"""Where the photos of a training lie: files in folders, members of tar shards, LR and HR pairs."""
+
+from __future__ import annotations
+
+import io
+import logging
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from rcod_train.errors import DataError
+
+log = logging.getLogger(__name__)
+
+Pixels = NDArray[np.uint8]
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
+SCALE = 4  # of HQ to LQ
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photo, or one pair of a paired folder.
+
+    Args:
+        path: the file, or the shard it is in.
+        name: its path below its folder or in its shard.
+        span: first byte and bytes in the shard.
+        lq: the low-resolution partner of a pair.
+    """
+
+    path: Path
+    name: str
+    span: tuple[int, int] | None = None
+    lq: Path | None = None
+
+    def __str__(self) -> str:
+        return str(self.path) if self.span is None else f"{self.path}: {self.name}"
+
+    def open(self) -> Image.Image:
+        """The image, not decoded yet.
+
+        Raises:
+            one of UNREADABLE: what it may be.
+        """
+        if self.span is None:
+            return Image.open(self.path)
+        first, count = self.span
+        with self.path.open("rb") as shard:
+            shard.seek(first)
+            return Image.open(io.BytesIO(shard.read(count)))
+
+    def read(self) -> Pixels:
+        """(H, W, 3) uint8 RGB; raises like ``open``."""
+        with self.open() as image:
+            return np.asarray(image.convert("RGB"))
+
+    def read_lq(self) -> Pixels:
+        """The partner, (H/4, W/4, 3); raises like ``open``."""
+        assert self.lq is not None
+        with Image.open(self.lq) as image:
+            return np.asarray(image.convert("RGB"))
+
+
+def find_photos(sources: tuple[str, ...], min_side_px: int) -> list[Photo]:
+    """All photos below the folders, and in the .tar shards there or named themselves, that open and
+    are large enough; sorted by path. Shards are plain tar files, as webdataset has them; their
+    members are read at random by their place, so a batch depends on nothing but its number.
+
+    The others are counted and named in a warning.
+
+    Raises:
+        DataError: a source is missing, a shard is damaged, or no photo is left.
+    """
+    candidates: list[Photo] = []
+    for source in map(Path, sources):
+        if not (source.is_dir() or source.suffix == ".tar" and source.is_file()):
+            raise DataError(
+                f"{source}: expected a folder of photos or a .tar shard, found none. Check --data."
+            )
+        candidates += _below(source) if source.is_dir() else _in_shard(source)
+    photos, skipped = [], []
+    for photo in sorted(candidates, key=lambda p: (p.path, p.name)):
+        try:
+            with photo.open() as image:
+                large_enough = min(image.size) >= min_side_px
+        except UNREADABLE:
+            large_enough = False
+        (photos if large_enough else skipped).append(photo)
+    if skipped:
+        names = ", ".join(Path(p.name).name for p in skipped[:5])
+        log.warning(
+            "%d of %d files skipped (unreadable, or a side under %d px): %s",
+            len(skipped),
+            len(candidates),
+            min_side_px,
+            names + (", ..." if len(skipped) > 5 else ""),
+        )
+    if not photos:
+        raise DataError(
+            f"{', '.join(sources)}: expected photos with both sides at least {min_side_px} px, "
+            f"found {len(candidates)} image files and none large enough. "
+            "Add photos, or lower the stage's context_px."
+        )
+    return photos
+
+
+def find_pairs(folder: str, min_side_px: int) -> list[Photo]:
+    """Pairs of ``folder``/HR and ``folder``/LR with the same stem, sorted; HR's sides are 4 times
+    LR's. Pairs whose HR is smaller than ``min_side_px`` are skipped, counted and named.
+
+    Raises:
+        DataError: a folder is missing, an image has no partner or does not open, sides don't fit,
+            or no pair is left.
+    """
+    root = Path(folder)
+    for part in ("LR", "HR"):
+        if not (root / part).is_dir():
+            raise DataError(f"{root / part}: expected a folder of images, found none.")
+    lq, hq = ({p.stem: p for p in _images(root / part)} for part in ("LR", "HR"))
+    for here, there in ((lq, hq), (hq, lq)):
+        for stem in sorted(here.keys() - there.keys()):
+            raise DataError(
+                f"{here[stem]}: no image of this name in the other folder ({len(here)} and "
+                f"{len(there)} images). Pairs have one name in LR and HR."
+            )
+    pairs, small = [], []
+    for stem in sorted(hq):
+        pair = Photo(hq[stem], hq[stem].name, lq=lq[stem])
+        sizes = []
+        for path in (hq[stem], lq[stem]):
+            try:
+                with Image.open(path) as image:
+                    sizes.append(image.size)
+            except UNREADABLE as exc:
+                raise DataError(f"{path}: not a readable image ({exc}). Remove the pair.") from exc
+        if sizes[0] != (sizes[1][0] * SCALE, sizes[1][1] * SCALE):
+            raise DataError(
+                f"{hq[stem]}: expected {SCALE} times the sides of its LR image, found "
+                f"{sizes[0][0]} x {sizes[0][1]} px for {sizes[1][0]} x {sizes[1][1]} px."
+            )
+        (pairs if min(sizes[0]) >= min_side_px else small).append(pair)
+    if small:
+        names = ", ".join(p.name for p in small[:5]) + (", ..." if len(small) > 5 else "")
+        log.warning("%d of %d pairs skipped (HR has a side under %d px): %s",
+                    len(small), len(hq), min_side_px, names)  # fmt: skip
+    if not pairs:
+        raise DataError(
+            f"{root}: expected pairs whose HR has both sides at least {min_side_px} px, found "
+            f"{len(hq)} pairs and none large enough. Lower the stage's context_px."
+        )
+    return pairs
+
+
+def _images(folder: Path) -> list[Path]:
+    return [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES]
+
+
+def _below(folder: Path) -> Iterator[Photo]:
+    for path in folder.rglob("*"):
+        if path.suffix.lower() in SUFFIXES:
+            yield Photo(path, path.relative_to(folder).as_posix())
+        elif path.suffix == ".tar":
+            yield from _in_shard(path)
+
+
+def _in_shard(path: Path) -> list[Photo]:
+    try:
+        with tarfile.open(path, "r:") as shard:
+            return [
+                Photo(path, member.name, (member.offset_data, member.size))
+                for member in shard
+                if member.isreg() and PurePosixPath(member.name).suffix.lower() in SUFFIXES
+            ]
+    except (OSError, tarfile.TarError) as exc:
+        raise DataError(
+            f"{path}: not a whole tar file without compression ({exc}). Remove it or make it again."
+        ) from exc
