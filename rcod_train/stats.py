@@ -202,7 +202,7 @@ def draw(document: dict[str, Any], figure_type: Any) -> Any:
     for i, (name, colour) in enumerate(
         (("realism", "#c2410c"), ("neutral", "#ca8a04"), ("fidelity", "#1d4ed8"))
     ):
-        metric.axvspan(edges[i], edges[i + 1], alpha=0.15, color=colour, label=name)
+        metric.axvspan(edges[i], edges[i + 1], alpha=0.15, color=colour, label=name, zorder=0)
     metric.set(title="(b) M, with the groups of Eq. 5", xlabel="$M_L$ (cosine)", ylabel="images")
     metric.legend()
     ssim.scatter(values, [row["ssim_y"] for row in rows], s=8, color="#374151")
