@@ -75,13 +75,17 @@ class RcodStageConfig(LoopConfig):
     """The paper's method on a base; the defaults are nano's. Loss weights follow OSEDiff.
 
     grouping: "paper" is Eq. 5 with M_min and M_max measured, "official" the published code's bins
-    and timesteps. das: Eq. 7, or the published intervals. constants: alpha_t and sigma_t of Eq. 3,
-    or one fixed pair for every t.
+    and timesteps. metric: M of Eq. 6, or a plain distance in its place. das: Eq. 7, the published
+    intervals, or none. constants: alpha_t and sigma_t of Eq. 3, or one fixed pair for every t.
+    vpim: without, the tokens are zeros.
     """
 
-    _CHOICES = LoopConfig._CHOICES | dict.fromkeys(
-        ("grouping", "das", "constants"), ("paper", "official")
-    )
+    _CHOICES = LoopConfig._CHOICES | {
+        "grouping": ("paper", "official"),
+        "metric": ("cosine", "l1"),
+        "das": ("paper", "official", "uniform"),
+        "constants": ("paper", "official"),
+    }
     steps: int = 3000
     learning_rate: float = 5e-4
     regulariser_learning_rate: float = 5e-4
@@ -90,8 +94,10 @@ class RcodStageConfig(LoopConfig):
     rank_vae: int = 16
     rank_regulariser: int = 16
     grouping: str = "paper"
+    metric: str = "cosine"
     das: str = "paper"
     constants: str = "paper"
+    vpim: bool = True
     n: int = 3
     k: int = 250
     metric_samples: int = 512

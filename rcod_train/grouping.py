@@ -15,6 +15,14 @@ def cosine_metric(z_lq: Tensor, z_hq: Tensor) -> Tensor:
     return torch.cosine_similarity(z_lq.float().flatten(1), z_hq.float().flatten(1), dim=1)
 
 
+def l1_metric(z_lq: Tensor, z_hq: Tensor) -> Tensor:
+    """1 - mean |z_lq - z_hq|, for comparison: the paper's Table 1b has it worse than the cosine."""
+    return 1.0 - (z_lq.float() - z_hq.float()).abs().flatten(1).mean(1)
+
+
+METRICS = {"cosine": cosine_metric, "l1": l1_metric}
+
+
 @dataclass(frozen=True)
 class Grouping:
     """Latent domain grouping. m_min and m_max are statistics of the training set.
@@ -78,6 +86,11 @@ def sample_official_t(t: Tensor, generator: torch.Generator) -> Tensor:
     """The published code's interval in the place of Eq. 7: [20, 980) for t < 749, or [200, 980)."""
     low = torch.where(t < 749, 20, 200)
     return _uniform(low, torch.full_like(low, 979), generator)
+
+
+def sample_uniform_t(t: Tensor, generator: torch.Generator) -> Tensor:
+    """Without DAS, as in OSEDiff: [20, 980], whatever the generator's t; for comparison."""
+    return _uniform(torch.full_like(t, 20), torch.full_like(t, 980), generator)
 
 
 def _uniform(low: Tensor, high: Tensor, generator: torch.Generator) -> Tensor:

@@ -7,6 +7,7 @@
       branches guided by the photo's degradation, on SD-Turbo
   rcod-train estimator --data DIR --out DIR    the degradation estimator for rcod-s, to
       DIR/estimator.safetensors
+  rcod-train stats --model DIR --data DIR | --pairs DIR --out DIR    the distribution of M
   rcod-train import-official FILE --base DIR ... --out DIR    published weights: rcod_o.pkl
       --clip DIR; rcod_s.pkl --clip DIR --estimator FILE [--mem FILE]; osediff.pkl --tokens FILE
 
@@ -40,6 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     estimator = commands.add_parser("estimator", help="the degradation estimator for rcod-s")
     _add_loop(estimator)
     _add_device(estimator)
+    _add_stats(commands)
     _add_import(commands)
     return parser
 
@@ -133,6 +135,23 @@ def _add_sd_run(parser: argparse.ArgumentParser) -> None:
 def _add_device(parser: argparse.ArgumentParser) -> None:
     help_ = "auto, cpu, cuda or cuda:N (default: %(default)s)"
     parser.add_argument("--device", default="auto", help=help_)
+
+
+def _add_stats(commands: Any) -> None:
+    parser = commands.add_parser(
+        "stats", help="the distribution of M, and how it follows SSIM: stats.json, stats.png"
+    )
+    add = parser.add_argument
+    model = "merged checkpoint, or base model with vae/: folder or hub id"
+    add("--model", required=True, metavar="DIR", help=model)
+    add("--data", nargs="+", default=[], metavar="DIR", help="folders of photos to degrade")
+    add("--pairs", default="", metavar="DIR", help="folder with LR/ and HR/, x4, taken whole")
+    add("--out", required=True, metavar="DIR")
+    add("--count", type=int, default=512, help="crops of --data (default: %(default)s)")
+    add("--crop", type=int, default=512, metavar="PX", help="their side (default: %(default)s)")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    _add_device(parser)
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
 
 
 def _add_choice(parser: argparse.ArgumentParser, option: str, help_: str) -> None:
@@ -280,6 +299,24 @@ def _run_estimator(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _run_stats(arguments: argparse.Namespace) -> int:
+    from rcod_train.stats import StatsConfig, measure, table
+
+    config = StatsConfig(
+        model=arguments.model,
+        out=arguments.out,
+        data=tuple(arguments.data),
+        pairs=arguments.pairs,
+        count=arguments.count,
+        crop_px=arguments.crop,
+        seed=arguments.seed,
+        device=arguments.device,
+        precision=arguments.precision,
+    )
+    print(table(measure(config)))
+    return 0
+
+
 def _import_official(arguments: argparse.Namespace) -> int:
     from rcod_train.checkpoint import save_merged
     from rcod_train.official import OfficialImport, import_official
@@ -304,6 +341,7 @@ _COMMANDS = {
     "rcod-o": _run_rcod_o,
     "rcod-s": _run_rcod_s,
     "estimator": _run_estimator,
+    "stats": _run_stats,
     "import-official": _import_official,
 }
 

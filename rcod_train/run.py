@@ -153,13 +153,15 @@ class Run:
         if config.grouping == "official":
             return official_grouping(config.n, config.k)
         path = self.out / "metric.json"
-        made_with = {"samples": config.metric_samples, "quantile": config.metric_quantile}
+        made_with = {
+            "metric": config.metric,
+            "samples": config.metric_samples,
+            "quantile": config.metric_quantile,
+        }
         record = _read_json(path) if self.resume else None
         if record is None or {key: record.get(key) for key in made_with} != made_with:
             source = self.batches_of(config, "measure", tokens_px, config.heavy_share)(0)
-            m_min, m_max = measure_metric_range(
-                parts, source, config.metric_samples, config.metric_quantile, self.autocast
-            )
+            m_min, m_max = measure_metric_range(parts, source, config, self.autocast)
             record = {"m_min": m_min, "m_max": m_max, **made_with}
             if self.ranks.writes:
                 partial = path.with_suffix(".partial")

@@ -24,11 +24,12 @@ from rcod_train.config import RcodStageConfig
 from rcod_train.data import Batch, to_unit
 from rcod_train.errors import CheckpointError, TrainError
 from rcod_train.grouping import (
+    METRICS,
     Grouping,
-    cosine_metric,
     sample_levels,
     sample_official_t,
     sample_regulariser_t,
+    sample_uniform_t,
 )
 from rcod_train.loop import Update
 from rcod_train.models.discriminator import (
@@ -49,7 +50,7 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 
 def measure_metric_range(
-    parts: Parts, batches: Iterator[Batch], samples: int, quantile: float, autocast: Autocast
+    parts: Parts, batches: Iterator[Batch], config: RcodStageConfig, autocast: Autocast
 ) -> tuple[float, float]:
     """M_min and M_max of Eq. 5: the quantile and its mirror of M over the training data.
 
@@ -59,11 +60,12 @@ def measure_metric_range(
     """
     values: list[Tensor] = []
     with torch.no_grad(), autocast():
-        while sum(map(len, values)) < samples:
+        while sum(map(len, values)) < config.metric_samples:
             batch = next(batches)
             z_lq, z_hq = (parts.vae.encode(to_unit(x)) for x in (batch.lq, batch.hq))
-            values.append(cosine_metric(z_lq, z_hq).cpu())
+            values.append(METRICS[config.metric](z_lq, z_hq).cpu())
     m = torch.cat(values)
+    quantile = config.metric_quantile
     low, high = torch.quantile(m, torch.tensor([quantile, 1.0 - quantile])).tolist()
     if not low < high:
         raise TrainError(
@@ -121,7 +123,10 @@ class RcodStage:
                     network.enable_gradient_checkpointing()
         parts.vpim.requires_grad_(False)
         self.condition = HqTokens(parts.vpim) if condition is None else condition
-        parts.vpim.align.requires_grad_(True)
+        parts.vpim.align.requires_grad_(config.vpim)
+        if not config.vpim:
+            for parameter in parts.vpim.align.parameters():
+                torch.nn.init.zeros_(parameter)
         self.discriminator = None
         if config.adversarial_weight:
             self.discriminator = (discriminator or Discriminator()).to(autocast.device)
@@ -138,9 +143,10 @@ class RcodStage:
         self, learning_rate: float, decoder_learning_rate: float
     ) -> list[tuple[dict[str, Parameter], float]]:
         """The generator's trained parameters by name, with their learning rates."""
-        align = self.parts.vpim.align
         named = self.model.parameters()
-        named |= {f"vpim.align.{n}": p for n, p in align.named_parameters()}
+        if self.config.vpim:
+            align = self.parts.vpim.align
+            named |= {f"vpim.align.{n}": p for n, p in align.named_parameters()}
         decoder = self.model.decoder_parameters()
         return [(named, learning_rate)] + ([(decoder, decoder_learning_rate)] if decoder else [])
 
@@ -162,7 +168,7 @@ class RcodStage:
                 self.model.adapt(batch)
             z_hq = self.parts.vae.encode(to_unit(batch.hq)).float()
             z_lq = self.parts.vae.encode(to_unit(batch.lq)).float()
-        return cosine_metric(z_lq, z_hq), z_hq
+        return METRICS[self.config.metric](z_lq, z_hq), z_hq
 
     def alpha_sigma(self, t: Tensor) -> tuple[Tensor | float, Tensor | float]:
         """The constants of Eq. 3 for t (B,)."""
@@ -186,6 +192,8 @@ class RcodStage:
         """DAS: the regulariser's timestep (B,) for the generator's t (B,)."""
         if self.config.das == "official":
             return sample_official_t(t, generator)
+        if self.config.das == "uniform":
+            return sample_uniform_t(t, generator)
         return sample_regulariser_t(t, self.grouping.k, generator)
 
     def regulariser_direction(

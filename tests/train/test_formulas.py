@@ -14,6 +14,7 @@ from rcod_train.grouping import (
     sample_levels,
     sample_official_t,
     sample_regulariser_t,
+    sample_uniform_t,
 )
 from rcod_train.schedule import OFFICIAL_ALPHA_BAR, add_noise, alpha_bar, alpha_sigma, one_step
 from rcod_train.vsd import guided, vsd_gradient, vsd_loss
@@ -187,6 +188,13 @@ def test_the_published_codes_intervals_of_the_regularisers_timestep(t: int, low:
     spread = (979 - low) / math.sqrt(12)
     middle = pytest.approx((low + 979) / 2, abs=5 * spread / 60_000**0.5)
     assert draws.double().mean().item() == middle
+
+
+def test_without_das_the_regularisers_timestep_does_not_know_the_generators() -> None:
+    for t in (250, 750):
+        draws = sample_uniform_t(torch.full((60_000,), t), torch.Generator().manual_seed(2))
+        assert (draws.min().item(), draws.max().item()) == (20, 980)
+        assert draws.double().mean().item() == pytest.approx(500, abs=6)
 
 
 def test_a_fixed_alpha_bar_gives_the_published_constants() -> None:

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from rcod_train.config import RcodStageConfig
-from rcod_train.data import Batch
+from rcod_train.data import Batch, to_unit
 from rcod_train.errors import TrainError
-from rcod_train.grouping import Grouping
+from rcod_train.grouping import Grouping, l1_metric
 from rcod_train.models.discriminator import adversarial_loss, feature_loss, hinge_loss
 from rcod_train.precision import Autocast
 from rcod_train.stages.base import measure_scaling_factor
@@ -86,6 +86,23 @@ def test_the_realism_terms_grow_with_the_level() -> None:
     assert all(p.requires_grad for p in rcod.discriminator.parameters())
 
 
+def test_without_vpim_the_tokens_are_zeros_and_stay_so() -> None:
+    rcod = stage(dataclasses.replace(CONFIG, vpim=False))
+    assert not rcod.parts.vpim(torch.rand(2, 3, 32, 32)).any()
+    assert not [name for name in rcod.groups["generator"][0][0] if "vpim" in name]
+    assert stage().parts.vpim(torch.rand(2, 3, 32, 32)).any()
+
+
+def test_l1_in_the_place_of_the_cosine_is_larger_for_what_is_nearer() -> None:
+    a, b = torch.zeros(2, 1, 2, 2), torch.tensor([0.25, 1.0]).view(2, 1, 1, 1).expand(2, 1, 2, 2)
+    assert l1_metric(a, b).tolist() == [0.75, 0.0]
+    rcod = stage(dataclasses.replace(CONFIG, metric="l1"))
+    m, z_hq = rcod.metric_and_latent(batch())
+    with torch.no_grad(), rcod.model.base_encoder():
+        z_lq = rcod.parts.vae.encode(to_unit(batch().lq))
+    torch.testing.assert_close(m, l1_metric(z_lq, z_hq))
+
+
 def test_hinge_and_adversarial_loss_by_hand() -> None:
     """Real 0.5 and 2: (0.5 + 0) / 2; fake -0.5 and 1: (0.5 + 2) / 2; a second scale at 0: 2."""
     features = torch.ones(2, 3, 2, 2)
@@ -107,16 +124,22 @@ def test_the_feature_loss_by_hand() -> None:
 
 def test_the_metric_range_is_a_quantile_and_its_mirror() -> None:
     batches = [batch(seed) for seed in range(8)]
-    low, high = measure_metric_range(tiny_parts(), iter(batches), 16, 0.25, FP32)
-    all_low, all_high = measure_metric_range(tiny_parts(), iter(batches), 16, 0.0, FP32)
+    narrow, wide = (
+        dataclasses.replace(CONFIG, metric_samples=16, metric_quantile=q) for q in (0.25, 0.0)
+    )
+    low, high = measure_metric_range(tiny_parts(), iter(batches), narrow, FP32)
+    all_low, all_high = measure_metric_range(tiny_parts(), iter(batches), wide, FP32)
     assert -1 <= all_low < low < high < all_high <= 1
+    l1 = dataclasses.replace(wide, metric="l1")
+    assert measure_metric_range(tiny_parts(), iter(batches), l1, FP32) != (all_low, all_high)
 
 
 def test_a_metric_that_never_varies_is_an_error() -> None:
     image = torch.full((2, 3, 64, 64), 9, dtype=torch.uint8)
     flat = Batch(image, image, image, image, torch.tensor([0, 1]))
     with pytest.raises(TrainError, match="is the autoencoder trained"):
-        measure_metric_range(tiny_parts(), iter([flat]), 2, 0.02, FP32)
+        few = dataclasses.replace(CONFIG, metric_samples=2)
+        measure_metric_range(tiny_parts(), iter([flat]), few, FP32)
 
 
 def test_the_scaling_factor_makes_unit_variance() -> None:

@@ -1,0 +1,182 @@
+"""What each part of the method gains: variants of nano trained with the same budget, one table.
+
+  python -m benchmarks.ablation --data photos --stages runs/nano --dataset realsr --out ablation
+  python -m benchmarks.ablation ... --variants rcod vanilla --set rcod.steps=800
+
+All variants share the autoencoder and the base denoiser of --stages, a run folder of
+``rcod-train nano``; each is trained from there by ``rcod-train``, exported by ``rcod-export`` and
+scored by ``benchmarks.quality``. A variant that is finished in --out is not trained again, and one
+that was stopped goes on. Prints one JSON document as the last line. Exit codes: those of
+rcod-upscale, and 11 where a command fails or --stages is not what it should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.command import run_command
+from benchmarks.errors import CommandFailed, DatasetError
+
+SCHEMA_VERSION = 1
+# What differs from the whole method, as settings of rcod-train.
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "rcod": (),
+    "vanilla": ("rcod.n=1", "rcod.k=500"),  # one fixed t for every photo
+    "no_vsd": ("rcod.vsd_weight=0",),
+    "uniform_t_r": ("rcod.das=uniform",),
+    "no_vpim": ("rcod.vpim=false",),
+    "l1_metric": ("rcod.metric=l1",),
+    "n_2": ("rcod.n=2",),
+    "n_4": ("rcod.n=4",),
+    "no_adversary": ("rcod.adversarial_weight=0",),
+    "no_regression": ("regression.steps=1",),
+}
+BUDGET = ("regression.steps=400", "rcod.steps=400", "mem.steps=50")
+SHOWN = (("psnr_y", ".2f"), ("ssim_y", ".3f"), ("niqe", ".2f"))
+SHARED = ("vae", "base")  # stages that all variants start from
+
+
+@dataclass(frozen=True)
+class AblationConfig:
+    """``settings`` go to every variant, after the budget's."""
+
+    data: tuple[str, ...]
+    stages: Path
+    dataset: Path
+    out: Path
+    variants: tuple[str, ...]
+    settings: tuple[str, ...]
+    endings: tuple[str, ...]
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.ablation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--data", nargs="+", required=True, metavar="DIR", help="folders of training photos")
+    add("--stages", type=Path, required=True, metavar="DIR", help="a run of rcod-train nano")
+    add("--dataset", type=Path, required=True, metavar="DIR", help="folder with LR/ and HR/")
+    add("--out", type=Path, required=True, metavar="DIR", help="a folder for each variant")
+    add("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME",
+        help=f"of {', '.join(VARIANTS)} (default: all)")  # fmt: skip
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", dest="settings",
+        help=f"for every variant (default budget: {' '.join(BUDGET)})")  # fmt: skip
+    add("--names-ending", nargs="+", default=[], metavar="TEXT", help="see benchmarks.quality")
+    add("--json", type=Path, metavar="FILE", help="write the JSON document here too")
+    return parser
+
+
+def shared_settings(stages: Path) -> tuple[str, ...]:
+    """The settings of the stages that are taken over, from the run's config.json.
+
+    Raises:
+        DatasetError: it is no run of rcod-train nano, or a stage is not finished.
+    """
+    path = stages / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        steps = {stage: int(config[stage]["steps"]) for stage in SHARED}
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise DatasetError(
+            f"{path}: expected the configuration of a run of rcod-train nano ({exc})."
+        ) from exc
+    for stage, last in steps.items():
+        if not (stages / stage / f"step-{last:07d}.pt").is_file():
+            raise DatasetError(
+                f"{stages / stage}: expected its last checkpoint, step-{last:07d}.pt, found none. "
+                "Finish the run with --resume."
+            )
+    values = {f"{s}.{key}": value for s in SHARED for key, value in config[s].items()}
+    return tuple(f"{key}={value}" for key, value in values.items()) + (
+        f"validation_share={config['validation_share']}",
+    )
+
+
+def train_and_score(name: str, config: AblationConfig, shared: Sequence[str]) -> dict[str, Any]:
+    """One variant, from the shared stages to its quality document.
+
+    Raises:
+        CommandFailed: a command did, with the end of what it said.
+    """
+    folder = config.out / name
+    result = folder / "quality.json"
+    if not result.is_file():
+        for stage in SHARED:
+            if not (folder / stage).exists():
+                shutil.copytree(config.stages / stage, folder / stage)
+        settings = [*shared, *BUDGET, *config.settings, *VARIANTS[name]]
+        train = ["rcod_train.main", "nano", "--data", *config.data, "--out", str(folder)]
+        train += ["--resume", *(part for s in settings for part in ("--set", s))]
+        _run(name, train)
+        bundle = str(folder / "bundle")
+        _run(name, ["rcod_export.main", "bundle", str(folder / "checkpoint"), "-o", bundle])
+        quality = ["benchmarks.quality", "--dataset", str(config.dataset), "--bundle", bundle]
+        quality += ["--json", str(result)]
+        if config.endings:
+            quality += ["--names-ending", *config.endings]
+        _run(name, quality)
+    document = json.loads(result.read_text(encoding="utf-8"))
+    levels = [m for m in document["methods"] if m["kind"] == "model"]
+    return {"settings": list(VARIANTS[name]), "levels": {m["name"]: m["mean"] for m in levels}}
+
+
+def _run(name: str, module: Sequence[str]) -> None:
+    print(f"{name}: {module[0]}", file=sys.stderr, flush=True)
+    command = [sys.executable, "-m", *module]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.read()  # its progress bar stays on stderr
+    if process.returncode:
+        raise CommandFailed(
+            f"{name}: python -m {' '.join(module[:2])} ended with exit code {process.returncode}. "
+            f"{said[-500:]}".strip()
+        )
+
+
+def table(variants: dict[str, dict[str, Any]]) -> str:
+    rows = [
+        (name, level, *(format(mean[key], digits) if key in mean else "-" for key, digits in SHOWN))
+        for name, variant in variants.items()
+        for level, mean in variant["levels"].items()
+    ]
+    return report.format_table(("variant", "level", "PSNR", "SSIM", "NIQE"), rows)
+
+
+def measure(config: AblationConfig) -> str:
+    shared = shared_settings(config.stages)
+    config.out.mkdir(parents=True, exist_ok=True)
+    variants = {name: train_and_score(name, config, shared) for name in config.variants}
+    print(table(variants))
+    budget = [*BUDGET, *config.settings]
+    card = report.machine_card()
+    return report.document("ablation", SCHEMA_VERSION, card, budget=budget, variants=variants)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    config = AblationConfig(
+        data=tuple(arguments.data),
+        stages=arguments.stages,
+        dataset=arguments.dataset,
+        out=arguments.out,
+        variants=tuple(arguments.variants),
+        settings=tuple(arguments.settings),
+        endings=tuple(arguments.names_ending),
+    )
+    return run_command(lambda: measure(config), arguments.json)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
