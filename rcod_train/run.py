@@ -16,13 +16,13 @@ import torch
 from rcod_train.board import Board
 from rcod_train.checkpoint import CheckpointInfo, levels_of, save_merged
 from rcod_train.config import LoopConfig, RcodStageConfig, RunConfig
-from rcod_train.data import Batch, PhotoBatches, batches
+from rcod_train.data import Batch, PhotoBatches, batches, worker_deaths
 from rcod_train.errors import ConfigError, MetricError, MissingPackage, TrainError
 from rcod_train.grouping import Grouping, official_grouping
 from rcod_train.loop import Stage, run_stage
 from rcod_train.network import Parts
 from rcod_train.perceptual import load_lpips
-from rcod_train.photos import Photo, find_pairs, find_photos
+from rcod_train.photos import Photo, find_pairs, find_photos, first_readable
 from rcod_train.precision import Autocast, resolve_device, resolve_precision
 from rcod_train.quality.pristine import Pristine, load_pristine
 from rcod_train.ranks import join
@@ -87,7 +87,9 @@ class Run:
             self.photos = _without(self.photos, self.held_out)
         elif config.validation_share:
             self.photos, self.held_out = _split(self.photos, config.validation_share)
-        self.held_out = self.held_out[: config.validation_photos]
+        if self.held_out:
+            self.held_out = first_readable(self.held_out, config.validation_photos)
+        self.unreadable: set[str] = set()  # photos that were named as such
         self.perceptual = load_lpips(self.device) if config.use_lpips else None
         self._boards: dict[str, Board] = {}
         if config.tensorboard and self.ranks.writes:
@@ -124,7 +126,7 @@ class Run:
 
         def from_batch(first: int) -> Iterator[Batch]:
             mine = range(first * world + rank, end * world, world)
-            for batch in batches(dataset, mine, self.config.workers):
+            for batch in batches(dataset, mine, self.config.workers, self.unreadable):
                 yield batch.to(self.device)
 
         return from_batch
@@ -138,9 +140,9 @@ class Run:
         folder, seed, board = self.out / stage.name, self.config.seed, self._boards.get(stage.name)
         log_row = None if board is None else board.row
         try:
-            run_stage(
-                stage, make, folder, seed, self.resume, self.autocast, validate, self.ranks, log_row
-            )
+            with worker_deaths():
+                run_stage(stage, make, folder, seed, self.resume, self.autocast, validate,
+                          self.ranks, log_row)  # fmt: skip
         finally:
             if board is not None:
                 board.close()
