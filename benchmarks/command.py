@@ -8,8 +8,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.errors import BenchmarkError
 from rcod_runtime.errors import OutputError, RcodError
 from rcod_runtime.files import write_whole
+from rcod_train.errors import RcodTrainError
 
 EXIT_FELL_SHORT = 1
 EXIT_INTERRUPTED = 130
@@ -43,6 +45,9 @@ def run_command(work: Callable[[], str | Verdict], json_file: Path | None) -> in
     except RcodError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except RcodTrainError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return BenchmarkError.exit_code
     except KeyboardInterrupt:
         print("stopped; no result", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -4,8 +4,9 @@ RcodError                     (rcod_runtime.errors)
 └── BenchmarkError            11   a benchmark can't be run
     ├── DatasetError          11   images that don't pair up, or can't be compared
     ├── MissingPackage        11   a package of an extra is not installed
-    ├── MetricError           11   a metric's parameters, or an image it can't judge
     └── CommandFailed         11   a command that was to be timed did not do its work
+
+rcod_train's errors (the metrics' among them, rcod_train.errors) end a benchmark with 11 too.
 """
 
 from __future__ import annotations
@@ -25,10 +26,6 @@ class DatasetError(BenchmarkError):
 
 class MissingPackage(BenchmarkError):
     """A package is not installed; the message has the exact pip line."""
-
-
-class MetricError(BenchmarkError):
-    """A metric's parameters can't be used, or it can't judge an image."""
 
 
 class CommandFailed(BenchmarkError):

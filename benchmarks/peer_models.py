@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.errors import MetricError, MissingPackage
+from benchmarks.errors import BenchmarkError, MissingPackage
 from benchmarks.ncnn_file import read_layers, read_network
 
 Image = npt.NDArray[np.uint8]
@@ -88,7 +88,9 @@ def open_peer(peer: Peer, engine: str, threads: int) -> Upscale:
         image = np.ascontiguousarray(lq.transpose(2, 0, 1)[None], np.float32) / 255.0
         sr = network(image)
         if not np.isfinite(sr).all():  # ncnn's Winograd path gave NaN in fp16
-            raise MetricError(f"{peer.name}, {engine}: expected an image, found NaN or infinity.")
+            raise BenchmarkError(
+                f"{peer.name}, {engine}: expected an image, found NaN or infinity."
+            )
         pixels: Image = np.rint(np.clip(sr.transpose(1, 2, 0) * 255.0, 0, 255)).astype(np.uint8)
         return pixels
 
@@ -131,14 +133,14 @@ def _ncnn(param: Path, threads: int) -> Callable[[Any], Any]:
     for name in ("fp16_packed", "fp16_storage", "fp16_arithmetic", "bf16_storage"):
         setattr(net.opt, f"use_{name}", False)  # half precision overflows in Winograd's transform
     if net.load_param(str(param)) or net.load_model(str(param.with_suffix(".bin"))):
-        raise MetricError(f"{param}: ncnn can't load it.")
+        raise BenchmarkError(f"{param}: ncnn can't load it.")
 
     def run(image: npt.NDArray[np.float32]) -> Any:
         extractor = net.create_extractor()
         extractor.input(layers[0].outputs[0], ncnn.Mat(np.ascontiguousarray(image[0])))
         code, result = extractor.extract(layers[-1].outputs[0])
         if code:
-            raise MetricError(f"{param}: ncnn ended with code {code}.")
+            raise BenchmarkError(f"{param}: ncnn ended with code {code}.")
         return np.array(result)
 
     return run

@@ -28,13 +28,13 @@ from benchmarks.command import run_command
 from benchmarks.errors import MissingPackage
 from benchmarks.pairs import Pair, find_pairs, read_rgb, select
 from benchmarks.peer_models import ENGINES, PEERS, Upscale, open_peer, weight_bytes
-from benchmarks.pristine import load_pristine
 from benchmarks.processes import measure_contestant
 from benchmarks.scores import Image, Method, bicubic, build_metrics, mean_of, score_pairs
 from benchmarks.timing import time_in_turns, times_as_fast
 from rcod_runtime import Upscaler, UsageError
 from rcod_runtime.backends import precisions
 from rcod_runtime.parallel import cpus_available
+from rcod_train.quality.pristine import load_pristine
 
 SCHEMA_VERSION = 1
 METRICS = ("psnr_y", "ssim_y", "niqe")

@@ -21,8 +21,8 @@ from benchmarks import report
 from benchmarks.command import Verdict, run_command
 from benchmarks.errors import DatasetError
 from benchmarks.pairs import find_outputs, find_pairs, select
-from benchmarks.pristine import load_pristine
 from benchmarks.scores import METRIC_NAMES, build_metrics, outputs_method, score_pairs
+from rcod_train.quality.pristine import load_pristine
 
 SCHEMA_VERSION = 1
 OUTPUTS = "osediff"

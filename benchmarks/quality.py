@@ -29,7 +29,6 @@ from benchmarks import iqa, paper, report
 from benchmarks.command import check_can_write, run_command
 from benchmarks.gather import gather
 from benchmarks.pairs import Pair, find_outputs, find_pairs, select
-from benchmarks.pristine import load_pristine
 from benchmarks.quality_report import (
     method_document,
     metrics_document,
@@ -50,6 +49,7 @@ from benchmarks.scores import (
 )
 from benchmarks.tables import mean_table
 from rcod_runtime import Upscaler, UsageError
+from rcod_train.quality.pristine import load_pristine
 
 SCHEMA_VERSION = 2  # 2: metrics have a header, missing ones a reason, the paper's rows beside
 ALL_METRICS = (*METRIC_NAMES, *(learned.name for learned in iqa.LEARNED))

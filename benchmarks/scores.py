@@ -9,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.errors import DatasetError, MetricError
+from benchmarks.errors import DatasetError
 from benchmarks.iqa import Loaded
-from benchmarks.metrics import psnr_y, require_scipy, ssim_y
-from benchmarks.niqe import niqe
 from benchmarks.pairs import Pair, read_rgb
-from benchmarks.pristine import Pristine
 from rcod_runtime.resample import upsample
+from rcod_train.errors import MetricError
+from rcod_train.quality.metrics import psnr_y, require_scipy, ssim_y
+from rcod_train.quality.niqe import niqe
+from rcod_train.quality.pristine import Pristine
 
 Image = npt.NDArray[np.uint8]
 

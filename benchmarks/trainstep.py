@@ -34,7 +34,7 @@ from benchmarks.picture import draw_picture
 from benchmarks.report import document, format_card, format_table, machine_card
 from rcod_train.config import RCOD_O
 from rcod_train.data import Batch
-from rcod_train.errors import Interrupted, RcodTrainError
+from rcod_train.errors import Interrupted
 from rcod_train.grouping import Grouping
 from rcod_train.loop import run_stage
 from rcod_train.models.sd import ClipVpim
@@ -93,8 +93,6 @@ def run(arguments: argparse.Namespace) -> str:
         )
     except Interrupted as exc:
         raise KeyboardInterrupt from exc
-    except RcodTrainError as exc:
-        raise BenchmarkError(f"the step could not be done: {exc}") from exc
     rows = [
         ("weights loaded, GB", f"{figures['loaded_bytes'] / 1e9:.2f}", ""),
         ("peak resident, GB", f"{figures['peak_bytes'] / 1e9:.2f}", f"{LIMIT_PEAK_GB:.0f}"),

@@ -210,6 +210,7 @@ class RunConfig:
     of the samples where there are both. precision: of the matrix products and of frozen base
     weights; what is trained, the losses and Eq. 3 are fp32. validation: a folder of photos, or else
     ``validation_share`` of the data, taken from the training; at most ``validation_photos``.
+    tensorboard: events too, in ``out``/tensorboard.
     """
 
     data: tuple[str, ...]
@@ -225,6 +226,7 @@ class RunConfig:
     validation: str = ""
     validation_share: float = 0.0
     validation_photos: int = 8
+    tensorboard: bool = False
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rcod_train.config import LoopConfig
 from rcod_train.degradation import PRESETS, Strength, degrade, upsample_lq
-from rcod_train.errors import ConfigError, DataError, TrainError
+from rcod_train.errors import ConfigError, DataError, RcodTrainError, TrainError
 from rcod_train.photos import SCALE, UNREADABLE, Photo, Pixels
 
 log = logging.getLogger(__name__)
@@ -36,10 +39,13 @@ class Batch:
     # of its blur and noise, (B, 2) float32 in [0, 1).
     lq_native: Tensor | None = None
     scores: Tensor | None = None
+    unreadable: tuple[tuple[str, str], ...] = ()  # photos that others took the place of, and why
 
     def to(self, device: torch.device) -> Batch:
-        tensors = (getattr(self, f.name) for f in dataclasses.fields(self))
-        return Batch(*(t if t is None else t.to(device, non_blocking=True) for t in tensors))
+        values = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return Batch(*(
+            v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for v in values
+        ))  # fmt: skip
 
 
 def to_unit(image_u8: Tensor) -> Tensor:
@@ -77,16 +83,16 @@ class PhotoBatches(Dataset[Batch]):
         paired = np.array([photo.lq is not None for photo in photos])
         self.plain, self.paired = np.flatnonzero(~paired), np.flatnonzero(paired)
         self.pairs_share = pairs_share
-        self.unreadable: set[int] = set()
 
     def __getitem__(self, i: int) -> Batch:
         rng = np.random.default_rng((self.seed, i))
         c = self.config
         rows: list[tuple[np.ndarray, ...]] = []
         scores: list[tuple[float, float]] = []
+        unreadable: dict[str, str] = {}
         chosen = self._choose(rng)
         for n, index in enumerate(chosen):
-            context_hq, native, strength, chosen[n] = self._sample(index, rng)
+            context_hq, native, strength, chosen[n] = self._sample(index, rng, unreadable)
             context_lq = context_hq
             if native is not None:
                 context_lq = upsample_lq(native, context_hq.shape[:2])
@@ -101,9 +107,10 @@ class PhotoBatches(Dataset[Batch]):
         arrays = [np.ascontiguousarray(np.stack(column)) for column in zip(*rows, strict=True)]
         images = [torch.from_numpy(a).permute(0, 3, 1, 2) for a in arrays]
         photo = torch.from_numpy(chosen.repeat(c.crops_per_photo))
+        problems = tuple(unreadable.items())
         if not scores:
-            return Batch(*images, photo)
-        return Batch(*images[:4], photo, images[4], torch.tensor(scores))
+            return Batch(*images, photo, unreadable=problems)
+        return Batch(*images[:4], photo, images[4], torch.tensor(scores), problems)
 
     def _choose(self, rng: np.random.Generator) -> NDArray[np.int64]:
         count = self.config.photos_per_batch
@@ -113,10 +120,10 @@ class PhotoBatches(Dataset[Batch]):
         return np.where(from_pairs, rng.choice(self.paired, count), rng.choice(self.plain, count))
 
     def _sample(
-        self, index: int, rng: np.random.Generator
+        self, index: int, rng: np.random.Generator, unreadable: dict[str, str]
     ) -> tuple[Pixels, Pixels | None, Strength, int]:
         """hq and lq (None without degradation) of a photo, what was done to it, and which it is:
-        the next one in the place of one that can't be decoded."""
+        the next one in the place of one that can't be decoded, which is noted with its reason."""
         for step in range(len(self.photos)):
             i = (index + step) % len(self.photos)
             photo = self.photos[i]
@@ -124,10 +131,7 @@ class PhotoBatches(Dataset[Batch]):
                 hq = photo.read()
                 lq = photo.read_lq() if photo.lq and self.heavy_share is not None else None
             except UNREADABLE as exc:
-                if i not in self.unreadable:
-                    self.unreadable.add(i)
-                    log.warning("%s: can't be decoded (%s); the next photo takes its place; "
-                                "%d so far", photo, exc, len(self.unreadable))  # fmt: skip
+                unreadable[str(photo)] = str(exc)
                 continue
             strength = Strength()
             if lq is not None:
@@ -169,31 +173,70 @@ def _divided(window: tuple[slice, ...], by: int) -> tuple[slice, ...]:
     return tuple(slice(s.start // by, s.stop // by) for s in window)
 
 
+class _Typed(Dataset[Any]):
+    """Our own errors as items: DataLoader would wrap them in a worker's traceback."""
+
+    def __init__(self, dataset: PhotoBatches) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, i: int) -> Batch | RcodTrainError:
+        try:
+            return self.dataset[i]
+        except RcodTrainError as error:
+            return error
+
+
 def _start_worker(_: int) -> None:
+    # A signal to all processes of a run means its first one, which saves its state and ends them.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
 
 
-def batches(dataset: PhotoBatches, indices: range, workers: int) -> Iterator[Batch]:
-    """These batches, in order.
+def batches(
+    dataset: PhotoBatches, indices: range, workers: int, named: set[str] | None = None
+) -> Iterator[Batch]:
+    """These batches, in order. A photo that can't be decoded is named in a warning once.
+
+    Args:
+        named: the photos that were; more are added.
 
     Raises:
-        TrainError: a worker died.
+        TrainError: a worker died while its batch was waited for; see ``worker_deaths``.
+        DataError: no photo can be decoded any more.
     """
     loader = DataLoader(
-        dataset,
+        _Typed(dataset),
         batch_size=None,
         sampler=indices,
         num_workers=workers,
         prefetch_factor=4 if workers else None,
         worker_init_fn=_start_worker,
     )
+    named = set() if named is None else named
+    with worker_deaths():
+        for item in loader:
+            if isinstance(item, RcodTrainError):
+                raise item
+            for photo, reason in item.unreadable:
+                if photo not in named:
+                    named.add(photo)
+                    log.warning("%s: can't be decoded (%s); the next photo takes its place; "
+                                "%d so far", photo, reason, len(named))  # fmt: skip
+            yield item
+
+
+@contextmanager
+def worker_deaths() -> Iterator[None]:
+    """Inside, the death of a data worker is a TrainError. It may come at any time, not only where
+    a batch is waited for: PyTorch raises it from a signal handler."""
     try:
-        yield from loader
+        yield
     except RuntimeError as exc:
-        if "DataLoader worker" not in str(exc):
+        if not str(exc).startswith("DataLoader worker (pid"):
             raise
         raise TrainError(
             f"a data worker died ({str(exc).strip()}). Is there enough memory? Run again with "
-            "--resume, and fewer --workers."
+            "--resume, and fewer --workers (0: none)."
         ) from exc

@@ -126,7 +126,8 @@ class _Trainer:
     def train_step(self, batches: Iterator[Batch]) -> dict[str, float]:
         """One step; returns its row of the log, means over its batches in all processes."""
         n = self.stage.config.accumulate
-        row: dict[str, float] = {"step": self.step}
+        rate = self.stage.config.learning_rate * self.rate_factor()
+        row: dict[str, float] = {"step": self.step, "learning_rate": rate}
         for i in range(n):
             batch = (self.step * n + i) * self.ranks.world + self.ranks.rank
             generator = step_generator(self.seed, batch)
@@ -322,6 +323,7 @@ def run_stage(
     autocast: Autocast | None = None,
     validate: Callable[[int], None] | None = None,
     ranks: Ranks | None = None,
+    log_row: Callable[[dict[str, float]], None] | None = None,
 ) -> None:
     """Train a stage to its last step and leave its modules with the averaged (EMA) weights.
 
@@ -334,6 +336,7 @@ def run_stage(
         validate: called with the step every ``validation_steps`` and at the end, with the averaged
             weights, in the first process.
         ranks: the processes that train together; None: this one alone.
+        log_row: takes every row of the loss log too, in the first process.
 
     Raises:
         CheckpointError: the checkpoint is of another configuration.
@@ -351,7 +354,8 @@ def run_stage(
         trainer.load(existing[-1])
         log.info("stage %s: resumed at step %d", stage.name, trainer.step)
     if trainer.step < stage.config.steps:
-        _train(trainer, make_batches(trainer.step * stage.config.accumulate), resume, validate)
+        source = make_batches(trainer.step * stage.config.accumulate)
+        _train(trainer, source, resume, validate, log_row)
     trainer.take_ema()
 
 
@@ -360,6 +364,7 @@ def _train(
     batches: Iterable[Batch],
     resume: bool,
     validate: Callable[[int], None] | None,
+    log_row: Callable[[dict[str, float]], None] | None,
 ) -> None:
     stage, steps, ranks = trainer.stage, trainer.stage.config.steps, trainer.ranks
     ranks.wait()  # all have looked for checkpoints
@@ -388,7 +393,10 @@ def _train(
             started = time.perf_counter()
             row = trainer.train_step(stream)
             row["step_s"] = time.perf_counter() - started  # waiting for the data is in it
-            log_file.write(json.dumps({k: round(v, 6) for k, v in row.items()}) + "\n")
+            shown = {k: v if k == "step" else float(f"{v:.6g}") for k, v in row.items()}
+            log_file.write(json.dumps(shown) + "\n")
+            if log_row is not None and ranks.writes:
+                log_row(row)
             progress.set_postfix_str(
                 " ".join(f"{k} {v:.4g}" for k, v in row.items() if k.endswith("_loss")),
                 refresh=False,

@@ -92,6 +92,7 @@ def _add_loop(parser: argparse.ArgumentParser) -> None:
     )
     add("--workers", type=int, default=1, help="data processes (default: %(default)s)")
     add("--threads", type=int, default=0, help="compute threads; 0: all cores")
+    add("--tensorboard", action="store_true", help="log for TensorBoard too, in OUT/tensorboard")
     add(
         "--set",
         action="append",
@@ -221,7 +222,8 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
 
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("rcod_train").setLevel(logging.INFO)
-    names = ("out", "seed", "precision", "workers", "threads", "validation", "device")
+    names = ("out", "seed", "precision", "workers", "threads", "validation", "tensorboard",
+             "device")  # fmt: skip
     given = {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
     pairs = tuple(getattr(arguments, "pairs", ()))
     return {"data": tuple(arguments.data), "pairs": pairs, **given}

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import logging
+import struct
 import tarfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -21,7 +23,12 @@ Pixels = NDArray[np.uint8]
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 SCALE = 4  # of HQ to LQ
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+# What Pillow's decoders raise on damaged files.
+UNREADABLE = (
+    OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError,
+    OverflowError, ZeroDivisionError, NotImplementedError, struct.error, zlib.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ def find_pairs(folder: str, min_side_px: int) -> list[Photo]:
     for part in ("LR", "HR"):
         if not (root / part).is_dir():
             raise DataError(f"{root / part}: expected a folder of images, found none.")
-    lq, hq = ({p.stem: p for p in _images(root / part)} for part in ("LR", "HR"))
+    lq, hq = (_by_stem(root / part) for part in ("LR", "HR"))
     for here, there in ((lq, hq), (hq, lq)):
         for stem in sorted(here.keys() - there.keys()):
             raise DataError(
@@ -158,8 +165,37 @@ def find_pairs(folder: str, min_side_px: int) -> list[Photo]:
     return pairs
 
 
-def _images(folder: Path) -> list[Path]:
-    return [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES]
+def first_readable(photos: list[Photo], count: int) -> list[Photo]:
+    """The first ``count`` that can be decoded; the others before them are named in a warning.
+
+    Raises:
+        DataError: none can.
+    """
+    found: list[Photo] = []
+    for photo in photos:
+        if len(found) == count:
+            break
+        try:
+            photo.read()
+            found.append(photo)
+        except UNREADABLE as exc:
+            log.warning("%s: can't be decoded (%s); not validated on", photo, exc)
+    if count and not found:
+        raise DataError(f"{photos[0]}: of {len(photos)} photos to validate on none can be decoded.")
+    return found
+
+
+def _by_stem(folder: Path) -> dict[str, Path]:
+    images: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in SUFFIXES:
+            if path.stem in images:
+                raise DataError(
+                    f"{folder}: {images[path.stem].name} and {path.name} have the same name. "
+                    "Keep one of them."
+                )
+            images[path.stem] = path
+    return images
 
 
 def _below(folder: Path) -> Iterator[Photo]:

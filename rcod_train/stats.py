@@ -28,11 +28,12 @@ from rcod_train.data import PhotoBatches, to_unit
 from rcod_train.degradation import upsample_lq
 from rcod_train.errors import ConfigError, DataError, TrainError
 from rcod_train.grouping import cosine_metric
-from rcod_train.metrics import ssim_y
 from rcod_train.models.sd import SdVae
 from rcod_train.models.vae import NanoVae
 from rcod_train.photos import UNREADABLE, find_pairs, find_photos
 from rcod_train.precision import Autocast, resolve_device, resolve_precision
+from rcod_train.quality.metrics import ssim_y
+from rcod_train.validation import to_pixels
 
 log = logging.getLogger(__name__)
 
@@ -75,9 +76,9 @@ def measure(config: StatsConfig) -> dict[str, Any]:
     rows = []
     with torch.no_grad(), autocast():
         for name, lq, hq in _images(config):
-            lq, hq = lq.to(device), hq.to(device)
-            z_lq, z_hq = (vae.encode(to_unit(x)).float() for x in (lq, hq))
-            rows.append({"name": name, **distances(z_lq, z_hq), "ssim_y": float(ssim_y(lq, hq))})
+            z_lq, z_hq = (vae.encode(to_unit(x.to(device))).float() for x in (lq, hq))
+            ssim = ssim_y(to_pixels(lq), to_pixels(hq))
+            rows.append({"name": name, **distances(z_lq, z_hq), "ssim_y": ssim})
     if len(rows) < MIN_PAIRS:
         raise ConfigError(f"stats: expected at least {MIN_PAIRS} images, found {len(rows)}.")
     document = summary(rows) | {
@@ -135,7 +136,12 @@ def table(document: dict[str, Any]) -> str:
 
 def _load_vae(model: str) -> NanoVae | SdVae:
     if (Path(model) / "rcod.json").exists():
-        return load_merged(model)[0].vae
+        parts, _ = load_merged(model)
+        if parts.guide is not None:
+            # As in its training: M must not depend on what the branches learn.
+            log.info("rcod-s: M is that of its base, without the branches")
+            parts.guide.matrices.bypass = True
+        return parts.vae
     return load_diffusion(model)[0].eval().requires_grad_(False)
 
 

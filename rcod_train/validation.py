@@ -1,23 +1,32 @@
-"""Every level on photos held out, during a training: PSNR, SSIM, and an image grid to look at."""
+"""Every level on photos held out, during a training: PSNR, SSIM, NIQE, and an image grid."""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from rcod_train.board import Board
 from rcod_train.checkpoint import LEVEL_NAMES
 from rcod_train.data import Batch
-from rcod_train.errors import TrainError
-from rcod_train.metrics import psnr_y, ssim_y
+from rcod_train.errors import MetricError, TrainError
+from rcod_train.quality.metrics import psnr_y, ssim_y
+from rcod_train.quality.niqe import niqe
+from rcod_train.quality.pristine import Pristine
 from rcod_train.stages.rcod import RcodStage
 
 log = logging.getLogger(__name__)
+
+Pixels = NDArray[np.uint8]
 
 
 class Validation:
@@ -27,43 +36,84 @@ class Validation:
 
     Args:
         pairs: degraded once and for all, one photo each.
+        pristine: NIQE's parameters; None leaves it out.
+        board: takes figures and grid too.
     """
 
-    def __init__(self, stage: RcodStage, pairs: list[Batch], folder: Path) -> None:
-        self.stage, self.pairs, self.folder = stage, pairs, folder
+    def __init__(
+        self,
+        stage: RcodStage,
+        pairs: list[Batch],
+        folder: Path,
+        pristine: Pristine | None = None,
+        board: Board | None = None,
+    ) -> None:
+        self.stage, self.pairs, self.folder, self.board = stage, pairs, folder, board
+        self.pristine = pristine
+        self.hq = [to_pixels(pair.hq) for pair in pairs]
+        self.judged = self._judged()
+
+    def _judged(self) -> list[int]:
+        """The photos that NIQE can judge, which takes two patches with contrast: the same at every
+        level and step, so that its means can be compared."""
+        if self.pristine is None:
+            return []
+        judged, reason = [], ""
+        for i, hq in enumerate(self.hq):
+            try:
+                niqe(hq, self.pristine)
+                judged.append(i)
+            except MetricError as exc:
+                reason = reason or str(exc)
+        if reason:
+            left_out = len(self.hq) - len(judged)
+            log.info("NIQE leaves out %d of %d photos. %s", left_out, len(self.hq), reason)
+        return judged
 
     @torch.no_grad()
     def __call__(self, step: int) -> None:
-        names = LEVEL_NAMES[self.stage.grouping.n]
-        images: list[list[Tensor]] = [[pair.lq] for pair in self.pairs]
-        for t in self.stage.grouping.timesteps:
-            for row, pair in zip(images, self.pairs, strict=True):
-                _, sr = self.stage.generate(pair, torch.full((len(pair.lq),), t).to(pair.lq.device))
-                row.append(to_u8(sr))
-        hq = torch.cat([pair.hq for pair in self.pairs])
-        figures: dict[str, dict[str, float]] = {}
-        for i, name in enumerate(("input", *names)):
-            sr = torch.cat([row[i] for row in images])
-            figures[name] = {
-                "psnr_y_db": float(psnr_y(sr, hq).mean()),
-                "ssim_y": float(ssim_y(sr, hq).mean()),
-            }
-        for row, pair in zip(images, self.pairs, strict=True):
-            row.append(pair.hq)
-        self._write(step, figures, images)
-        log.info("step %d: %s", step, ", ".join(
-            f"{name} {f['psnr_y_db']:.2f} dB / {f['ssim_y']:.3f}" for name, f in figures.items()
+        columns = {"input": [to_pixels(pair.lq) for pair in self.pairs]}
+        grouping = self.stage.grouping
+        for name, t in zip(LEVEL_NAMES[grouping.n], grouping.timesteps, strict=True):
+            columns[name] = []
+            for pair in self.pairs:
+                level = torch.full((len(pair.lq),), t).to(pair.lq.device)
+                _, sr = self.stage.generate(pair, level)
+                columns[name].append(to_pixels(to_u8(sr)))
+        levels = {name: self._figures(images) for name, images in columns.items()}
+        rows = zip(*columns.values(), self.hq, strict=True)
+        grid = np.concatenate([np.concatenate(row, axis=1) for row in rows])
+        self._write(step, levels, grid)
+        if self.board is not None:
+            self.board.validation(step, levels, grid)
+        log.info("step %d (PSNR dB / SSIM / NIQE): %s", step, ", ".join(
+            f"{name} " + " / ".join("-" if v is None else f"{v:.4g}" for v in figures.values())
+            for name, figures in levels.items()
         ))  # fmt: skip
 
-    def _write(
-        self, step: int, figures: dict[str, dict[str, float]], images: list[list[Tensor]]
-    ) -> None:
+    def _figures(self, images: Sequence[Pixels]) -> dict[str, float | None]:
+        """Means over the photos; None where there is none."""
+        pairs = list(zip(images, self.hq, strict=True))
+        return {
+            "psnr_y_db": _mean([psnr_y(sr, hq) for sr, hq in pairs]),
+            "ssim_y": _mean([ssim_y(sr, hq) for sr, hq in pairs]),
+            "niqe": self._niqe(images),
+        }
+
+    def _niqe(self, images: Sequence[Pixels]) -> float | None:
+        if self.pristine is None:
+            return None
+        try:
+            return _mean([niqe(images[i], self.pristine) for i in self.judged])
+        except MetricError:  # of a photo with contrast something flat was made
+            return None
+
+    def _write(self, step: int, levels: dict[str, dict[str, float | None]], grid: Pixels) -> None:
         path = self.folder / f"step-{step:07d}"
-        grid = torch.cat([torch.cat(row, 3) for row in images], 2)[0]  # (3, rows H, columns W)
-        text = json.dumps({"step": step, "photos": len(images), "levels": figures})
+        text = json.dumps({"step": step, "photos": len(self.pairs), "levels": levels})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(grid.permute(1, 2, 0).cpu().numpy()).save(f"{path}.partial", "PNG")
+            Image.fromarray(grid).save(f"{path}.partial", "PNG")
             os.replace(f"{path}.partial", f"{path}.png")
             Path(f"{path}.partial").write_text(text + "\n", encoding="utf-8")
             os.replace(f"{path}.partial", f"{path}.json")
@@ -74,6 +124,16 @@ class Validation:
             ) from exc
 
 
+def _mean(values: Sequence[float]) -> float | None:
+    mean = float(np.mean(values)) if values else math.nan
+    return mean if math.isfinite(mean) else None
+
+
 def to_u8(image: Tensor) -> Tensor:
     """(B, 3, H, W) in about [-1, 1] -> uint8."""
     return ((image.clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
+
+
+def to_pixels(image_u8: Tensor) -> Pixels:
+    """The only image of a batch, (1, 3, H, W) uint8 -> (H, W, 3)."""
+    return image_u8[0].permute(1, 2, 0).contiguous().cpu().numpy()

@@ -10,11 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.errors import DatasetError, MissingPackage
-from benchmarks.metrics import psnr_y, ssim_y
-from benchmarks.niqe import niqe
+from benchmarks.errors import DatasetError
 from benchmarks.pairs import find_outputs, find_pairs, read_rgb
-from benchmarks.pristine import load_pristine
 from benchmarks.proof import (
     MEAN_LIMITS,
     OUTPUTS,
@@ -24,6 +21,10 @@ from benchmarks.proof import (
     main,
     read_log,
 )
+from rcod_train.errors import MissingPackage
+from rcod_train.quality.metrics import psnr_y, ssim_y
+from rcod_train.quality.niqe import niqe
+from rcod_train.quality.pristine import load_pristine
 from tests.benchmarks.conftest import NAMES
 
 # As published: what the log says of five images. Stored here, so that a log that was changed, or

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
+import multiprocessing
 import os
+import signal
 import tarfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +17,10 @@ import torch
 from PIL import Image
 
 from rcod_train.config import LoopConfig
-from rcod_train.data import Batch, PhotoBatches, batches
+from rcod_train.data import Batch, PhotoBatches, batches, worker_deaths
 from rcod_train.errors import DataError, TrainError
 from rcod_train.main import main
-from rcod_train.photos import find_pairs, find_photos
+from rcod_train.photos import find_pairs, find_photos, first_readable
 
 CONFIG = LoopConfig(photos_per_batch=4, crops_per_photo=2, crop_px=64, context_px=96)
 
@@ -113,6 +116,7 @@ def test_pairs_are_their_share_of_the_samples(photos: Path, tmp_path: Path) -> N
         (lambda d: (d / "LR" / "2.png").write_bytes(b"x"), r"LR/2\.png: not a readable image"),
         (lambda d: Image.new("RGB", (9, 9)).save(d / "LR" / "2.png"), "4 times the sides of its"),
         (lambda d: (d / "LR").rename(d / "lr"), "LR: expected a folder of images, found none"),
+        (lambda d: (d / "HR" / "2.bmp").write_bytes(b"x"), r"HR: 2\.bmp and 2\.png have the same"),
     ],
 )
 def test_what_is_wrong_with_pairs_is_named(
@@ -148,30 +152,50 @@ def test_a_run_without_any_photos_is_refused(
 # -- while training --------------------------------------------------------------------------------
 
 
-def test_a_photo_that_cannot_be_decoded_is_named_once_and_the_next_one_taken(
-    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Its header is whole, so the search for photos takes it."""
+@pytest.fixture
+def cut(photos: Path, tmp_path: Path) -> Path:
+    """The photos, 1.png cut off: its header is whole, so the search for photos takes it."""
     for path in photos.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    cut = (tmp_path / "1.png").read_bytes()
-    (tmp_path / "1.png").write_bytes(cut[: len(cut) // 2])
-    data = PhotoBatches(find_photos((str(tmp_path),), 96), CONFIG, 0, 32, 0.5)
+    whole = (tmp_path / "1.png").read_bytes()
+    (tmp_path / "1.png").write_bytes(whole[: len(whole) // 2])
+    return tmp_path
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_photo_that_cannot_be_decoded_is_named_once_and_the_next_one_taken(
+    cut: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = PhotoBatches(find_photos((str(cut),), 96), CONFIG, 0, 32, 0.5)
+    named: set[str] = set()
     with caplog.at_level(logging.WARNING):
-        made = [data[i] for i in range(6)]
-    assert caplog.text.count("1.png: can't be decoded") == 1
+        made = list(batches(data, range(4), workers, named))
+        list(batches(data, range(4, 6), workers, named))  # the next stage of the run
+    assert caplog.text.count("1.png: can't be decoded") == 1 and "1 so far" in caplog.text
+    assert named == {str(cut / "1.png")}
     shown = torch.cat([batch.photo for batch in made])
     assert 1 not in shown and 2 in shown
-    again = PhotoBatches(data.photos, CONFIG, 0, 32, 0.5)[4]
-    assert torch.equal(again.lq, made[4].lq)
+    again = PhotoBatches(data.photos, CONFIG, 0, 32, 0.5)[3]
+    assert torch.equal(again.lq, made[3].lq)
 
 
 def test_photos_that_are_all_gone_end_the_run(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes((photos / "0.png").read_bytes())
     data = PhotoBatches(find_photos((str(tmp_path),), 96), CONFIG, 0, 32, 0.5)
     (tmp_path / "0.png").unlink()
-    with pytest.raises(DataError, match=r"0\.png and 0 others: none can be decoded"):
-        data[0]
+    with pytest.raises(DataError, match=r"^\S*0\.png and 0 others: none can be decoded") as caught:
+        list(batches(data, range(2), workers=1))
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_photo_to_validate_on_that_cannot_be_decoded_is_passed_over(
+    cut: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = find_photos((str(cut),), 96)
+    assert [p.name for p in first_readable(found, 2)] == ["0.png", "2.png"]
+    assert "1.png: can't be decoded" in caplog.text and "not validated on" in caplog.text
+    with pytest.raises(DataError, match=r"1\.png: of 1 photos to validate on none can be decoded"):
+        first_readable(found[1:2], 2)
 
 
 class Dying(PhotoBatches):
@@ -180,7 +204,43 @@ class Dying(PhotoBatches):
         raise AssertionError
 
 
+DEATH = r"a data worker died .* --resume, and fewer --workers"
+
+
 def test_a_worker_that_dies_ends_the_run_and_says_what_to_do(photos: Path) -> None:
     data = Dying(find_photos((str(photos),), 96), CONFIG, 0, 32, 0.5)
-    with pytest.raises(TrainError, match="a data worker died .* --resume, and fewer --workers"):
+    with pytest.raises(TrainError, match=DEATH):
         list(batches(data, range(2), workers=1))
+
+
+def test_a_worker_that_dies_while_a_step_is_computed_is_no_less_typed(photos: Path) -> None:
+    """PyTorch raises from the handler of SIGCHLD, wherever the process is."""
+    stream = batches(
+        PhotoBatches(find_photos((str(photos),), 96), CONFIG, 0, 32, 0.5), range(99), 1
+    )
+    with pytest.raises(TrainError, match=DEATH), worker_deaths():
+        next(stream)
+        (worker,) = multiprocessing.active_children()
+        os.kill(worker.pid or 0, signal.SIGKILL)
+        time.sleep(20)
+        raise AssertionError("nothing was raised")
+
+
+def test_an_error_of_ours_in_the_run_is_no_workers_death() -> None:
+    with pytest.raises(RuntimeError, match="shape"), worker_deaths():
+        raise RuntimeError("shape mismatch")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_leaves_the_workers_at_work(
+    photos: Path, number: signal.Signals
+) -> None:
+    """Ctrl-C and schedulers signal the whole group: the first process ends the others, after the
+    step that it is in, which may need batches still."""
+    data = PhotoBatches(find_photos((str(photos),), 96), CONFIG, 0, 32, 0.5)
+    stream = batches(data, range(12), workers=1)
+    first = next(stream)
+    (worker,) = multiprocessing.active_children()
+    os.kill(worker.pid or 0, number)
+    rest = list(stream)
+    assert len(rest) == 11 and torch.equal(first.lq, data[0].lq)

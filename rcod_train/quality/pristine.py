@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.errors import MetricError, MissingPackage
-from benchmarks.metrics import require_scipy
+from rcod_train.errors import MetricError, MissingPackage
+from rcod_train.quality.metrics import require_scipy
 
 Floats = npt.NDArray[np.float64]
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks.errors import MetricError, MissingPackage
-from benchmarks.niqe import (
+from benchmarks.picture import draw_picture
+from rcod_train.errors import MetricError, MissingPackage
+from rcod_train.quality.niqe import (
     FEATURES_PER_SCALE,
     SHAPES,
     _moment_ratio,
@@ -16,8 +17,7 @@ from benchmarks.niqe import (
     niqe,
     patch_features,
 )
-from benchmarks.picture import draw_picture
-from benchmarks.pristine import Pristine, load_pristine
+from rcod_train.quality.pristine import Pristine, load_pristine
 
 UNIT = Pristine(np.zeros(36), np.eye(36), "made by the test")
 

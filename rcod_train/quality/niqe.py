@@ -2,7 +2,7 @@
 
 An image is cut into patches; each patch gives 18 statistics of natural scenes on two scales; the
 index is the distance of their mean and covariance from those of pristine photographs. The
-parameters of the pristine model are data, see benchmarks.pristine. Smaller is better.
+parameters of the pristine model are data, see rcod_train.quality.pristine. Smaller is better.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.errors import MetricError
-from benchmarks.metrics import gaussian, require_scipy
-from benchmarks.pristine import Pristine
+from rcod_train.errors import MetricError
+from rcod_train.quality.metrics import gaussian, require_scipy
+from rcod_train.quality.pristine import Pristine
 
 Floats = npt.NDArray[np.float64]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.errors import MetricError, MissingPackage
+from rcod_train.errors import MetricError, MissingPackage
 
 Floats = npt.NDArray[np.float64]
 

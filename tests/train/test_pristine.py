@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy.io import savemat
 
-from benchmarks import pristine
-from benchmarks.errors import MetricError, MissingPackage
+from rcod_train.errors import MetricError, MissingPackage
+from rcod_train.quality import pristine
 
 MEAN = np.linspace(0, 1, 36)[None]
 COVARIANCE = np.eye(36)
