@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
-from rcod_export.card import write_card
+from rcod_export.card import CARD, write_card
 from rcod_export.onnx_file import export_onnx
 from rcod_export.parity import check_levels_differ, check_sample, compare
 from rcod_export.reference import Case, parity_cases, whole_images
@@ -141,7 +141,7 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
             evidence=Evidence(parity=tuple(parity), sample_psnr_db=None),
         )
         manifest = _with_sample(manifest, folder, images, config)
-        write_card(folder / "MODEL_CARD.md", manifest, info.training)
+        write_card(folder / CARD, manifest, info.training)
     return manifest
 
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rcod_runtime.manifest import Manifest
+from rcod_runtime.errors import UsageError
+from rcod_runtime.files import write_whole
+from rcod_runtime.manifest import Manifest, read_manifest
+
+CARD = "MODEL_CARD.md"
+QUALITY, LAST = "## Quality", "## What it is not"
 
 
 def write_card(path: Path, manifest: Manifest, training: Mapping[str, Any]) -> None:
@@ -41,7 +47,7 @@ def card(manifest: Manifest, training: Mapping[str, Any]) -> str:
         "",
         *_training_lines(training),
         "",
-        "## What it is not",
+        LAST,
         "",
         "- It invents plausible detail, the more the higher the realism. Don't use its output as "
         "evidence: not for identification of people or number plates, not for medical, forensic or "
@@ -52,6 +58,56 @@ def card(manifest: Manifest, training: Mapping[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def add_quality(bundle: Path, quality: Path) -> Path:
+    """Put the means of a document of benchmarks.quality into a bundle's card, in the place of those
+    that were there; returns the card.
+
+    Raises:
+        ManifestError: the folder is no bundle.
+        UsageError: the file is no such document or of other graphs, or the card has no place.
+        OutputError: the card can't be written.
+    """
+    manifest = read_manifest(bundle / "manifest.json")
+    path = bundle / CARD
+    try:
+        document = json.loads(quality.read_text(encoding="utf-8"))
+        lines = _quality_lines(document)
+        measured = document["model"]["graph_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise UsageError(
+            f"{quality}: expected the JSON document of benchmarks.quality ({exc!r})."
+        ) from exc
+    if measured != {name: graph.sha256 for name, graph in manifest.graphs.items()}:
+        raise UsageError(f"{quality}: measured with other graphs than {bundle}'s. Measure again.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as exc:
+        raise UsageError(f"{path}: not readable ({exc.strerror or exc}). Export again.") from exc
+    before, mark, after = text.partition(f"{LAST}\n")
+    if not mark:
+        raise UsageError(f'{path}: expected the section "{LAST}", found none. Export again.')
+    before = before.partition(f"{QUALITY}\n")[0]
+    whole = "\n".join([before + QUALITY, "", *lines, "", LAST, after])
+    write_whole(path, whole.encode())
+    return path
+
+
+def _quality_lines(document: Mapping[str, Any]) -> list[str]:
+    metrics = {k: v["header"] for k, v in document["metrics"].items()}
+    count = len(document["methods"][0]["images"])
+    lines = [
+        f"{document['dataset']['name']}, {count} pairs, means (benchmarks.quality):",
+        "",
+        "| | " + " | ".join(metrics.values()) + " |",
+        "|---" * (len(metrics) + 1) + "|",
+    ]
+    for method in document["methods"]:
+        values = (method["mean"].get(k) for k in metrics)
+        shown = (" - " if v is None else f"{v:.3f}" if v < 1 else f"{v:.2f}" for v in values)
+        lines.append(f"| {method['name']} | " + " | ".join(shown) + " |")
+    return lines
 
 
 def _training_lines(training: Mapping[str, Any]) -> list[str]:

@@ -5,6 +5,7 @@
   rcod-export engines BUNDLE --sm 89 120     TensorRT engines of its graphs, into the bundle
   rcod-export inspect BUNDLE                 what its graphs are made of and cost
   rcod-export verify BUNDLE                  check files, sample and engines again
+  rcod-export card BUNDLE --quality FILE     a document of benchmarks.quality into its model card
   rcod-export sign BUNDLE --key PRIVATE.pem  an Ed25519 signature over the manifest and its hashes
 
 The path of what was written, or the report, goes to stdout. Exit codes: 0 done, 2 wrong arguments
@@ -76,6 +77,11 @@ def build_parser() -> argparse.ArgumentParser:
     sign.add_argument("bundle", type=Path, help="folder that rcod-export wrote")
     sign.add_argument(
         "--key", type=Path, required=True, metavar="PEM", help="Ed25519 private key, no password"
+    )
+    card = commands.add_parser("card", help="measured quality into a bundle's model card")
+    card.add_argument("bundle", type=Path, help="folder that rcod-export wrote")
+    card.add_argument(
+        "--quality", type=Path, required=True, metavar="JSON", help="of benchmarks.quality"
     )
     for name, summary in (
         ("inspect", "what a bundle's graphs are made of and cost"),
@@ -216,7 +222,15 @@ def _sign(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _card(arguments: argparse.Namespace) -> int:
+    from rcod_export.card import add_quality
+
+    print(add_quality(arguments.bundle, arguments.quality))
+    return 0
+
+
 _COMMANDS = {
+    "card": _card,
     "bundle": _bundle,
     "engines": _engines,
     "inspect": _report,

@@ -1,0 +1,114 @@
+"""Serve a bundle over HTTP: images in, sharper ones out, and a page to try it.
+
+  rcod-serve                                 the embedded model on http://127.0.0.1:8000
+  rcod-serve --bundle DIR --host 0.0.0.0 --port 80 --jobs 2 --queue 32
+  curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/upscale?realism=0.3' -o sharp.png
+
+SIGTERM and Ctrl-C: no new connections, what is in work is finished. There is no TLS and no login:
+put a proxy in front where strangers can reach it. Exit codes: those of rcod-upscale.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+
+from rcod_runtime.errors import BackendError, RcodError, UsageError
+from rcod_runtime.serve.limits import Limits
+
+GRACE_S = 30
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="rcod-serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add, limits = parser.add_argument, Limits()
+    add("--bundle", type=Path, metavar="DIR", help="default: the embedded model")
+    add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+    add("--port", type=int, default=8000, help="0: one that is free (default: %(default)s)")
+    add("--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)")
+    add("--backend", default="auto", help="see rcod-upscale (default: %(default)s)")
+    add("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    add("--threads", type=int, default=0, metavar="N", help="compute threads (default: all)")
+    add("--jobs", type=int, default=limits.jobs, help="photos in work at once (%(default)s)")
+    add("--queue", type=int, default=limits.queue,
+        help="photos in work and waiting; more get 503 (default: %(default)s)")  # fmt: skip
+    add("--connections", type=int, default=limits.connections, help="default: %(default)s")
+    add("--max-mib", type=float, default=limits.body_bytes / 2**20, metavar="MIB",
+        help="largest body (default: %(default)g)")  # fmt: skip
+    add("--max-pixels", type=int, default=limits.pixels, metavar="N",
+        help="largest image (default: %(default)s)")  # fmt: skip
+    add("--body-timeout", type=float, default=limits.body_s, metavar="S",
+        help="for a request to arrive (default: %(default)g)")  # fmt: skip
+    add("--job-timeout", type=float, default=limits.job_s, metavar="S",
+        help="from there to its answer (default: %(default)g)")  # fmt: skip
+    add("--require-signature", type=Path, metavar="PEM", help="public key that signed the bundle")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    try:
+        return _serve(arguments)
+    except RcodError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    limits = Limits(
+        jobs=arguments.jobs,
+        queue=arguments.queue,
+        connections=arguments.connections,
+        body_bytes=int(arguments.max_mib * 2**20),
+        pixels=arguments.max_pixels,
+        body_s=arguments.body_timeout,
+        job_s=arguments.job_timeout,
+    )
+    for name, value in vars(limits).items():
+        if not value > 0:
+            raise UsageError(f"{name}: expected more than 0, found {value}.")
+    try:
+        import uvicorn
+
+        from rcod_runtime.serve.app import make_app
+        from rcod_runtime.serve.protocol import TimedProtocol
+    except ImportError as exc:
+        raise BackendError(f'{exc.name} is not installed. pip install "rcod[serve]"') from exc
+    from rcod_runtime import Upscaler
+
+    upscaler = Upscaler(
+        arguments.bundle,
+        arguments.device,
+        arguments.backend,
+        precision=arguments.precision,
+        threads=arguments.threads,
+        require_signature=arguments.require_signature,
+    )
+    upscaler.warmup()
+    config = uvicorn.Config(
+        make_app(upscaler, limits),
+        host=arguments.host,
+        port=arguments.port,
+        limit_concurrency=limits.connections,
+        timeout_keep_alive=5,
+        timeout_graceful_shutdown=GRACE_S,
+        h11_max_incomplete_event_size=16 * 1024,
+        http=TimedProtocol,
+        ws="none",
+        server_header=False,
+        log_level="info",
+        access_log=False,
+    )
+    server = uvicorn.Server(config)
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after its stop
+        signal.signal(number, lambda *_: None)
+    server.run()
+    return 0 if server.started else 6
+
+
+if __name__ == "__main__":
+    sys.exit(main())

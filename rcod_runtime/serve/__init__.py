@@ -1,0 +1,1 @@
+"""A small HTTP server around one Upscaler: ``rcod-serve``."""

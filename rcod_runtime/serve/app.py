@@ -1,0 +1,243 @@
+"""The HTTP interface.
+
+POST /v1/upscale      the body is an image; the answer is one. Query: realism (a level, adaptive, or
+                      0..1), scale (1..4), colour_match (none, adain, wavelet), format (png, jpeg,
+                      webp). A header X-Request-Id of the client's choice makes progress visible.
+GET /v1/progress/ID   {"done": tiles, "total": tiles} of a request in work
+GET /v1/model         name, levels, scale and limits
+GET /healthz          200 while the process serves; /readyz: 503 once it is stopping
+GET /metrics          Prometheus' text format
+GET /                 a page to try it
+
+An error is {"error": {"type": ..., "message": ...}} with 400 (a parameter), 408 (a body that comes
+too slowly), 409 (an id in use), 411 (no length), 413 (too large), 415 (encoded), 422 (not an image
+that can be read), 499 (nobody waits), 503 (the queue is full) or 504 (too slow).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+from collections.abc import AsyncIterator
+from importlib.resources import files
+from typing import Any, get_args
+
+from fastapi import FastAPI, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response
+
+from rcod_runtime import ImageError, OutputError, Upscaler, UsageError
+from rcod_runtime.colour import COLOUR_MATCHES, DEFAULT_COLOUR_MATCH, ColourMatch
+from rcod_runtime.levels import level_weights
+from rcod_runtime.serve.jobs import MEDIA_TYPES, Abandoned, Choice, Job, Jobs
+from rcod_runtime.serve.limits import Limits, Refused
+from rcod_runtime.serve.measures import Measures
+
+log = logging.getLogger(__name__)
+
+ID = re.compile(r"[A-Za-z0-9-]{1,64}")
+PAGE_POLICY = (
+    "default-src 'none'; img-src blob: data:; script-src 'unsafe-inline'; "
+    "style-src 'unsafe-inline'; connect-src 'self'; form-action 'none'; base-uri 'none'"
+)
+assert set(get_args(ColourMatch)) == set(COLOUR_MATCHES)
+
+
+def make_app(upscaler: Upscaler, limits: Limits) -> FastAPI:
+    """The application. It closes ``upscaler`` when it is shut down."""
+    jobs = Jobs(upscaler, limits)
+    measures = Measures(jobs)
+    in_work: dict[str, Job] = {}
+    stopping = asyncio.Event()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        stopping.set()
+        await asyncio.to_thread(jobs.close)
+        upscaler.close()
+
+    app = FastAPI(title="rcod", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+
+    @app.post("/v1/upscale")
+    async def upscale(request: Request) -> Response:
+        request_id = request.headers.get("x-request-id", "")
+        try:
+            choice = _choice(request, upscaler)
+            if request_id and not ID.fullmatch(request_id):
+                raise Refused(400, "UsageError", "X-Request-Id: letters, digits and - only, 1..64.")
+            if request_id in in_work:
+                raise Refused(409, "UsageError", f"X-Request-Id {request_id}: already in work.")
+            job = Job(await _body(request, limits), choice)
+            if request_id:
+                in_work[request_id] = job
+            try:
+                result = await _wait(request, jobs.start(job), job, limits)
+            finally:
+                in_work.pop(request_id, None)
+        except Refused as refused:
+            measures.answers.labels(refused.status).inc()
+            return _error(refused)
+        measures.answers.labels(200).inc()
+        measures.add(job)
+        timing = ", ".join(f"{k};dur={v * 1e3:.1f}" for k, v in job.seconds.items())
+        return Response(
+            result,
+            media_type=MEDIA_TYPES[choice.format],
+            headers={"Server-Timing": timing, "X-Content-Type-Options": "nosniff"},
+        )
+
+    @app.get("/v1/progress/{request_id}")
+    async def progress(request_id: str) -> Response:
+        job = in_work.get(request_id)
+        if job is None:
+            return _error(Refused(404, "UsageError", "no request of this id is in work."))
+        return JSONResponse({"done": job.done, "total": job.total})
+
+    @app.get("/v1/model")
+    async def model() -> dict[str, Any]:
+        manifest = upscaler.manifest
+        return {
+            "name": manifest.identity.name,
+            "licence": manifest.identity.licence,
+            "levels": [level.name for level in manifest.levels],
+            "adaptive": _has_adaptive(upscaler),
+            "scale": manifest.image.scale,
+            "backend": upscaler.backend,
+            "limits": {"bytes": limits.body_bytes, "pixels": limits.pixels},
+        }
+
+    @app.get("/healthz")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def ready() -> Response:
+        full = jobs.accepted >= limits.queue
+        state = "stopping" if stopping.is_set() else "full" if full else "ready"
+        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(measures.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    page = files("rcod_runtime.serve").joinpath("page.html").read_text(encoding="utf-8")
+
+    @app.get("/")
+    async def index() -> Response:
+        headers = {"Content-Security-Policy": PAGE_POLICY, "X-Content-Type-Options": "nosniff"}
+        return HTMLResponse(page, headers=headers)
+
+    return app
+
+
+def _has_adaptive(upscaler: Upscaler) -> bool:
+    manifest = upscaler.manifest
+    names = {t.name for graph in manifest.graphs.values() for t in graph.outputs}
+    return "m_l" in names
+
+
+def _choice(request: Request, upscaler: Upscaler) -> Choice:
+    """Of the query; what it doesn't say is the default.
+
+    Raises:
+        Refused: 400, an unknown parameter or a value that can't be used.
+    """
+    query = request.query_params
+    unknown = set(query) - {"realism", "scale", "colour_match", "format"}
+    if unknown:
+        raise Refused(400, "UsageError", f"unknown parameter {sorted(unknown)[0]!r}.")
+    realism: str | float = query.get("realism", "neutral")
+    with contextlib.suppress(ValueError):
+        realism = float(realism)
+    colour_match = query.get("colour_match", DEFAULT_COLOUR_MATCH)
+    if colour_match not in COLOUR_MATCHES:
+        raise Refused(
+            400, "UsageError", f"colour_match: expected one of {', '.join(COLOUR_MATCHES)}."
+        )
+    kind = query.get("format", "png")
+    if kind not in MEDIA_TYPES:
+        raise Refused(400, "UsageError", f"format: expected one of {', '.join(MEDIA_TYPES)}.")
+    try:
+        scale = float(query["scale"]) if "scale" in query else None
+    except ValueError as exc:
+        raise Refused(400, "UsageError", "scale: expected a number from 1 to 4.") from exc
+    try:
+        if realism != "adaptive":
+            level_weights(realism, upscaler.manifest.levels)
+    except UsageError as exc:
+        raise Refused(400, "UsageError", str(exc)) from exc
+    return Choice(realism, scale, colour_match, kind)
+
+
+async def _body(request: Request, limits: Limits) -> bytes:
+    """The body, read no further than it is allowed to be long.
+
+    Raises:
+        Refused: 408, 411, 413 or 415.
+    """
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise Refused(415, "UsageError", "Content-Encoding: send the image as it is.")
+    length = request.headers.get("content-length")
+    if length is None:
+        raise Refused(411, "UsageError", "Content-Length is missing.")
+    too_large = Refused(413, "ImageError", f"the image has over {limits.body_bytes / 2**20:g} MiB.")
+    if not length.isdigit() or int(length) > limits.body_bytes:
+        raise too_large
+    chunks, size = [], 0
+    try:
+        async with asyncio.timeout(limits.body_s):
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limits.body_bytes:
+                    raise too_large
+                chunks.append(chunk)
+    except TimeoutError as exc:
+        raise Refused(408, "UsageError", f"no whole body in {limits.body_s:g} s.") from exc
+    return b"".join(chunks)
+
+
+async def _wait(request: Request, result: asyncio.Future[bytes], job: Job, limits: Limits) -> bytes:
+    """The result, while the client waits for it and for no longer than the limit.
+
+    Raises:
+        Refused: 422, 400, 499, 500 or 504.
+    """
+    gone = asyncio.create_task(_disconnected(request))
+    either: set[asyncio.Future[Any]] = {result, gone}
+    try:
+        await asyncio.wait(either, timeout=limits.job_s, return_when=asyncio.FIRST_COMPLETED)
+        if not result.done():
+            job.abandoned.set()
+            if gone.done():
+                raise Refused(499, "Abandoned", "the client closed the connection.")
+            raise Refused(504, "Timeout", f"not done in {limits.job_s:g} s: a smaller image?")
+        return result.result()
+    except ImageError as exc:
+        raise Refused(422, "ImageError", str(exc)) from exc
+    except (UsageError, OutputError) as exc:
+        raise Refused(400, type(exc).__name__, str(exc)) from exc
+    except (Refused, Abandoned):
+        raise
+    except asyncio.CancelledError:
+        job.abandoned.set()
+        raise
+    except Exception as exc:
+        log.exception("a photo could not be upscaled")
+        raise Refused(500, type(exc).__name__, "the server could not upscale the image.") from exc
+    finally:
+        gone.cancel()
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _error(refused: Refused) -> Response:
+    headers = {} if refused.retry_s is None else {"Retry-After": str(refused.retry_s)}
+    if refused.status in (408, 413):
+        headers["Connection"] = "close"  # what is still to come is not read
+    body = {"error": {"type": refused.kind, "message": refused.message}}
+    return JSONResponse(body, refused.status, headers=headers)

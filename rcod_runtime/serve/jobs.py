@@ -1,0 +1,123 @@
+"""Photos in work: a bounded number of them, each given up when nobody waits for it any more."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from rcod_runtime import Upscaler
+from rcod_runtime.colour import ColourMatch
+from rcod_runtime.image_io import FORMATS, decode_image, encode_image
+from rcod_runtime.serve.limits import Limits, Refused
+
+MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+assert {kind.upper() for kind in MEDIA_TYPES} <= set(FORMATS.values())
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a request asks for; see ``Upscaler.__call__``."""
+
+    realism: str | float
+    scale: float | None
+    colour_match: ColourMatch
+    format: str
+
+
+@dataclass
+class Job:
+    """One photo. ``done`` and ``total`` count tiles; ``seconds`` is what each stage took."""
+
+    data: bytes
+    choice: Choice
+    done: int = 0
+    total: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    pixels: int = 0
+    abandoned: threading.Event = field(default_factory=threading.Event)
+
+
+class Abandoned(Exception):
+    """Nobody waits for the job any more."""
+
+
+class Jobs:
+    """Upscaling by ``limits.jobs`` threads. Its methods are called in the event loop."""
+
+    def __init__(self, upscaler: Upscaler, limits: Limits) -> None:
+        self.upscaler, self.limits = upscaler, limits
+        self.pool = ThreadPoolExecutor(limits.jobs, thread_name_prefix="rcod-job")
+        self.accepted = 0
+        self.running = 0
+
+    @property
+    def waiting(self) -> int:
+        return self.accepted - self.running
+
+    def start(self, job: Job) -> asyncio.Future[bytes]:
+        """The encoded result, later. A place in the queue is taken until the thread is done with
+        the job, even if nobody waits for it.
+
+        Raises:
+            Refused: the queue is full.
+        """
+        if self.accepted >= self.limits.queue:
+            raise Refused(503, "Overloaded", f"{self.accepted} photos are waiting.", retry_s=1)
+        loop = asyncio.get_running_loop()
+        self.accepted += 1
+        queued = time.perf_counter()
+        future = loop.run_in_executor(self.pool, self._work, job, queued, loop)
+        future.add_done_callback(self._left)
+        return future
+
+    def _left(self, future: asyncio.Future[bytes]) -> None:
+        self.accepted -= 1
+        if not future.cancelled():
+            future.exception()  # taken note of, also where nobody waits
+
+    def close(self) -> None:
+        """Wait for what is in work, drop what waits."""
+        self.pool.shutdown(wait=True, cancel_futures=True)
+
+    def _count(self, change: int) -> None:
+        self.running += change
+
+    def _work(self, job: Job, queued: float, loop: asyncio.AbstractEventLoop) -> bytes:
+        loop.call_soon_threadsafe(self._count, 1)
+        try:
+            return self._result(job, queued)
+        finally:
+            loop.call_soon_threadsafe(self._count, -1)
+
+    def _result(self, job: Job, queued: float) -> bytes:
+        def lap(stage: str, since: float) -> float:
+            now = time.perf_counter()
+            job.seconds[stage] = now - since
+            return now
+
+        def progress(done: int, total: int) -> None:
+            job.done, job.total = done, total
+            if job.abandoned.is_set():
+                raise Abandoned
+
+        now = lap("queue", queued)
+        progress(0, 0)
+        photo = decode_image(job.data, "the image", self.limits.pixels)
+        job.data = b""
+        job.pixels = photo.pixels.shape[0] * photo.pixels.shape[1]
+        now = lap("decode", now)
+        choice = job.choice
+        sr = self.upscaler(
+            photo.pixels,
+            choice.realism,
+            choice.scale,
+            colour_match=choice.colour_match,
+            progress=progress,
+        )
+        now = lap("upscale", now)
+        result = encode_image(sr, choice.format.upper(), "the result", photo.icc)
+        lap("encode", now)
+        return result

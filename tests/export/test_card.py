@@ -1,0 +1,70 @@
+"""``rcod-export card``: measured quality in a bundle's model card."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from rcod_export.card import add_quality
+from rcod_export.main import main
+from rcod_runtime.errors import UsageError
+from rcod_runtime.manifest import read_manifest
+
+
+@pytest.fixture
+def bundle(tiny_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+def quality(bundle: Path, psnr: float) -> Path:
+    """As benchmarks.quality writes it."""
+    graphs = read_manifest(bundle / "manifest.json").graphs
+    methods = [
+        {"name": "fidelity", "images": {"a": {}, "b": {}}, "mean": {"psnr_y": psnr, "niqe": 7.5}},
+        {"name": "hq", "images": {"a": {}, "b": {}}, "mean": {"niqe": 6.25}},
+    ]
+    document = {
+        "dataset": {"name": "realsr"},
+        "metrics": {"psnr_y": {"header": "PSNR"}, "niqe": {"header": "NIQE"}},
+        "model": {"graph_sha256": {name: graph.sha256 for name, graph in graphs.items()}},
+        "methods": methods,
+    }
+    path = bundle.parent / "quality.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+def test_the_means_stand_in_the_card_once(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    card = bundle / "MODEL_CARD.md"
+    before = card.read_text()
+    for psnr in (26.0, 27.25):
+        argv = ["card", str(bundle), "--quality", str(quality(bundle, psnr))]
+        assert main(argv) == 0
+        assert capsys.readouterr().out == f"{card}\n"
+    text = card.read_text()
+    assert "realsr, 2 pairs" in text and "| | PSNR | NIQE |\n|---|---|---|\n" in text
+    assert "| fidelity | 27.25 | 7.50 |\n| hq |  -  | 6.25 |\n" in text
+    assert "26.00" not in text and text.count("## Quality") == 1
+    head, tail = before.split("## What it is not")
+    assert text.startswith(head) and text.endswith(tail)
+
+
+def test_figures_of_other_graphs_and_other_files_are_refused(bundle: Path) -> None:
+    path = quality(bundle, 27.0)
+    card = (bundle / "MODEL_CARD.md").read_text()
+    document = json.loads(path.read_text())
+    document["model"]["graph_sha256"]["decoder"] = "0" * 64
+    path.write_text(json.dumps(document))
+    with pytest.raises(UsageError, match="measured with other graphs than .* Measure again"):
+        add_quality(bundle, path)
+    for other in ("{}", "no JSON"):
+        path.write_text(other)
+        with pytest.raises(UsageError, match="expected the JSON document of benchmarks.quality"):
+            add_quality(bundle, path)
+    (bundle / "MODEL_CARD.md").write_text("# mine\n")
+    with pytest.raises(UsageError, match='expected the section "## What it is not"'):
+        add_quality(bundle, quality(bundle, 27.0))
+    (bundle / "MODEL_CARD.md").write_text(card)
