@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,21 @@ def test_packages_import_only_in_the_allowed_direction(package: str) -> None:
     for path in files:
         wrong = imported(path) & FORBIDDEN[package]
         assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def test_metrics_work_where_torch_is_not_installed() -> None:
+    """The benchmarks judge finished images with them; rcod_train's others need torch."""
+    program = (
+        "import sys\n"
+        "sys.modules |= dict.fromkeys(('torch', 'diffusers', 'transformers', 'cv2'))\n"
+        "import benchmarks.quality, benchmarks.proof\n"
+        "from benchmarks.picture import draw_picture\n"
+        "from rcod_train.quality.metrics import ssim_y\n"
+        "image = draw_picture(32, 32)\n"
+        "assert ssim_y(image, image) > 0.999\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_place_makes_openvinos_core() -> None:

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 
 from rcod_train.board import Board
+from rcod_train.config import LoopConfig, TrainConfig
 from rcod_train.errors import MissingPackage
+from rcod_train.run import Run
+from tests.train.test_loop import Line, numbers
 
 LEVELS = {"input": {"psnr_y_db": 20.0, "niqe": None}, "realism": {"psnr_y_db": 25.0, "niqe": 5.5}}
 
@@ -61,6 +64,21 @@ def test_a_resumed_run_takes_the_place_of_the_steps_it_makes_again(tmp_path: Pat
     scalars, _ = read(tmp_path)
     assert scalars["train/line_loss"] == [(1, 1.0), (2, 1.0), (3, 9.0)]
     assert scalars["validation_psnr_y_db/input"] == [(2, 20.0)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_run_logs_every_stage_in_a_folder_of_its_own(photos: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    config = TrainConfig((str(photos),), str(tmp_path), tensorboard=True)
+    run = Run(config, (LoopConfig(context_px=96, crop_px=64),), resume=False)
+    assert not (tmp_path / "tensorboard").exists()  # nothing is written before the first step
+    stage = Line()
+    stage.name = "mem"
+    run.train(stage, numbers)
+    assert [p.name for p in (tmp_path / "tensorboard").iterdir()] == ["mem"]
+    scalars, _ = read(tmp_path / "tensorboard" / "mem")
+    assert [step for step, _ in scalars["train/line_loss"]] == [1, 2, 3, 4, 5, 6]
+    assert scalars["train/seen"][-1] == (6, 6.0)
 
 
 def test_without_tensorboard_the_error_has_the_pip_line(

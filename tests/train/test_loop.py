@@ -66,6 +66,17 @@ def test_the_two_newest_checkpoints_are_kept_and_the_log_has_every_step(tmp_path
     assert all(row.keys() > {"line_loss", "line_grad_norm", "seen", "step_s"} for row in rows)
 
 
+def test_rows_have_the_learning_rate_to_six_digits_and_go_to_whoever_asks(tmp_path: Path) -> None:
+    """2e-7 at the first of ten steps of warm-up must not be logged as 0."""
+    stage, rows = Line(dataclasses.replace(CONFIG, learning_rate=2e-6, warmup_steps=10)), []
+    run_stage(stage, numbers, tmp_path, seed=5, resume=False, log_row=rows.append)
+    logged = [json.loads(row) for row in (tmp_path / "losses.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == list(range(6))
+    assert logged[0]["learning_rate"] == pytest.approx(2e-7, rel=1e-6)
+    for here, there in zip(rows, logged, strict=True):
+        assert here == pytest.approx(there, rel=1e-5)
+
+
 def test_the_result_is_the_average_over_steps(tmp_path: Path) -> None:
     stage = finished(tmp_path)
     state = read_checkpoint(tmp_path / "step-0000006.pt")

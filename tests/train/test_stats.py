@@ -19,7 +19,7 @@ from rcod_train.errors import ConfigError, TrainError
 from rcod_train.main import main
 from rcod_train.stats import StatsConfig, distances, measure, summary
 from tests.tiny import tiny_info, tiny_parts
-from tests.tiny_sd import save_base
+from tests.tiny_sd import save_base, tiny_guided_parts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -101,6 +101,20 @@ def test_photos_are_degraded_and_a_base_model_serves_too(photos: Path, tmp_path:
     document = measure(config)
     assert document["count"] == 5 and document["images"] == measure(config)["images"]
     assert str(tmp_path / "out") not in json.dumps(document)
+
+
+def test_m_of_an_rcod_s_is_that_of_its_base(photos: Path, tmp_path: Path) -> None:
+    """Its branches need a guide, and what they learn must not move M."""
+    parts = tiny_guided_parts()
+    save_merged(tmp_path / "model", parts, tiny_info(family="rcod-s"))
+    config = StatsConfig(str(tmp_path / "model"), str(tmp_path / "out"), (str(photos),), count=3,
+                         crop_px=64, precision="fp32")  # fmt: skip
+    found = measure(config)["images"]
+    for name, parameter in parts.vae.named_parameters():
+        if "lora_B" in name:
+            parameter.data.zero_()
+    save_merged(tmp_path / "model", parts, tiny_info(family="rcod-s"))
+    assert measure(config)["images"] == found
 
 
 def test_too_little_or_too_much_to_measure_is_named(
