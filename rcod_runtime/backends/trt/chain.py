@@ -40,8 +40,8 @@ from rcod_runtime.chain import (
     input_shapes,
     to_pixels,
 )
+from rcod_runtime.contract import GUIDE
 from rcod_runtime.errors import BackendError, UsageError
-from rcod_runtime.manifest import GUIDE
 
 log = logging.getLogger(__name__)
 
