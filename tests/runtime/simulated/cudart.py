@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import gc
 import types
 from collections.abc import Callable
 from typing import Any
@@ -262,3 +263,10 @@ class SimulatedGpu:
         if stream not in self.scheduler.streams:
             raise Violation("a stream is used that was released")
         return stream
+
+
+def released(gpu: SimulatedGpu) -> dict[str, int]:
+    """What is still held when nobody uses it any more."""
+    if gpu.leaks():
+        gc.collect()  # contexts are Python objects
+    return gpu.leaks()
