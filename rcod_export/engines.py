@@ -23,10 +23,10 @@ from rcod_export.trt_build import Job, Shapes
 from rcod_runtime.backends.trt.cache import cache_folder
 from rcod_runtime.backends.trt.libraries import load_cuda, load_tensorrt, operating_system, sm_of
 from rcod_runtime.bundle import Bundle, open_bundle
+from rcod_runtime.contract import GUIDE
 from rcod_runtime.errors import BackendError, ExportError, OutputError, UsageError
 from rcod_runtime.files import write_whole
 from rcod_runtime.manifest import (
-    GUIDE,
     MANIFEST_FILE,
     MAX_GUIDE_PX,
     Engine,

@@ -5,6 +5,7 @@
   rcod-export engines BUNDLE --sm 89 120     TensorRT engines of its graphs, into the bundle
   rcod-export inspect BUNDLE                 what its graphs are made of and cost
   rcod-export verify BUNDLE                  check files, sample and engines again
+  rcod-export triton BUNDLE -o REPOSITORY    a model repository for Triton Inference Server
   rcod-export card BUNDLE --quality FILE     a document of benchmarks.quality into its model card
   rcod-export sign BUNDLE --key PRIVATE.pem  an Ed25519 signature over the manifest and its hashes
 
@@ -77,6 +78,21 @@ def build_parser() -> argparse.ArgumentParser:
     sign.add_argument("bundle", type=Path, help="folder that rcod-export wrote")
     sign.add_argument(
         "--key", type=Path, required=True, metavar="PEM", help="Ed25519 private key, no password"
+    )
+    triton = commands.add_parser("triton", help="a model repository for Triton Inference Server")
+    triton.add_argument("bundle", type=Path, help="folder that rcod-export wrote")
+    triton.add_argument("-o", "--out", type=Path, required=True, metavar="DIR")
+    triton.add_argument(
+        "--backend",
+        choices=("onnxruntime", "tensorrt"),
+        default="onnxruntime",
+        help="the bundle's ONNX files, or its engines of --target tensorrt (default: %(default)s)",
+    )
+    triton.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    triton.add_argument("--batch", type=int, default=4, help="tiles in one call (%(default)s)")
+    triton.add_argument("--instances", type=int, default=1, help="per device (%(default)s)")
+    triton.add_argument(
+        "--delay", type=int, default=2000, metavar="US", help="wait for others (%(default)s)"
     )
     card = commands.add_parser("card", help="measured quality into a bundle's model card")
     card.add_argument("bundle", type=Path, help="folder that rcod-export wrote")
@@ -222,6 +238,20 @@ def _sign(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _triton(arguments: argparse.Namespace) -> int:
+    from rcod_export.triton import TritonConfig, build_repository
+
+    config = TritonConfig(
+        backend=arguments.backend,
+        device=arguments.device,
+        batch=arguments.batch,
+        delay_us=arguments.delay,
+        instances=arguments.instances,
+    )
+    print(build_repository(arguments.bundle, arguments.out, config))
+    return 0
+
+
 def _card(arguments: argparse.Namespace) -> int:
     from rcod_export.card import add_quality
 
@@ -230,6 +260,7 @@ def _card(arguments: argparse.Namespace) -> int:
 
 
 _COMMANDS = {
+    "triton": _triton,
     "card": _card,
     "bundle": _bundle,
     "engines": _engines,

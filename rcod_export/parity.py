@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rcod_export.reference import Case
+from rcod_runtime.contract import GRAPHS, GUIDE
 from rcod_runtime.errors import ParityError
-from rcod_runtime.manifest import GRAPHS, GUIDE, Parity, Precision
+from rcod_runtime.manifest import Parity, Precision
 
 Array = npt.NDArray[np.float32]
 Images = Mapping[str, npt.NDArray[np.uint8]]

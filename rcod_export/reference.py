@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rcod_export.specs import MATRICES, latent_step
 from rcod_runtime.arrays import guide_window
-from rcod_runtime.manifest import GUIDE
+from rcod_runtime.contract import GUIDE
 from rcod_runtime.resample import resize_for_tokens, upsample
 from rcod_train.checkpoint import CheckpointInfo
 from rcod_train.network import Parts, predict_eps

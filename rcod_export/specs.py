@@ -18,7 +18,8 @@ from rcod_export.graphs import (
     GuideGraph,
     VpimGraph,
 )
-from rcod_runtime.manifest import GUIDE, MAX_GUIDE_PX, Precision
+from rcod_runtime.contract import GUIDE
+from rcod_runtime.manifest import MAX_GUIDE_PX, Precision
 from rcod_train.checkpoint import CheckpointInfo
 from rcod_train.network import Parts
 

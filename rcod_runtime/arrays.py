@@ -15,6 +15,8 @@ from rcod_runtime.resample import Resampler
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
+# What libraries raise where they give no array by DLPack, as torch for one that needs gradients.
+DLPACK_ERRORS = (BufferError, RuntimeError, TypeError, ValueError, AssertionError)
 GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)  # of R, G, B in luma (BT.601)
 
 
@@ -31,6 +33,24 @@ class Prepared:
     def unit(self) -> float:
         """Factor from values of ``lq`` to 0..255."""
         return 255.0 / np.iinfo(self.dtype).max
+
+
+def host_array(image: Any) -> Any:
+    """Another library's array in the host's memory as a numpy array, without a copy, by DLPack;
+    what has no DLPack as it is.
+
+    Raises:
+        UsageError: it is not in the host's memory, or its library does not give it.
+    """
+    if isinstance(image, np.ndarray) or not hasattr(image, "__dlpack_device__"):
+        return image
+    try:
+        return np.from_dlpack(image)
+    except DLPACK_ERRORS as exc:
+        raise UsageError(
+            f"image: expected an array in the host's memory; {type(image).__name__} does not give "
+            f"one: {exc}. Arrays on the GPU go to Upscaler.enqueue."
+        ) from exc
 
 
 def prepare_image(image: npt.NDArray[Any]) -> Prepared:

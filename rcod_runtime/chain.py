@@ -14,8 +14,9 @@ import numpy as np
 from rcod_runtime.backends import Array, Backend, Session, Shapes
 from rcod_runtime.bundle import Bundle
 from rcod_runtime.checked import CheckedSession
+from rcod_runtime.contract import GUIDE
 from rcod_runtime.errors import NonFiniteOutput, UsageError
-from rcod_runtime.manifest import GUIDE, Manifest
+from rcod_runtime.manifest import Manifest
 
 STAGES = ("encoder", "denoiser", "decoder")  # what runs for every tile
 

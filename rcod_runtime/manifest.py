@@ -14,16 +14,14 @@ from enum import Enum
 from pathlib import Path
 from typing import Literal, cast
 
+from rcod_runtime.contract import ALL_GRAPHS, GUIDE, check_graphs
 from rcod_runtime.errors import BundleError, ManifestError
 from rcod_runtime.files import open_regular, read_bounded
 from rcod_runtime.schema import Record, parse_json, record_from_json, record_to_json
-from rcod_runtime.shapes import check_shapes
 
 VERSION = 1
 MANIFEST_FILE = "manifest.json"
 MAX_MANIFEST_BYTES = 4 * 2**20  # a real one has a few kilobytes
-GRAPHS = ("encoder", "vpim", "denoiser", "decoder")
-GUIDE = "guide"  # rcod-s has it too: the image's matrices for the branches of encoder and denoiser
 MAX_GUIDE_PX = 512  # sides of what the guide looks at: the centre of a larger photo
 MAX_SIDE = 2**20  # of any tensor
 MAX_DATA_FILES = 16  # of one graph
@@ -33,22 +31,6 @@ MAX_ENGINE_BYTES = 2**35
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*(/[A-Za-z0-9_][A-Za-z0-9._-]*)*")
 _AXIS = re.compile(r"batch|(height|width)(/[1-9][0-9]{0,3})?")
-_INPUTS = {
-    "guide": {"lq"},
-    "encoder": {"image"},
-    "vpim": {"image"},
-    "denoiser": {"z_lq", "tokens", "level"},
-    "decoder": {"z_sr"},
-}
-_OUTPUTS = {
-    "guide": {"vae_matrices", "unet_matrices"},
-    "encoder": {"z_lq"},
-    "vpim": {"tokens"},
-    "denoiser": {"z_sr"},
-    "decoder": {"image"},
-}
-# With a MEM: its estimate of M, and the weights of the level that Eq. 5 gives for it.
-_ESTIMATES = {"m_l", "adaptive"}
 
 
 class Precision(str, Enum):
@@ -246,7 +228,7 @@ class Engine(_Checked):
         self.require_sha256("sha256", self.sha256)
         self.require_sha256("onnx_sha256", self.onnx_sha256)
         self.require_range("bytes", 1, MAX_ENGINE_BYTES)
-        self.require("graph", self.graph in _INPUTS, f"one of {', '.join(_INPUTS)}")
+        self.require("graph", self.graph in ALL_GRAPHS, f"one of {', '.join(ALL_GRAPHS)}")
         self.require("sm", all(50 <= sm <= 999 for sm in self.sm), "numbers such as 89 for sm_89")
         for name, shapes in self.profile.items():
             same = len(shapes) == 3 and len({len(shape) for shape in shapes}) == 1
@@ -292,7 +274,7 @@ class Parity(_Checked):
     limit_cosine: float
 
     def check(self) -> None:
-        self.require("graph", self.graph in _INPUTS, f"one of {', '.join(_INPUTS)}")
+        self.require("graph", self.graph in ALL_GRAPHS, f"one of {', '.join(ALL_GRAPHS)}")
 
 
 @dataclass(frozen=True)
@@ -327,12 +309,7 @@ class Manifest(_Checked):
                 )
         names = [level.name for level in self.levels]
         self.require("levels", len(set(names)) == len(names), "every level with its own name")
-        wanted = (*GRAPHS, GUIDE) if self.identity.family == "rcod-s" else GRAPHS
-        if set(self.graphs) != set(wanted):
-            raise ManifestError("graphs", f"the graphs {', '.join(wanted)}", sorted(self.graphs))
-        for name, graph in self.graphs.items():
-            self._check_tensors(name, graph)
-        check_shapes(self.graphs, self.image, len(self.levels))
+        check_graphs(self.graphs, self.image, self.identity.family, len(self.levels))
         if self.sample is not None:
             self._check_realism(self.sample.realism, names)
         self.require("engines", len(self.engines) <= MAX_ENGINES, f"at most {MAX_ENGINES}")
@@ -356,29 +333,6 @@ class Manifest(_Checked):
         if not good:
             expected = f"one of {', '.join(settings)}, or a number in [0, 1]"
             raise ManifestError("sample.realism", expected, realism)
-
-    def _check_tensors(self, name: str, graph: Graph) -> None:
-        inputs = {tensor.name: tensor for tensor in graph.inputs}
-        outputs = {tensor.name: tensor for tensor in graph.outputs}
-        wanted = set(_INPUTS[name])
-        if len(self.levels) == 1:  # nothing to choose
-            wanted -= {"level"}
-        if self.is_guided:
-            wanted |= {"encoder": {"vae_matrices"}, "denoiser": {"unet_matrices"}}.get(name, set())
-        if set(inputs) != wanted:
-            raise ManifestError(f"graphs.{name}.inputs", ", ".join(sorted(wanted)), sorted(inputs))
-        optional = _ESTIMATES if name == (GUIDE if self.is_guided else "encoder") else set()
-        if set(outputs) not in (_OUTPUTS[name], _OUTPUTS[name] | optional):
-            expected = ", ".join(sorted(_OUTPUTS[name]))
-            more = f", or with {', '.join(sorted(optional))}" if optional else ""
-            raise ManifestError(f"graphs.{name}.outputs", expected + more, sorted(outputs))
-        for tensor in (inputs.get("level"), outputs.get("adaptive")):
-            if tensor is not None and tensor.shape[-1] != len(self.levels):
-                raise ManifestError(
-                    f"graphs.{name}",
-                    f'"{tensor.name}" with {len(self.levels)} weights, one for each level',
-                    tensor.shape,
-                )
 
     @property
     def has_metric_estimator(self) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rcod_runtime.arrays import Prepared, guide_window, prepare_image, restore_layout
+from rcod_runtime.arrays import Prepared, guide_window, host_array, prepare_image, restore_layout
 from rcod_runtime.backends import Array
 from rcod_runtime.backends.choice import open_chain
 from rcod_runtime.bundle import Bundle, open_bundle
@@ -126,7 +126,7 @@ class Upscaler:
 
     def __call__(
         self,
-        image: npt.NDArray[Any],
+        image: Any,
         realism: str | float = "neutral",
         scale: float | None = None,
         out: Pixels | None = None,
@@ -141,7 +141,8 @@ class Upscaler:
 
         Args:
             image: uint8 or uint16, (H, W) or (H, W, 1) grey, (H, W, 2) grey and alpha, (H, W, 3)
-                RGB or (H, W, 4) RGBA; sRGB values.
+                RGB or (H, W, 4) RGBA; sRGB values. A numpy array, or one of the host's memory by
+                DLPack (a torch tensor on the CPU).
             realism: a level's name, ``adaptive`` (the level is chosen from the image, Eq. 5), or a
                 number from 0 (fidelity) to 1 (realism).
             scale: 1 to 4, fractions too; None is the bundle's own (4). The result has exactly
@@ -153,7 +154,7 @@ class Upscaler:
             progress: called with (tiles done, tiles in all).
 
         Returns:
-            The result, with dtype, channels and dimensions of ``image``.
+            The result, a numpy array with dtype, channels and dimensions of ``image``.
 
         Raises:
             UsageError: an argument that can't be used; says which, and what is expected.
@@ -169,6 +170,7 @@ class Upscaler:
         batch = self._batch(batch)
         weights = self._weights(realism)
 
+        image = host_array(image)
         prepared = prepare_image(image)
         height, width = (max(1, round(side * scale)) for side in prepared.lq.shape[:2])
         if height * width > MAX_OUTPUT_PIXELS:
@@ -214,24 +216,33 @@ class Upscaler:
         self,
         image: Any,
         thumbnail: Any,
-        out: Any,
+        out: Any = None,
         realism: str | float = "neutral",
         stream: Any = 0,
-    ) -> None:
+    ) -> Any:
         """One tile batch that lies on the GPU, to an array on the GPU, on the caller's stream.
 
-        Nothing passes through the host and nothing is waited for: the caller's stream is, from here
-        on, behind the result. Upsampling, tiles, blending and colours are the caller's here, and so
-        is a check for NaN.
+        Nothing passes through the host, and the caller's stream is behind the result from here on.
+        Nothing is waited for but that the call before this one has read its level. Upsampling,
+        tiles, blending and colours are the caller's here, and so is a check for NaN.
+
+        The arrays are of any library with DLPack (torch, CuPy, JAX), which then makes the stream
+        wait for what writes them, or with __cuda_array_interface__ (Numba). None of them is kept
+        after the call: the caller may drop them where their memory is used again in the stream's
+        order, as in torch and CuPy.
 
         Args:
-            image: float32 (B, 3, tile, tile) in [-1, 1], upsampled to the output's size, C order,
-                with __cuda_array_interface__ (torch, CuPy, JAX, Numba).
+            image: float32 (B, 3, tile, tile) in [-1, 1], upsampled to the output's size, C order.
             thumbnail: float32 (1, 3, tokens, tokens) in [-1, 1]: the whole photo at the manifest's
                 tokens_px.
-            out: float32, shape of ``image``: receives the result in [-1, 1].
+            out: float32, shape of ``image``: receives the result in [-1, 1]. Without it an array is
+                made, which costs an allocation here and a wait for the GPU when it is dropped.
             realism: as in a call.
-            stream: CUDA's handle of the caller's stream, which made the inputs.
+            stream: CUDA's handle of the caller's stream: a number or what stands for one.
+
+        Returns:
+            ``out``, or the new array, which has DLPack and __cuda_array_interface__ and is its
+            holder's: it outlives the Upscaler.
 
         Raises:
             UsageError: no engines are in use, or an array can't be used; says what is expected.
@@ -244,7 +255,7 @@ class Upscaler:
                 f"arrays on the GPU need the bundle's engines, {self.backend} is in use. "
                 'Open it with backend="tensorrt".'
             )
-        run(stream, image, thumbnail, out, self._weights(realism))
+        return run(stream, image, thumbnail, out, self._weights(realism))
 
     def warmup(self, batch: int | None = None) -> None:
         """Do now what the first image of a shape would wait for: compiling, capturing."""

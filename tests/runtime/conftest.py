@@ -10,6 +10,8 @@ import pytest
 from rcod_runtime import Upscaler
 from rcod_runtime.image_io import write_image
 from tests.runtime.fakes import make_bundle
+from tests.runtime.simulated.cudart import SimulatedGpu
+from tests.runtime.simulated.tensorrt import add_engines, install
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +53,32 @@ def photos(tmp_path: Path, photo: Callable[..., np.ndarray]) -> Path:
     for i in range(3):
         write_image(folder / f"{i}.png", photo(10 + i, 12, seed=i))
     return folder
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> SimulatedGpu:
+    gpu = SimulatedGpu()
+    install(monkeypatch, gpu)
+    return gpu
+
+
+@pytest.fixture(scope="session")
+def engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with engines of the simulated device."""
+    folder = tmp_path_factory.mktemp("bundles") / "engines"
+    make_bundle(folder)
+    add_engines(folder)
+    return folder
+
+
+@pytest.fixture
+def own_engines(engines: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(engines, tmp_path / "own"))
+
+
+@pytest.fixture(scope="session")
+def host(bundle: Path) -> Iterator[Upscaler]:
+    """The same bundle on the CPU: what the device must give."""
+    with Upscaler(bundle, backend="onnxruntime") as opened:
+        yield opened

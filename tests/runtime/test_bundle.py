@@ -276,7 +276,7 @@ def test_a_manifest_of_the_largest_size_is_refused_in_time(bundle: Path) -> None
     raw["graphs"]["vpim"]["inputs"] = [{**tensor, "name": f"t{i}"} for i in range(30_000)]
     text = json.dumps(raw)
     assert 2**20 < len(text) < 2**22
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(ManifestError, match="graphs.vpim.inputs"):
         Manifest.from_json(text, "m")
-    assert time.perf_counter() - begin < 5
+    assert time.process_time() - begin < 5

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from rcod_runtime.backends import Array
-from rcod_runtime.backends.trt.arrays import device_address
+from rcod_runtime.backends.trt.arrays import DeviceArray, DeviceView, stream_handle, view_array
 from rcod_runtime.backends.trt.cache import read_cache, write_cache
 from rcod_runtime.backends.trt.cuda import (
     FLOAT_BYTES,
@@ -40,8 +40,8 @@ from rcod_runtime.chain import (
     input_shapes,
     to_pixels,
 )
+from rcod_runtime.contract import GUIDE
 from rcod_runtime.errors import BackendError, UsageError
-from rcod_runtime.manifest import GUIDE
 
 log = logging.getLogger(__name__)
 
@@ -128,35 +128,43 @@ class DeviceChain:
 
     def enqueue_on(
         self, stream: Any, image: Any, thumbnail: Any, out: Any, level: Array | None
-    ) -> None:
+    ) -> Any:
         """Arrays of the GPU in and out, without the host: see Upscaler.enqueue."""
         manifest, side, memory = self._manifest, self.tile_px or 0, self._memory
-        batch = _batch_of(image, self.batches)
-        shape = (batch, 3, side, side)
-        thumbnail_shape = (1, 3, manifest.image.tokens_px, manifest.image.tokens_px)
-        source = device_address(image, "image", shape)
-        small = device_address(thumbnail, "thumbnail", thumbnail_shape)
-        target = device_address(out, "out", shape, writeable=True)
+        handle, index, tokens_px = stream_handle(stream), self._cuda.index, manifest.image.tokens_px
         if manifest.is_guided:
             raise UsageError("arrays on the GPU: a bundle with a guide does not take them yet.")
-        # Only its shapes count here: the values are on the GPU already.
-        feed = ImageFeed(batch, (side, side), np.empty(thumbnail_shape, np.float32))
-        with self._lock, self._whole_or_reset(), self._cuda.guard():
-            self._bind(feed)
-            memory.caller.record(stream)
-            memory.compute.wait(memory.caller)
-            copy, nbytes = self._cuda.copy, float_bytes(thumbnail_shape)
-            copy(memory.once["thumbnail"].address, small, nbytes, "DeviceToDevice", memory.compute)
-            self._engines["vpim"].enqueue(memory.compute)
-            self._repeat(batch, memory.once["tokens"], memory.tensors["tokens"])
-            self._set_level(batch, level)
-            nbytes = float_bytes(shape)
-            copy(memory.tensors["image"].address, source, nbytes, "DeviceToDevice", memory.compute)
-            self._run_stages(adaptive=level is None)
-            decoded = memory.tensors["decoded"].address
-            copy(target, decoded, nbytes, "DeviceToDevice", memory.compute)
-            memory.caller.record(memory.compute)
-            memory.caller.delay(stream)
+        with contextlib.ExitStack() as keep, self._cuda.guard():
+            tiles = view_array(image, "image", handle, index, keep)
+            batch = _batch_of(tiles, self.batches)
+            shape, thumbnail_shape = (batch, 3, side, side), (1, 3, tokens_px, tokens_px)
+            source = tiles.check(shape)
+            small = view_array(thumbnail, "thumbnail", handle, index, keep).check(thumbnail_shape)
+            made = DeviceArray(self._cuda, shape, handle) if out is None else None
+            target = (
+                view_array(out, "out", handle, index, keep).check(shape, writeable=True)
+                if made is None
+                else made.address
+            )
+            # Only its shapes count here: the values are on the GPU already.
+            feed = ImageFeed(batch, (side, side), np.empty(thumbnail_shape, np.float32))
+            with self._lock, self._whole_or_reset():
+                self._bind(feed)
+                memory.caller.record(handle)
+                memory.compute.wait(memory.caller)
+                self._take(memory.once["thumbnail"], small, thumbnail_shape)
+                self._engines["vpim"].enqueue(memory.compute)
+                self._repeat(batch, memory.once["tokens"], memory.tensors["tokens"])
+                self._set_level(batch, level)
+                self._take(memory.tensors["image"], source, shape)
+                self._run_stages(adaptive=level is None)
+                decoded, nbytes = memory.tensors["decoded"].address, float_bytes(shape)
+                self._cuda.copy(target, decoded, nbytes, "DeviceToDevice", memory.compute)
+                if made is not None:
+                    made.mark_written(memory.compute)
+                memory.caller.record(memory.compute)
+                memory.caller.delay(handle)
+        return out if made is None else made
 
     def profile(self, feed: ImageFeed, tile: Array, runs: int) -> dict[str, float]:
         compute, times = self._memory.compute, []
@@ -353,6 +361,11 @@ class DeviceChain:
         compute = self._memory.compute
         self._cuda.copy(target.address, source.address, nbytes, "DeviceToDevice", compute)
 
+    def _take(self, target: DeviceBuffer, source: int, shape: tuple[int, ...]) -> None:
+        """A caller's array on the device, in the order of the computing stream."""
+        compute, nbytes = self._memory.compute, float_bytes(shape)
+        self._cuda.copy(target.address, source, nbytes, "DeviceToDevice", compute)
+
     # Afterwards.
 
     @contextlib.contextmanager
@@ -384,10 +397,9 @@ class DeviceChain:
                     release.callback(graph.close)
 
 
-def _batch_of(image: Any, batches: tuple[int, int]) -> int:
+def _batch_of(tiles: DeviceView, batches: tuple[int, int]) -> int:
     """How many tiles an array of the GPU holds; its other axes are checked with the rest."""
-    shape = getattr(image, "__cuda_array_interface__", {}).get("shape", ())
-    batch = int(shape[0]) if shape else 1
+    batch = tiles.shape[0] if tiles.shape else 1
     low, high = batches
     if not low <= batch <= high:
         raise UsageError(

@@ -8,7 +8,8 @@ from typing import Any, TypeVar
 from rcod_runtime.backends.trt.cuda import Cuda, DeviceBuffer, Event, PinnedBuffer, Stream
 from rcod_runtime.backends.trt.engine import LoadedEngine, float_bytes
 from rcod_runtime.chain import STAGES
-from rcod_runtime.manifest import GUIDE, MAX_GUIDE_PX, Manifest, Tensor
+from rcod_runtime.contract import GUIDE
+from rcod_runtime.manifest import MAX_GUIDE_PX, Manifest, Tensor
 
 SLOTS = 2
 DOWN = ("z_lq", "z_sr", "image")  # what comes down of every tile batch, in TileOutputs' order

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import enum
+import gc
 import types
 from collections.abc import Callable
 from typing import Any
 
 from tests.runtime.simulated.memory import DeviceMemory, PinnedMemory, Violation
 from tests.runtime.simulated.streams import Event, Graph, Scheduler, Stream
+
+Handle = Stream | int  # CUDA takes both
 
 
 class Error(enum.IntEnum):
@@ -182,14 +185,15 @@ class SimulatedGpu:
         self.scheduler.streams.remove(self._live(stream))
         return (Error.cudaSuccess,)
 
-    def cudaStreamSynchronize(self, stream: Stream) -> Any:  # noqa: N802
+    def cudaStreamSynchronize(self, stream: Handle) -> Any:  # noqa: N802
         self.scheduler.drain(self._live(stream))
         return (Error.cudaSuccess,)
 
-    def cudaStreamWaitEvent(self, stream: Stream, event: Event, flags: int) -> Any:  # noqa: N802
+    def cudaStreamWaitEvent(self, stream: Handle, event: Event, flags: int) -> Any:  # noqa: N802
+        stream = self._live(stream)
         if stream.capture is not None:
             raise Violation("a captured stream waits for an event from outside")
-        self._live(stream).queue.append((event, event.records))
+        stream.queue.append((event, event.records))
         return (Error.cudaSuccess,)
 
     def cudaEventCreateWithFlags(self, flags: int) -> Any:  # noqa: N802
@@ -201,7 +205,7 @@ class SimulatedGpu:
         self.events.remove(event)
         return (Error.cudaSuccess,)
 
-    def cudaEventRecord(self, event: Event, stream: Stream) -> Any:  # noqa: N802
+    def cudaEventRecord(self, event: Event, stream: Handle) -> Any:  # noqa: N802
         event.records += 1
 
         def reach() -> None:
@@ -258,7 +262,22 @@ class SimulatedGpu:
         self.executables.remove(executable)
         return (Error.cudaSuccess,)
 
-    def _live(self, stream: Stream) -> Stream:
-        if stream not in self.scheduler.streams:
+    def _live(self, stream: Handle) -> Stream:
+        scheduler = self.scheduler
+        if isinstance(stream, int):
+            known = {int(s): s for s in scheduler.streams} | dict.fromkeys(
+                (0, 1), scheduler.default
+            )
+            if stream not in known:
+                raise Violation(f"{stream:#x} is the handle of no stream")
+            return known[stream]
+        if stream not in scheduler.streams and stream is not scheduler.default:
             raise Violation("a stream is used that was released")
         return stream
+
+
+def released(gpu: SimulatedGpu) -> dict[str, int]:
+    """What is still held when nobody uses it any more."""
+    if gpu.leaks():
+        gc.collect()  # contexts are Python objects
+    return gpu.leaks()

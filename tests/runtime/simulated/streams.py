@@ -32,10 +32,17 @@ class Graph:
 
 @dataclass(eq=False)
 class Stream:
-    """A queue. An item is work, or (event, n): wait until it is reached for the n-th time."""
+    """A queue. An item is work, or (event, n): wait until it is reached for the n-th time.
+
+    As a number it is its handle.
+    """
 
     queue: deque[Work | tuple[Event, int]] = field(default_factory=deque)
     capture: Graph | None = None
+    handle: int | None = None
+
+    def __int__(self) -> int:
+        return self.handle or id(self)
 
 
 class Scheduler:
@@ -44,6 +51,7 @@ class Scheduler:
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed)
         self.streams: set[Stream] = set()
+        self.default = Stream(handle=1)  # is always there
         self.ticks = 0
 
     def enqueue(self, stream: Stream, work: Work) -> None:
@@ -55,7 +63,8 @@ class Scheduler:
     def run_until(self, done: Callable[[], bool], what: str) -> None:
         """Run streams in a random order until ``done``."""
         while not done():
-            ready = [s for s in self.streams if s.queue and self._may_run(s)]
+            streams = (*self.streams, self.default)
+            ready = [s for s in streams if s.queue and self._may_run(s)]
             if not ready:
                 raise Violation(f"{what} waits for something that nobody will do")
             ready.sort(key=id)

@@ -27,6 +27,7 @@ from tests.runtime.simulated.streams import Stream
 MAGIC = b"simulated engine"
 VERSION = "10.9.0"
 SCRATCH_BYTES = 1000
+TILE_PX = 64  # photos of 24x40 make 96x160: two rows of three tiles
 
 
 class Severity(enum.IntEnum):
@@ -248,7 +249,7 @@ def install(monkeypatch: pytest.MonkeyPatch, gpu: SimulatedGpu, version: str = V
 
 def add_engines(
     bundle: Path,
-    tile_px: int = 64,
+    tile_px: int = TILE_PX,
     batch: tuple[int, int] = (1, 4),
     target: str = "tensorrt",
     change: Callable[[Engine, dict[str, Any]], Engine] = lambda engine, header: engine,

@@ -1,0 +1,130 @@
+"""The fidelity-realism curve of a quality document as a picture, and the images it does worst on.
+
+  python -m benchmarks.quality --dataset realsr --levels 0 0.1 ... 1 --paper RealSR --json q.json
+  python -m benchmarks.figures q.json --out docs/curve.png
+
+PSNR against NIQE: the levels joined by a line, other methods and the paper's rows as points. Prints
+the names of the --worst images whose SSIM falls most from bicubic to the last level: failure cases,
+for ``benchmarks.quality --strips``. Exit codes: 0, 2, 6, and 11 for a document that isn't one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.errors import BenchmarkError, MissingPackage
+from rcod_runtime.errors import RcodError
+from rcod_runtime.files import write_whole
+
+FIDELITY, REALISM, STRUCTURE = "psnr_y", "niqe", "ssim_y"
+BASELINE = "bicubic"
+
+
+def load(path: Path) -> dict[str, Any]:
+    """A quality document with at least one level of a model.
+
+    Raises:
+        BenchmarkError: it isn't one.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not [m for m in document["methods"] if m["kind"] == "model" and FIDELITY in m["mean"]]:
+            raise ValueError("no model in it")
+    except (OSError, ValueError, KeyError, TypeError) as exc:
+        raise BenchmarkError(f"{path}: expected a document of benchmarks.quality ({exc}).") from exc
+    return dict(document)
+
+
+def points(document: dict[str, Any]) -> dict[str, list[tuple[str, float, float]]]:
+    """(name, PSNR, NIQE): the model's levels in order, other methods, and the paper's rows."""
+    found: dict[str, list[tuple[str, float, float]]] = {"model": [], "other": [], "paper": []}
+    for method in document["methods"]:
+        x, y = (method["mean"].get(key) for key in (FIDELITY, REALISM))
+        if x is None or y is None:
+            continue
+        path = method["kind"] == "model" and method["name"] != "adaptive"
+        found["model" if path else "other"].append((method["name"], x, y))
+    for row in document["paper"]["table_2"] if document.get("paper") else []:
+        values = row["values"]
+        if FIDELITY in values and REALISM in values:
+            found["paper"].append((row["method"], values[FIDELITY], values[REALISM]))
+    return found
+
+
+def worst(document: dict[str, Any], count: int) -> list[str]:
+    """Images whose SSIM falls most from bicubic to the last level."""
+    methods = {m["name"]: m["images"] for m in document["methods"]}
+    last = [m["images"] for m in document["methods"] if m["kind"] == "model"][-1]
+    if BASELINE not in methods:
+        return []
+    fall = {
+        name: methods[BASELINE][name][STRUCTURE] - values[STRUCTURE]
+        for name, values in last.items()
+        if name in methods[BASELINE]
+    }
+    return sorted(fall, key=lambda name: -fall[name])[:count]
+
+
+def draw(document: dict[str, Any]) -> bytes:
+    """The picture as PNG.
+
+    Raises:
+        MissingPackage: matplotlib.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as exc:
+        raise MissingPackage('matplotlib is missing. pip install "rcod[plot]"') from exc
+    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    axes = figure.subplots()
+    found = points(document)
+    styles = {"model": ("#c2410c", "o-"), "other": ("#1d4ed8", "s"), "paper": ("#9ca3af", "^")}
+    for kind, rows in found.items():
+        if rows:
+            colour, style = styles[kind]
+            label = {"model": document["model"]["name"], "paper": "paper's Table 2"}.get(kind)
+            x, y = [row[1] for row in rows], [row[2] for row in rows]
+            axes.plot(x, y, style, color=colour, label=label, markersize=5)
+    ends = found["model"][:1] + found["model"][-1:]
+    for name, x, y in [*ends, *found["other"], *found["paper"]]:
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
+    axes.invert_yaxis()
+    count = document["dataset"]["pairs"]
+    axes.set(
+        xlabel="PSNR of Y, dB", ylabel="NIQE (smaller is better: axis turned)",
+        title=f"{document['dataset']['name']}, {count} pairs; up and right is better",
+    )  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.figures",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("quality", type=Path, help="JSON document of benchmarks.quality")
+    parser.add_argument("--out", type=Path, required=True, metavar="PNG")
+    parser.add_argument("--worst", type=int, default=3, help="default: %(default)s")
+    arguments = parser.parse_args(argv)
+    try:
+        document = load(arguments.quality)
+        write_whole(arguments.out, draw(document))
+    except RcodError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return error.exit_code
+    print(" ".join(worst(document, arguments.worst)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,187 @@
+"""A bundle as a model repository of Triton Inference Server: its graphs, and an ensemble of them.
+
+<out>/rcod_encoder/ rcod_vpim/ rcod_denoiser/ rcod_decoder/ (rcod_guide/)   one model for each graph
+<out>/rcod/                                                                 the ensemble
+
+The ensemble takes one tile: ``image`` (3, H, W) and ``thumbnail`` (3, S, S) float32 in [-1, 1], and
+``level``, a weight for each of the levels; it gives ``sr`` (3, H, W). What the runtime does
+around the graphs (upsampling, tiles, colours) is the client's there.
+
+With "onnxruntime" the models are the bundle's ONNX files, on CPU or GPU. With "tensorrt" they are
+its engines of that target, one for each compute capability (cc_model_filenames); Triton's TensorRT
+must be the version they were built with. Engines for TensorRT-RTX can't be loaded by Triton.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rcod_runtime.bundle import check_hash, open_bundle
+from rcod_runtime.errors import OutputError, UsageError
+from rcod_runtime.manifest import Engine, Graph, Manifest, Tensor
+from rcod_train.files import written_whole
+
+ENSEMBLE = "rcod"
+ORDER = ("guide", "vpim", "encoder", "denoiser", "decoder")
+# Tensors of the ensemble whose names differ from those in the graphs.
+RENAMED = {("vpim", "image"): "thumbnail", ("decoder", "image"): "sr"}
+DTYPES = {"float32": "TYPE_FP32"}
+
+
+@dataclass(frozen=True)
+class TritonConfig:
+    """``batch``: most tiles in one call; ``delay_us``: how long a call waits for others to join."""
+
+    backend: str = "onnxruntime"
+    device: str = "gpu"
+    batch: int = 4
+    delay_us: int = 2000
+    instances: int = 1
+
+
+def build_repository(bundle: Path, out: Path, config: TritonConfig) -> Path:
+    """Write the repository whole or not at all; one of ours that is there is replaced.
+
+    Raises:
+        BundleError: the bundle is not whole.
+        UsageError: there are no engines to take, or a choice that can't be had.
+        OutputError: ``out`` can't be written, or holds something that is no repository of ours.
+    """
+    if config.backend == "tensorrt" and config.device != "gpu":
+        raise UsageError("--backend tensorrt: engines run on a GPU alone.")
+    if out.exists() and not (out / ENSEMBLE / "config.pbtxt").is_file():
+        raise OutputError(f"{out}: exists and is no repository of rcod-export. Choose another -o.")
+    opened = open_bundle(bundle)
+    manifest, names = opened.manifest, [n for n in ORDER if n in opened.manifest.graphs]
+    engines = {name: _engines(manifest, name, bundle) for name in names} if (
+        config.backend == "tensorrt"
+    ) else {}  # fmt: skip
+    try:
+        with written_whole(out) as folder:
+            for name in names:
+                version = folder / f"{ENSEMBLE}_{name}" / "1"
+                version.mkdir(parents=True)
+                graph = manifest.graphs[name]
+                _copy(opened.folder, version, graph, engines.get(name, []))
+                text = model_config(manifest, name, config, engines.get(name, []))
+                (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
+            (folder / ENSEMBLE / "1").mkdir(parents=True)  # Triton wants a version, empty here
+            text = ensemble_config(manifest, names, config)
+            (folder / ENSEMBLE / "config.pbtxt").write_text(text, encoding="utf-8")
+    except OSError as exc:
+        raise OutputError(
+            f"{out}: could not be written ({exc.strerror or exc}). Free space or choose another -o."
+        ) from exc
+    return out
+
+
+def _engines(manifest: Manifest, name: str, bundle: Path) -> list[Engine]:
+    found = [e for e in manifest.engines if e.graph == name and e.target == "tensorrt"]
+    if not found:
+        raise UsageError(
+            f"{bundle}: no engine of {name} for --target tensorrt. Build them on the GPU: "
+            f"rcod-export engines {bundle} --target tensorrt, or take --backend onnxruntime."
+        )
+    return found
+
+
+def _copy(bundle: Path, version: Path, graph: Graph, engines: list[Engine]) -> None:
+    for engine in engines:
+        check_hash(bundle / engine.file, engine.sha256)
+        shutil.copy(bundle / engine.file, version / _plan(engine))
+    if not engines:
+        shutil.copy(bundle / graph.file, version / "model.onnx")
+        for data in graph.data_files:  # by the names that the graph refers to
+            shutil.copy(bundle / data, version / Path(data).name)
+
+
+def _plan(engine: Engine) -> str:
+    return f"model_sm{'_'.join(map(str, engine.sm))}.plan"
+
+
+def model_config(manifest: Manifest, name: str, config: TritonConfig, engines: list[Engine]) -> str:
+    """config.pbtxt of one graph."""
+    graph, tile = manifest.graphs[name], manifest.image.tile_px
+    batch = min([config.batch, *(_profile_batch(engine) for engine in engines)])
+    head = [f'name: "{ENSEMBLE}_{name}"', f"max_batch_size: {batch}"]
+    if engines:
+        head.append('platform: "tensorrt_plan"')
+        head.append(f'default_model_filename: "{_plan(engines[0])}"')
+        for engine in engines:
+            for sm in engine.sm:
+                value = f'{{ key: "{sm // 10}.{sm % 10}" value: "{_plan(engine)}" }}'
+                head.append(f"cc_model_filenames {value}")
+    else:
+        head.append('backend: "onnxruntime"')
+    kind = "KIND_GPU" if config.device == "gpu" else "KIND_CPU"
+    warm = "\n".join(
+        f'    inputs {{ key: "{t.name}" value {{ data_type: {DTYPES[t.dtype]} '
+        f"dims: [ {_dims(t, tile)} ] zero_data: true }} }}"
+        for t in graph.inputs
+    )
+    return "\n".join(
+        [
+            *head,
+            *_tensors("input", graph.inputs),
+            *_tensors("output", graph.outputs),
+            f"dynamic_batching {{ max_queue_delay_microseconds: {config.delay_us} }}",
+            f"instance_group [ {{ kind: {kind} count: {config.instances} }} ]",
+            f'model_warmup [ {{\n    name: "zeros"\n    batch_size: 1\n{warm}\n  }} ]',
+            "",
+        ]
+    )
+
+
+def ensemble_config(manifest: Manifest, names: list[str], config: TritonConfig) -> str:
+    """config.pbtxt of the ensemble: what a graph makes and another takes has one name."""
+    made = {
+        RENAMED.get((name, t.name), t.name) for name in names for t in manifest.graphs[name].outputs
+    }
+    inputs: dict[str, Tensor] = {}
+    steps = []
+    for name in names:
+        graph = manifest.graphs[name]
+        takes = {t.name: RENAMED.get((name, t.name), t.name) for t in graph.inputs}
+        gives = {t.name: RENAMED.get((name, t.name), t.name) for t in graph.outputs}
+        inputs |= {takes[t.name]: t for t in graph.inputs if takes[t.name] not in made}
+        lines = [f'      model_name: "{ENSEMBLE}_{name}"', "      model_version: -1"]
+        for field, mapping in (("input_map", takes), ("output_map", gives)):
+            lines += [f'      {field} {{ key: "{k}" value: "{v}" }}' for k, v in mapping.items()]
+        steps.append("    {\n" + "\n".join(lines) + "\n    }")
+    (sr,) = manifest.graphs["decoder"].outputs
+    return "\n".join(
+        [
+            f'name: "{ENSEMBLE}"',
+            'platform: "ensemble"',
+            f"max_batch_size: {config.batch}",
+            *_tensors("input", inputs.values(), list(inputs)),
+            *_tensors("output", [sr], ["sr"]),
+            "ensemble_scheduling {\n  step [\n" + ",\n".join(steps) + "\n  ]\n}",
+            "",
+        ]
+    )
+
+
+def _tensors(field: str, tensors: Iterable[Tensor], names: list[str] | None = None) -> list[str]:
+    """The batch axis is not written: Triton puts it before."""
+    lines = []
+    for i, tensor in enumerate(tensors):
+        name = names[i] if names else tensor.name
+        dims = ", ".join(str(-1 if isinstance(s, str) else s) for s in tensor.shape[1:])
+        if len(tensor.shape) == 1:  # one number for each image
+            shape = "dims: [ 1 ] reshape { shape: [ ] }"
+        else:
+            shape = f"dims: [ {dims} ]"
+        lines.append(f'{field} [ {{ name: "{name}" data_type: {DTYPES[tensor.dtype]} {shape} }} ]')
+    return lines
+
+
+def _dims(tensor: Tensor, tile_px: int) -> str:
+    return ", ".join(map(str, tensor.sized(1, tile_px, tile_px)[1:]))
+
+
+def _profile_batch(engine: Engine) -> int:
+    return min(shapes[2][0] for shapes in engine.profile.values())

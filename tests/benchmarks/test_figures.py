@@ -1,0 +1,72 @@
+"""``benchmarks.figures``: what of a quality document is drawn, and what is called worst."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from benchmarks.figures import main, points, worst
+
+
+def method(
+    name: str, kind: str, psnr: float, niqe: float, ssim: tuple[float, ...]
+) -> dict[str, Any]:
+    images = {n: {"ssim_y": s} for n, s in zip("abc", ssim, strict=True)}
+    return {"name": name, "kind": kind, "mean": {"psnr_y": psnr, "niqe": niqe}, "images": images}
+
+
+DOCUMENT: dict[str, Any] = {
+    "dataset": {"name": "realsr", "pairs": 3},
+    "model": {"name": "nano"},
+    "paper": {"table_2": [{"method": "SinSR", "values": {"psnr_y": 26.3, "niqe": 6.3}},
+                          {"method": "unmeasured", "values": {"psnr_y": 26.3}}]},
+    "methods": [
+        method("bicubic", "baseline", 27.1, 9.1, (0.8, 0.7, 0.6)),
+        method("0", "model", 27.2, 7.5, (0.8, 0.7, 0.6)),
+        method("adaptive", "model", 27.0, 7.0, (0.8, 0.7, 0.6)),
+        method("1", "model", 25.0, 5.5, (0.7, 0.3, 0.5)),
+        {**method("hq", "reference", 0.0, 6.3, (1, 1, 1)), "mean": {"niqe": 6.3}},
+    ],
+}  # fmt: skip
+
+
+def test_levels_make_the_line_and_what_has_both_figures_a_point() -> None:
+    found = points(DOCUMENT)
+    assert found["model"] == [("0", 27.2, 7.5), ("1", 25.0, 5.5)]
+    assert [row[0] for row in found["other"]] == ["bicubic", "adaptive"]
+    assert [row[0] for row in found["paper"]] == ["SinSR"]
+
+
+def test_the_worst_are_those_that_lose_most_structure() -> None:
+    assert worst(DOCUMENT, 2) == ["b", "a"]
+    assert worst({**DOCUMENT, "methods": DOCUMENT["methods"][1:]}, 2) == []
+
+
+def test_the_picture_is_drawn_and_the_worst_are_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "q.json").write_text(json.dumps(DOCUMENT))
+    assert main([str(tmp_path / "q.json"), "--out", str(tmp_path / "c.png"), "--worst", "1"]) == 0
+    assert capsys.readouterr().out == "b\n"
+    with Image.open(tmp_path / "c.png") as picture:
+        assert picture.size[0] > 700 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
+
+
+def test_other_files_and_a_missing_package_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = tmp_path / "q.json", tmp_path / "c.png"
+    for text in ("{}", "no", json.dumps({"methods": []})):
+        path.write_text(text)
+        assert main([str(path), "--out", str(out)]) == 11
+        assert "expected a document of benchmarks.quality" in capsys.readouterr().err
+    path.write_text(json.dumps(DOCUMENT))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main([str(path), "--out", str(out)]) == 11
+    assert 'pip install "rcod[plot]"' in capsys.readouterr().err
+    assert not out.exists()

@@ -1,0 +1,143 @@
+"""``rcod-export triton``: the repository, read back with Triton's own schema."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from rcod_export.main import main
+from rcod_export.triton import TritonConfig, build_repository
+from rcod_runtime.bundle import default_bundle_path, open_bundle
+from rcod_runtime.errors import HashMismatch, OutputError, UsageError
+from rcod_runtime.manifest import Engine, Precision, read_manifest
+
+schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
+text_format = pytest.importorskip("google.protobuf.text_format")
+
+
+def configs(repository: Path) -> dict[str, Any]:
+    """Every config.pbtxt, parsed by Triton's schema: an unknown field or kind fails."""
+    parsed = {}
+    for path in repository.glob("*/config.pbtxt"):
+        message = schema.ModelConfig()
+        text_format.Parse(path.read_text(), message)
+        assert message.name == path.parent.name
+        parsed[message.name] = message
+    return parsed
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the embedded model."""
+    out = tmp_path_factory.mktemp("triton") / "models"
+    argv = ["triton", str(default_bundle_path()), "-o", str(out), "--device", "cpu", "--batch", "2"]
+    assert main(argv) == 0
+    return out
+
+
+def test_every_graph_is_a_model_that_batches_and_warms_up(repository: Path) -> None:
+    manifest = open_bundle().manifest
+    found = configs(repository)
+    assert found.keys() == {"rcod", *(f"rcod_{name}" for name in manifest.graphs)}
+    for name, graph in manifest.graphs.items():
+        model = found[f"rcod_{name}"]
+        assert model.backend == "onnxruntime" and model.max_batch_size == 2
+        assert model.dynamic_batching.max_queue_delay_microseconds == 2000
+        assert model.instance_group[0].kind == schema.ModelInstanceGroup.KIND_CPU
+        assert [t.name for t in model.input] == [t.name for t in graph.inputs]
+        assert [t.name for t in model.output] == [t.name for t in graph.outputs]
+        assert all(t.data_type == schema.TYPE_FP32 for t in [*model.input, *model.output])
+        warm = model.model_warmup[0]
+        for tensor in graph.inputs:
+            assert list(warm.inputs[tensor.name].dims) == list(tensor.sized(1, 512, 512)[1:])
+        digest = hashlib.sha256((repository / f"rcod_{name}" / "1" / "model.onnx").read_bytes())
+        assert digest.hexdigest() == graph.sha256
+
+
+def test_the_ensemble_followed_step_by_step_is_the_pipeline(repository: Path) -> None:
+    """As Triton would: by the names in the maps, on the files in the repository."""
+    ensemble = configs(repository)["rcod"]
+    assert {t.name for t in ensemble.input} == {"image", "thumbnail", "level"}
+    assert [t.name for t in ensemble.output] == ["sr"]
+    rng = np.random.default_rng(0)
+    sizes = {"image": (1, 3, 64, 96), "thumbnail": (1, 3, 64, 64), "level": (1, 3)}
+    for tensor in ensemble.input:
+        fixed = [(a, b) for a, b in zip(tensor.dims, sizes[tensor.name][1:], strict=True) if a > 0]
+        assert all(a == b for a, b in fixed)
+    inputs = {name: rng.uniform(-1, 1, size).astype(np.float32) for name, size in sizes.items()}
+    inputs["level"] = np.array([[0, 1, 0]], np.float32)
+    tensors = dict(inputs)
+    for step in ensemble.ensemble_scheduling.step:
+        path = repository / step.model_name / "1" / "model.onnx"
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        feed = {key: tensors[value] for key, value in step.input_map.items()}
+        names = list(step.output_map)
+        for name, value in zip(names, session.run(names, feed), strict=True):
+            assert step.output_map[name] not in tensors, "one maker for each tensor"
+            tensors[step.output_map[name]] = value
+    graphs = {
+        name: onnxruntime.InferenceSession(
+            default_bundle_path() / graph.file, providers=["CPUExecutionProvider"]
+        )
+        for name, graph in open_bundle().manifest.graphs.items()
+    }
+    z_lq = graphs["encoder"].run(["z_lq"], {"image": inputs["image"]})[0]
+    tokens = graphs["vpim"].run(["tokens"], {"image": inputs["thumbnail"]})[0]
+    feed = {"z_lq": z_lq, "tokens": tokens, "level": inputs["level"]}
+    (z_sr,) = graphs["denoiser"].run(["z_sr"], feed)
+    (expected,) = graphs["decoder"].run(["image"], {"z_sr": z_sr})
+    assert np.array_equal(tensors["sr"], expected)
+
+
+def with_engines(bundle: Path, *sms: int) -> Path:
+    """A bundle with files in the place of engines that were built on GPUs."""
+    manifest = read_manifest(bundle / "manifest.json")
+    engines = []
+    for name, graph in manifest.graphs.items():
+        for sm in sms:
+            file = f"engines/tensorrt/{name}_{sm}.plan"
+            (bundle / file).parent.mkdir(parents=True, exist_ok=True)
+            data = f"{name} {sm}".encode()
+            (bundle / file).write_bytes(data)
+            shapes = {t.name: (t.sized(1, 64, 64), t.sized(3, 64, 64), t.sized(3, 64, 64))
+                      for t in graph.inputs}  # fmt: skip
+            engines.append(Engine(
+                file, hashlib.sha256(data).hexdigest(), len(data), name, "tensorrt", "11.0.0",
+                (sm,), "linux-x86_64", shapes, Precision.FP16, {}, graph.content_sha256, 0,
+            ))  # fmt: skip
+    whole = dataclasses.replace(manifest, engines=tuple(engines))
+    (bundle / "manifest.json").write_text(whole.to_json())
+    return bundle
+
+
+def test_engines_are_chosen_by_compute_capability(tiny_bundle: Path, tmp_path: Path) -> None:
+    bundle = with_engines(Path(shutil.copytree(tiny_bundle, tmp_path / "bundle")), 89, 120)
+    out = build_repository(bundle, tmp_path / "models", TritonConfig("tensorrt", batch=8))
+    model = configs(out)["rcod_encoder"]
+    assert model.platform == "tensorrt_plan" and model.max_batch_size == 3, "the engines' most"
+    assert dict(model.cc_model_filenames) == {"8.9": "model_sm89.plan", "12.0": "model_sm120.plan"}
+    version = out / "rcod_encoder" / "1"
+    assert sorted(p.name for p in version.iterdir()) == ["model_sm120.plan", "model_sm89.plan"]
+    assert (version / "model_sm89.plan").read_bytes() == b"encoder 89"
+    (bundle / "engines/tensorrt/encoder_89.plan").write_bytes(b"encoder 88")
+    with pytest.raises(HashMismatch):
+        build_repository(bundle, tmp_path / "models", TritonConfig("tensorrt"))
+    assert configs(out)["rcod_encoder"] == model, "what was there is left"
+
+
+def test_what_cannot_be_had_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no engine of .* for --target tensorrt"):
+        build_repository(tiny_bundle, tmp_path / "a", TritonConfig("tensorrt"))
+    with pytest.raises(UsageError, match="engines run on a GPU alone"):
+        build_repository(tiny_bundle, tmp_path / "a", TritonConfig("tensorrt", "cpu"))
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(OutputError, match="exists and is no repository"):
+        build_repository(tiny_bundle, tmp_path / "mine", TritonConfig())
+    assert not (tmp_path / "a").exists()

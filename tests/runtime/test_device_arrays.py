@@ -1,0 +1,337 @@
+"""Arrays that lie on the GPU: in and out on the caller's stream, without the host."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rcod_runtime import Upscaler
+from rcod_runtime.backends.trt.arrays import DeviceArray
+from rcod_runtime.backends.trt.dlpack import CUDA, Borrowed
+from rcod_runtime.errors import BackendError, UsageError
+from tests.runtime.fakes import GAINS
+from tests.runtime.simulated.arrays import ByDlpack, ByOldDlpack, OnGpu
+from tests.runtime.simulated.cudart import SimulatedGpu, released
+from tests.runtime.simulated.streams import Stream
+from tests.runtime.simulated.tensorrt import TILE_PX, install
+
+SHAPE = (2, 3, TILE_PX, TILE_PX)
+INTERFACES = [OnGpu, ByDlpack, ByOldDlpack]
+
+
+@contextlib.contextmanager
+def new_stream(gpu: SimulatedGpu) -> Iterator[Stream]:
+    stream = gpu.cudaStreamCreateWithFlags(1)[1]
+    yield stream
+    gpu.cudaStreamSynchronize(stream)
+    gpu.cudaStreamDestroy(stream)
+
+
+def random(seed: int, shape: tuple[int, ...], limit: float = 0.5) -> np.ndarray:
+    return np.random.default_rng(seed).uniform(-limit, limit, shape).astype(np.float32)
+
+
+def expected(image: np.ndarray, gain: float) -> np.ndarray:
+    """What the graphs of the fake bundle compute."""
+    weights = np.outer([1, 2, 1], [1, 2, 1]) / 16
+    padded = np.pad(image, ((0, 0), (0, 0), (1, 1), (1, 1)))
+    blurred = sum(
+        weights[i, j] * padded[:, :, i : i + TILE_PX, j : j + TILE_PX]
+        for i in range(3)
+        for j in range(3)
+    )
+    return np.clip(blurred * gain, -1, 1)
+
+
+def assert_given_back_once(arrays: list[Any]) -> None:
+    for array in arrays:
+        if isinstance(array, ByDlpack):
+            assert [lent.returned for lent in array.lent] == [1]
+
+
+@pytest.mark.parametrize("interface", INTERFACES)
+@pytest.mark.parametrize("seed", range(5))
+def test_arrays_go_in_and_out_on_the_callers_stream(
+    monkeypatch: pytest.MonkeyPatch, engines: Path, interface: Any, seed: int
+) -> None:
+    gpu = SimulatedGpu(seed=seed)
+    install(monkeypatch, gpu)
+    with Upscaler(engines, backend="tensorrt") as upscaler, new_stream(gpu) as stream:
+        thumbnail = random(seed, (1, 3, 16, 16))
+        images = random(seed, (3, *SHAPE))
+        used, outs = [], []
+        for image, realism in zip(images, ("fidelity", "realism", "adaptive"), strict=True):
+            arrays = [interface(gpu, stream, x) for x in (image, thumbnail, np.zeros_like(image))]
+            assert upscaler.enqueue(*arrays, realism, stream) is arrays[2]
+            used += arrays
+            outs.append(arrays[2])  # all are enqueued before anybody waits
+        gpu.cudaStreamSynchronize(stream)
+        results = [out.values for out in outs]
+    # m_l of the fake is the image's mean, about 0 here: the last level.
+    for image, result, gain in zip(images, results, (GAINS[0], GAINS[2], GAINS[2]), strict=True):
+        assert np.abs(result - expected(image, gain)).max() < 1e-5
+    assert_given_back_once(used)
+
+
+@pytest.mark.parametrize("interface", [ByDlpack, ByOldDlpack])
+@pytest.mark.parametrize("seed", range(10))
+def test_by_dlpack_arrays_of_other_streams_are_waited_for(
+    monkeypatch: pytest.MonkeyPatch, engines: Path, interface: Any, seed: int
+) -> None:
+    gpu = SimulatedGpu(seed=seed)
+    install(monkeypatch, gpu)
+    image = random(seed, SHAPE)
+    with (
+        Upscaler(engines, backend="tensorrt") as upscaler,
+        new_stream(gpu) as stream,
+        new_stream(gpu) as first,
+        new_stream(gpu) as second,
+        new_stream(gpu) as third,
+    ):
+        out = interface(gpu, third, np.zeros(SHAPE, np.float32))
+        thumbnail = interface(gpu, second, random(seed, (1, 3, 16, 16)))
+        upscaler.enqueue(interface(gpu, first, image), thumbnail, out, "realism", int(stream))
+        gpu.cudaStreamSynchronize(stream)
+        assert np.abs(out.values - expected(image, GAINS[2])).max() < 1e-5
+
+
+@pytest.mark.parametrize("handle", [0, 1])
+def test_the_default_stream_is_a_stream_too(gpu: SimulatedGpu, engines: Path, handle: int) -> None:
+    image, default = random(1, SHAPE), gpu.scheduler.default
+    with Upscaler(engines, backend="tensorrt") as upscaler:
+        arrays = [ByDlpack(gpu, default, x) for x in (image, random(1, (1, 3, 16, 16)))]
+        out = upscaler.enqueue(*arrays, realism="realism", stream=handle)
+        assert out.__cuda_array_interface__["stream"] == 1  # as 0 it may not be given
+        gpu.cudaStreamSynchronize(handle)
+        assert np.abs(values_of(gpu, out) - expected(image, GAINS[2])).max() < 1e-5
+
+
+# The array that enqueue makes.
+
+
+def values_of(gpu: SimulatedGpu, array: DeviceArray) -> np.ndarray:
+    interface = array.__cuda_array_interface__
+    assert (interface["typestr"], interface["strides"]) == ("<f4", None)
+    nbytes = 4 * int(np.prod(interface["shape"]))
+    raw = gpu.memory.view(interface["data"][0], nbytes)
+    return raw.copy().view(np.float32).reshape(interface["shape"])
+
+
+def enqueue_one(gpu: SimulatedGpu, upscaler: Upscaler, stream: Stream) -> DeviceArray:
+    arrays = [OnGpu(gpu, stream, random(3, shape)) for shape in (SHAPE, (1, 3, 16, 16))]
+    made = upscaler.enqueue(*arrays, realism="realism", stream=stream)
+    assert isinstance(made, DeviceArray)
+    return made
+
+
+@pytest.mark.parametrize("max_version", [None, (1, 0)])
+@pytest.mark.parametrize("seed", range(5))
+def test_who_takes_the_new_array_on_another_stream_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch, engines: Path, seed: int, max_version: Any
+) -> None:
+    gpu = SimulatedGpu(seed=seed)
+    install(monkeypatch, gpu)
+    with (
+        Upscaler(engines, backend="tensorrt") as upscaler,
+        new_stream(gpu) as stream,
+        new_stream(gpu) as other,
+    ):
+        made = enqueue_one(gpu, upscaler, stream)
+        assert made.__dlpack_device__() == (CUDA, 0)
+        taken = Borrowed(made.__dlpack__(stream=int(other), max_version=max_version), "it")
+        assert (taken.device, taken.shape, taken.typestr) == ((CUDA, 0), SHAPE, "<f4")
+        assert taken.address == made.__cuda_array_interface__["data"][0]
+        gpu.cudaStreamSynchronize(other)
+        found = values_of(gpu, made)
+        assert np.abs(found - expected(random(3, SHAPE), GAINS[2])).max() < 1e-5
+        taken.close()
+
+
+def test_the_new_array_outlives_the_upscaler_and_is_freed_with_its_last_holder(
+    gpu: SimulatedGpu, engines: Path
+) -> None:
+    with Upscaler(engines, backend="tensorrt") as upscaler, new_stream(gpu) as stream:
+        before = gpu.memory.live
+        made = enqueue_one(gpu, upscaler, stream)
+        made_too = enqueue_one(gpu, upscaler, stream)
+        del made_too  # while it is still to be written
+        gpu.cudaStreamSynchronize(stream)
+        assert gpu.memory.live == before + 4 + 1  # the inputs, which the test keeps, and it
+    taken = Borrowed(made.__dlpack__(stream=-1), "it")
+    del made
+    raw = gpu.memory.view(taken.address, 4).view(np.float32)
+    assert np.isfinite(raw).all()
+    taken.close()
+    assert released(gpu) == {"device memory": 4}
+
+
+def test_the_new_array_goes_in_again(gpu: SimulatedGpu, engines: Path) -> None:
+    with Upscaler(engines, backend="tensorrt") as upscaler, new_stream(gpu) as stream:
+        made = enqueue_one(gpu, upscaler, stream)
+        thumbnail = OnGpu(gpu, stream, random(3, (1, 3, 16, 16)))
+        count = sys.getrefcount(made)
+        again = upscaler.enqueue(made, thumbnail, made, "realism", stream)
+        assert again is made and sys.getrefcount(made) == count + 1
+        gpu.cudaStreamSynchronize(stream)
+        once = expected(random(3, SHAPE), GAINS[2])
+        assert np.abs(values_of(gpu, made) - expected(once, GAINS[2])).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"stream": 0}, "ambiguous"),
+        ({"dl_device": (1, 0)}, r"it lies on device \(2, 0\), not on \(1, 0\)"),
+        ({"copy": True}, "no copies"),
+    ],
+)
+def test_what_the_new_array_cannot_do_is_a_buffer_error(
+    gpu: SimulatedGpu, engines: Path, options: dict[str, Any], match: str
+) -> None:
+    with Upscaler(engines, backend="tensorrt") as upscaler, new_stream(gpu) as stream:
+        made = enqueue_one(gpu, upscaler, stream)
+        with pytest.raises(BufferError, match=match):
+            made.__dlpack__(**options)
+
+
+# What can be wrong.
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"shape": (5, 3, 64, 64)}, "5 tiles; the engines are built for 1 to 4.*--batch 1 5"),
+        ({"shape": (1, 3, 32, 32)}, r"expected \(1, 3, 64, 64\) <f4, found \(1, 3, 32, 32\)"),
+        ({"typestr": "<f2"}, "found .* <f2"),
+        ({"strides": (4, 8, 16, 32)}, "expected C order"),
+    ],
+)
+def test_arrays_by_the_interface_that_cannot_be_used_say_why(
+    gpu: SimulatedGpu, engines: Path, change: dict[str, Any], match: str
+) -> None:
+    class Array:
+        __cuda_array_interface__ = {
+            "shape": (1, 3, 64, 64), "typestr": "<f4", "data": (256, False), "version": 3, **change
+        }  # fmt: skip
+
+    with Upscaler(engines, backend="tensorrt") as upscaler:
+        with pytest.raises(UsageError, match=match):
+            upscaler.enqueue(Array(), Array(), Array())
+        with pytest.raises(UsageError, match="image: .*array on the GPU.*found ndarray in.* host"):
+            upscaler.enqueue(np.zeros((1, 3, 64, 64), np.float32), Array(), Array())
+        with pytest.raises(UsageError, match="image: .* __dlpack__ or __cuda.*found NoneType"):
+            upscaler.enqueue(None, Array(), Array())
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"dtype": (2, 16, 1)}, r"out: expected \(2, 3, 64, 64\) <f4, found .* <f2"),
+        ({"dtype": (4, 16, 1)}, "out: expected .* found .* bfloat16"),
+        ({"dtype": (2, 32, 2)}, "out: .* <f4 in lanes of 2"),
+        ({"ndim": 3}, r"out: .* found \(2, 3, 64\) <f4"),
+        ({"strides": (12288, 1, 192, 3)}, "out: expected C order, found strides .*Copy it"),
+        ({"flags": 1}, "out: expected a writeable array"),
+        ({"version": (2, 0)}, "out: expected DLPack 1.x or older, found 2.0"),
+        ({"device": (2, 1)}, 'out: expected .* on cuda:0, found one on cuda:1.*device="cuda:1"'),
+        ({"device": (1, 0)}, "out: expected an array on the GPU.* in the memory of the host"),
+        ({"device": (10, 0)}, "out: .*on a device of DLPack's type 10"),
+    ],
+)
+def test_arrays_by_dlpack_that_cannot_be_used_say_why_and_are_given_back(
+    gpu: SimulatedGpu, engines: Path, change: dict[str, Any], match: str
+) -> None:
+    with Upscaler(engines, backend="tensorrt") as upscaler, new_stream(gpu) as stream:
+        arrays = [ByDlpack(gpu, stream, random(1, shape)) for shape in (SHAPE, (1, 3, 16, 16))]
+        arrays.append(ByDlpack(gpu, stream, random(1, SHAPE), **change))
+        with pytest.raises(UsageError, match=match):
+            upscaler.enqueue(*arrays, "realism", stream)
+        assert_given_back_once(arrays)
+
+
+def test_strides_of_axes_with_one_entry_do_not_count(gpu: SimulatedGpu, engines: Path) -> None:
+    with Upscaler(engines, backend="tensorrt") as upscaler, new_stream(gpu) as stream:
+        image = random(1, (1, 3, 64, 64))
+        arrays = [
+            ByDlpack(gpu, stream, image, strides=(1, 4096, 64, 1)),
+            ByDlpack(gpu, stream, random(1, (1, 3, 16, 16)), strides=(0, 256, 16, 1)),
+        ]
+        made = upscaler.enqueue(*arrays, realism="realism", stream=stream)
+        gpu.cudaStreamSynchronize(stream)
+        assert np.abs(values_of(gpu, made) - expected(image, GAINS[2])).max() < 1e-5
+
+
+def test_a_library_that_does_not_export_is_quoted(gpu: SimulatedGpu, engines: Path) -> None:
+    class Tracked(ByDlpack):
+        def __dlpack__(self, **options: Any) -> Any:
+            raise BufferError("Can't export tensors that require gradient")
+
+    with Upscaler(engines, backend="tensorrt") as upscaler, new_stream(gpu) as stream:
+        array = Tracked(gpu, stream, random(1, SHAPE))
+        with pytest.raises(UsageError, match="image: Tracked does not export it: .* gradient"):
+            upscaler.enqueue(array, array, stream=stream)
+
+
+def test_an_array_without_a_version_may_be_read_only_by_its_other_interface(
+    gpu: SimulatedGpu, engines: Path
+) -> None:
+    class Immutable(ByOldDlpack):
+        @property
+        def __cuda_array_interface__(self) -> dict[str, Any]:
+            return {"shape": self.shape, "typestr": "<f4", "data": (256, True), "version": 3}
+
+    with Upscaler(engines, backend="tensorrt") as upscaler, new_stream(gpu) as stream:
+        arrays = [ByDlpack(gpu, stream, random(1, shape)) for shape in (SHAPE, (1, 3, 16, 16))]
+        out = Immutable(gpu, stream, random(1, SHAPE))
+        with pytest.raises(UsageError, match="out: expected a writeable array"):
+            upscaler.enqueue(*arrays, out, stream=stream)
+        assert_given_back_once([*arrays, out])
+
+
+def test_what_stands_for_no_stream_is_refused(gpu: SimulatedGpu, engines: Path) -> None:
+    with (
+        Upscaler(engines, backend="tensorrt") as upscaler,
+        pytest.raises(UsageError, match="stream: expected .*found object.*stream.cuda_stream"),
+    ):
+        upscaler.enqueue(None, None, stream=object())
+
+
+def test_arrays_on_the_gpu_need_engines(host: Upscaler) -> None:
+    with pytest.raises(UsageError, match="need the bundle's engines, onnxruntime"):
+        host.enqueue(None, None, None)
+
+
+def test_every_call_that_fails_gives_back_what_was_borrowed(
+    monkeypatch: pytest.MonkeyPatch, engines: Path
+) -> None:
+    image, thumbnail = random(1, SHAPE), random(1, (1, 3, 16, 16))
+    number, name, first = 0, "", None
+    while first is None:
+        gpu = SimulatedGpu()
+        install(monkeypatch, gpu)
+        with Upscaler(engines, backend="tensorrt") as upscaler:
+            stream = gpu.scheduler.default
+            arrays = [ByDlpack(gpu, stream, x) for x in (image, thumbnail)]
+            gpu.fail_at = len(gpu.calls) + number
+            try:
+                first = upscaler.enqueue(*arrays, realism="realism", stream=stream)
+            except BackendError as exc:
+                name = gpu.calls[gpu.fail_at]
+                assert {"enqueue": "execute_async"}.get(name, name) in str(exc)
+            gpu.fail_at = None
+            assert_given_back_once(arrays)
+            arrays = [ByDlpack(gpu, stream, x) for x in (image, thumbnail)]
+            made = upscaler.enqueue(*arrays, realism="realism", stream=stream)
+            gpu.cudaStreamSynchronize(0)
+            assert np.abs(values_of(gpu, made) - expected(image, GAINS[2])).max() < 1e-5
+            del made
+        if first is None:
+            assert released(gpu) == {"device memory": 4}, name  # the inputs
+        number += 1
+    assert number > 15

@@ -1,0 +1,179 @@
+"""Which engines are taken, which are refused and why, and what is kept of them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rcod_runtime import Upscaler
+from rcod_runtime.cli import doctor
+from rcod_runtime.errors import EngineMismatch, HashMismatch, UsageError
+from rcod_runtime.manifest import Engine
+from tests.runtime.simulated.cudart import SimulatedGpu, released
+from tests.runtime.simulated.tensorrt import TILE_PX, add_engines, install
+
+Photo = Callable[..., np.ndarray]
+
+
+def test_auto_takes_engines_where_they_fit(gpu: SimulatedGpu, engines: Path) -> None:
+    with Upscaler(engines) as upscaler:
+        assert upscaler.backend == "tensorrt 10.9.0 fp32"
+
+
+@pytest.mark.parametrize(
+    ("machine", "reason"),
+    [
+        ({"sm": 120}, "built for sm_89, this GPU is sm_120"),
+        ({"count": 0}, "no GPU answers here"),
+        ({"version": "10.13.2"}, "built by tensorrt 10.9.0, 10.13.2 is installed"),
+    ],
+)
+def test_engines_of_another_machine_are_refused_or_announced(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    engines: Path,
+    machine: dict[str, Any],
+    reason: str,
+) -> None:
+    version = machine.pop("version", "10.9.0")
+    install(monkeypatch, SimulatedGpu(**machine), version)
+    for options in ({"backend": "tensorrt"}, {"device": "cuda:0"}):
+        with pytest.raises(EngineMismatch, match=f"{reason}.*rcod-export engines"):
+            Upscaler(engines, **options)
+    with Upscaler(engines) as upscaler:
+        assert not upscaler.backend.startswith("tensorrt")
+    assert reason in caplog.text
+
+
+def test_doctor_says_which_engines_fit_and_runs_them(
+    gpu: SimulatedGpu, own_engines: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add_engines(own_engines, TILE_PX)
+    assert doctor.main(["--bundle", str(own_engines), "--device", "cuda:1"]) == 0
+    out = capsys.readouterr().out
+    assert "gpu cuda:1: sm_89" in out and "tensorrt 10.9.0" in out
+    assert "engines/tensorrt/sm89/64px: fits" in out
+    assert "backend tensorrt: tensorrt 10.9.0 fp32, loads" in out
+    assert "used by default: tensorrt 10.9.0 fp32 on cuda:1" in out
+    assert released(gpu) == {}
+
+
+def test_doctor_says_why_engines_do_not_fit(
+    monkeypatch: pytest.MonkeyPatch, engines: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, SimulatedGpu(sm=120))
+    assert doctor.main(["--bundle", str(engines)]) == 0  # a CPU runs it
+    out = capsys.readouterr().out
+    assert "64px: not used, built for sm_89, this GPU is sm_120" in out
+    assert "used by default: openvino" in out
+    assert doctor.main(["--bundle", str(engines), "--device", "cuda:0"]) == 7
+    assert "this GPU is sm_120" in capsys.readouterr().err
+
+
+def test_an_engine_of_another_system_is_refused(gpu: SimulatedGpu, own_engines: Path) -> None:
+    add_engines(
+        own_engines, TILE_PX, change=lambda e, _: dataclasses.replace(e, os="windows-amd64")
+    )
+    with pytest.raises(EngineMismatch, match="built for windows-amd64, this is"):
+        Upscaler(own_engines, backend="tensorrt")
+
+
+def test_an_engine_whose_file_changed_is_not_loaded(gpu: SimulatedGpu, own_engines: Path) -> None:
+    path = next(own_engines.rglob("decoder.engine"))
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    with pytest.raises(HashMismatch, match="decoder.engine.*not loaded"):
+        Upscaler(own_engines, backend="tensorrt")
+    assert released(gpu) == {}
+
+
+def half_output(engine: Engine, header: dict[str, Any]) -> Engine:
+    header["dtypes"] = {"z_sr": "HALF"}
+    return engine
+
+
+def test_an_engine_with_other_types_is_refused(gpu: SimulatedGpu, own_engines: Path) -> None:
+    add_engines(own_engines, TILE_PX, change=half_output)
+    with pytest.raises(EngineMismatch, match="z_sr: expected float32, found HALF"):
+        Upscaler(own_engines, backend="tensorrt")
+
+
+def test_a_set_without_one_engine_says_which(gpu: SimulatedGpu, own_engines: Path) -> None:
+    manifest = add_engines(own_engines, TILE_PX)
+    fewer = tuple(e for e in manifest.engines if e.graph != "vpim")
+    text = dataclasses.replace(manifest, engines=fewer).to_json()
+    (own_engines / "manifest.json").write_text(text, encoding="utf-8")
+    with pytest.raises(EngineMismatch, match="no engine for vpim"):
+        Upscaler(own_engines, backend="tensorrt")
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        ({"tile_px": 96}, "built for 64 px.*--tile 96"),
+        ({"batch": 5}, r"expected an integer in 1\.\.4"),
+    ],
+)
+def test_what_the_engines_are_not_built_for_is_refused(
+    gpu: SimulatedGpu, engines: Path, photo: Photo, call: dict[str, Any], match: str
+) -> None:
+    with Upscaler(engines, backend="tensorrt") as upscaler, pytest.raises(UsageError, match=match):
+        upscaler(photo(), **call)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"backend": "tensorrt", "device": "cpu"},
+        {"backend": "tensorrt", "precision": "bf16"},
+        {"backend": "openvino", "device": "cuda:0"},
+        {"device": "cuda:x"},
+    ],
+)
+def test_choices_that_exclude_each_other_are_refused(
+    gpu: SimulatedGpu, engines: Path, options: dict[str, str]
+) -> None:
+    with pytest.raises(UsageError):
+        Upscaler(engines, **options)
+
+
+# TensorRT-RTX: what it compiles for the GPU is kept.
+
+
+def test_what_rtx_compiled_is_kept_for_the_next_start(
+    monkeypatch: pytest.MonkeyPatch,
+    own_engines: Path,
+    host: Upscaler,
+    photo: Photo,
+    tmp_path: Path,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    add_engines(own_engines, TILE_PX, target="tensorrt-rtx")
+    expected = host(photo(), tile_px=TILE_PX, batch=4)
+    graphs = ["decoder", "denoiser", "encoder", "vpim"]
+    for compiled, damage in ((graphs, False), ([], True), (graphs, False)):
+        gpu = SimulatedGpu()
+        install(monkeypatch, gpu)
+        with Upscaler(own_engines) as upscaler:
+            assert upscaler.backend.startswith("tensorrt-rtx")
+            np.testing.assert_array_equal(upscaler(photo()), expected)
+        assert sorted(gpu.compiled) == compiled
+        files = list((tmp_path / "cache").rglob("*.bin"))
+        assert len(files) == 4 and not list(own_engines.rglob("*.bin"))
+        for file in files if damage else ():
+            file.write_bytes(b"another machine's")
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, own_engines: Path, photo: Photo, tmp_path: Path
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    install(monkeypatch, SimulatedGpu())
+    add_engines(own_engines, TILE_PX, target="tensorrt-rtx")
+    with Upscaler(own_engines) as upscaler:
+        assert upscaler(photo()).shape == (96, 160, 3)
