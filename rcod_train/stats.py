@@ -198,8 +198,10 @@ def draw(document: dict[str, Any], figure_type: Any) -> Any:
     rows, m = document["images"], document["m"]
     figure = figure_type(figsize=(12, 3.6), layout="constrained")
     means, metric, ssim = figure.subplots(1, 3)
-    for key, label in (("mean_z_lq", "$z_L$"), ("mean_z_hq", "$z_H$")):
-        means.hist([row[key] for row in rows], bins=30, alpha=0.6, label=label)
+    both = {"$z_L$": "mean_z_lq", "$z_H$": "mean_z_hq"}
+    edges = np.histogram_bin_edges([row[key] for row in rows for key in both.values()], 30)
+    for label, key in both.items():
+        means.hist([row[key] for row in rows], bins=edges, alpha=0.6, label=label)
     means.set(title="(a) mean of the latents", xlabel="mean", ylabel="images")
     means.legend()
     values = [row["cosine"] for row in rows]
