@@ -3,6 +3,10 @@
 Latents never leave the device between the graphs. What one tile batch enqueues is captured once per
 shape as a CUDA graph and launched again for any level, because the level is data. Two slots let the
 copies of one tile batch overlap the computation of another.
+
+Tiles travel as float32, four times the bytes of uint8: 3.1 MB for 512 px, 0.1 ms of a PCIe 4.0 x16
+link, behind a computation that takes longer (README, Backends). As uint8 they would not be the same
+tiles: the upsampled input is rounded nowhere, and the result only after blending and colours.
 """
 
 from __future__ import annotations
