@@ -219,6 +219,8 @@ class Upscaler:
         out: Any = None,
         realism: str | float = "neutral",
         stream: Any = 0,
+        *,
+        window: Any = None,
     ) -> Any:
         """One tile batch that lies on the GPU, to an array on the GPU, on the caller's stream.
 
@@ -239,6 +241,9 @@ class Upscaler:
                 made, which costs an allocation here and a wait for the GPU when it is dropped.
             realism: as in a call.
             stream: CUDA's handle of the caller's stream: a number or what stands for one.
+            window: for a bundle with a guide (rcod-s), float32 (1, 3, h, w) in [0, 1]: the photo
+                before upsampling, of a larger one the centre of 512 px a side. The guide runs on
+                the GPU; as tokens, its matrices are made anew in every call.
 
         Returns:
             ``out``, or the new array, which has DLPack and __cuda_array_interface__ and is its
@@ -255,7 +260,7 @@ class Upscaler:
                 f"arrays on the GPU need the bundle's engines, {self.backend} is in use. "
                 'Open it with backend="tensorrt".'
             )
-        return run(stream, image, thumbnail, out, self._weights(realism))
+        return run(stream, image, thumbnail, window, out, self._weights(realism))
 
     def warmup(self, batch: int | None = None) -> None:
         """Do now what the first image of a shape would wait for: compiling, capturing."""

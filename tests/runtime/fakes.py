@@ -44,6 +44,9 @@ TOKENS = Tensor("tokens", "float32", ("batch", 4, 3), "NLC")
 LEVEL = Tensor("level", "float32", ("batch", len(LEVELS)), "NK")
 M_L = Tensor("m_l", "float32", ("batch",), "N")
 ADAPTIVE = Tensor("adaptive", "float32", ("batch", len(LEVELS)), "NK")
+LQ = Tensor("lq", "float32", ("batch", 3, "height/4", "width/4"), "NCHW")
+VAE_MATRICES = Tensor("vae_matrices", "float32", ("batch", 3, 1, 1), "NKRR")
+UNET_MATRICES = Tensor("unet_matrices", "float32", ("batch", 3, 1, 1), "NKRR")
 METRIC = MetricRange(0.0, 0.9, 250)
 
 
@@ -81,12 +84,45 @@ def _save(
     )
 
 
+def _estimate(image: str, n: int) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
+    """m_l, the mean of an image, and the level that it means by Eq. 5, as nodes and constants."""
+    node = helper.make_node
+    nodes = [
+        node("ReduceMean", [image, "axes"], ["m_l"], keepdims=0),
+        # Eq. 5 in the graph: floor(n (m - m_min) / (m_max - m_min)), then one-hot.
+        node("Sub", ["m_l", "m_min"], ["above"]),
+        node("Mul", ["above", "per_group"], ["position"]),
+        node("Floor", ["position"], ["group"]),
+        node("Sub", ["n", "group"], ["steps"]),
+        node("Clip", ["steps", "one", "n"], ["clamped"]),
+        node("Cast", ["clamped"], ["step"], to=TensorProto.INT64),
+        node("Sub", ["step", "one_int"], ["index"]),
+        node("OneHot", ["index", "depth", "off_on"], ["adaptive"]),
+    ]
+    constants = {
+        "axes": np.array([1, 2, 3], np.int64),
+        "m_min": np.float32(METRIC.m_min),
+        "per_group": np.float32(n / (METRIC.m_max - METRIC.m_min)),
+        "n": np.float32(n),
+        "one": np.float32(1),
+        "one_int": np.int64(1),
+        "depth": np.int64(n),
+        "off_on": np.float32([0, 1]),
+    }
+    return nodes, constants
+
+
 def make_bundle(
-    folder: Path, gains: tuple[float, ...] = GAINS, mem: bool = True, tile_px: int = 64
+    folder: Path,
+    gains: tuple[float, ...] = GAINS,
+    mem: bool = True,
+    tile_px: int = 64,
+    guided: bool = False,
 ) -> Manifest:
     """Write the bundle, with a level for each gain.
 
-    Its m_l is the mean of the image, so that a test can choose it.
+    Its m_l is the mean of the image, so that a test can choose it. ``guided`` makes an rcod-s: the
+    guide's matrices are the means of the photo's colours; encoder and denoiser multiply by theirs.
     """
     node = helper.make_node
     levels = LEVELS[: len(gains)]
@@ -95,34 +131,20 @@ def make_bundle(
     for c in range(3):
         blur[c, c] = np.float32([[1, 2, 1], [2, 4, 2], [1, 2, 1]]) / 16
     encoder_nodes = [
-        node("Conv", ["image", "blur"], ["blurred"], pads=[1, 1, 1, 1]),
+        node("Conv", ["seen" if guided else "image", "blur"], ["blurred"], pads=[1, 1, 1, 1]),
         node("SpaceToDepth", ["blurred"], ["z_lq"], blocksize=FACTOR),
     ]
     weights = {"blur": blur}
-    if mem:
-        n = len(levels)
-        encoder_nodes += [
-            node("ReduceMean", ["image", "axes"], ["m_l"], keepdims=0),
-            # Eq. 5 in the graph: floor(n (m - m_min) / (m_max - m_min)), then one-hot.
-            node("Sub", ["m_l", "m_min"], ["above"]),
-            node("Mul", ["above", "per_group"], ["position"]),
-            node("Floor", ["position"], ["group"]),
-            node("Sub", ["n", "group"], ["steps"]),
-            node("Clip", ["steps", "one", "n"], ["clamped"]),
-            node("Cast", ["clamped"], ["step"], to=TensorProto.INT64),
-            node("Sub", ["step", "one_int"], ["index"]),
-            node("OneHot", ["index", "depth", "off_on"], ["adaptive"]),
-        ]
-        weights |= {
-            "axes": np.array([1, 2, 3], np.int64),
-            "m_min": np.float32(METRIC.m_min),
-            "per_group": np.float32(n / (METRIC.m_max - METRIC.m_min)),
-            "n": np.float32(n),
-            "one": np.float32(1),
-            "one_int": np.int64(1),
-            "depth": np.int64(n),
-            "off_on": np.float32([0, 1]),
-        }
+    estimates = (M_L, adaptive) if mem else ()
+    nodes, constants = _estimate("lq" if guided else "image", len(levels)) if mem else ([], {})
+    axes = {"all": np.array([1, 2, 3], np.int64)}
+    if guided:
+        by_mean = node("ReduceMean", ["vae_matrices", "all"], ["vae_mean"], keepdims=1)
+        encoder_nodes[:0] = [by_mean, node("Mul", ["image", "vae_mean"], ["seen"])]
+        weights |= axes
+    else:
+        encoder_nodes += nodes
+        weights |= constants
     pooled = [
         node("AveragePool", ["image"], ["p"], kernel_shape=[8, 8], strides=[8, 8]),
         node("Reshape", ["p", "shape"], ["r"]),
@@ -134,16 +156,21 @@ def make_bundle(
         node("Mul", ["t", "zero"], ["t0"]),
         node("Reshape", ["t0", "column"], ["t4"]),
         node("Mul", ["z_lq", "g4"], ["scaled"]),
-        node("Add", ["scaled", "t4"], ["z_sr"]),
+        node("Add", ["scaled", "t4"], ["summed" if guided else "z_sr"]),
     ]
+    if guided:
+        denoiser_nodes += [
+            node("ReduceMean", ["unet_matrices", "all"], ["unet_mean"], keepdims=1),
+            node("Mul", ["summed", "unet_mean"], ["z_sr"]),
+        ]
     if len(levels) > 1:  # with one there is no input that chooses it
         denoiser_nodes.insert(0, node("MatMul", ["level", "gains"], ["g"]))
     column = np.array([-1, 1, 1, 1], np.int64)
     graphs = {
         "encoder": _save(
             folder / "onnx/encoder.onnx",
-            (IMAGE,),
-            (Z_LQ, M_L, adaptive) if mem else (Z_LQ,),
+            (IMAGE, VAE_MATRICES) if guided else (IMAGE,),
+            (Z_LQ,) if guided else (Z_LQ, *estimates),
             encoder_nodes,
             weights,
         ),
@@ -156,7 +183,10 @@ def make_bundle(
         ),
         "denoiser": _save(
             folder / "onnx/denoiser.onnx",
-            (Z_LQ, TOKENS, LEVEL) if len(levels) > 1 else (Z_LQ, TOKENS),
+            (
+                *((Z_LQ, TOKENS, LEVEL) if len(levels) > 1 else (Z_LQ, TOKENS)),
+                *((UNET_MATRICES,) if guided else ()),
+            ),
             (Z_SR,),
             denoiser_nodes,
             {
@@ -164,6 +194,7 @@ def make_bundle(
                 "column": column,
                 "zero": np.float32([0.0]),
                 "token_axes": np.array([1, 2], np.int64),
+                **(axes if guided else {}),
             },
         ),
         "decoder": _save(
@@ -177,9 +208,23 @@ def make_bundle(
             {"low": np.float32(-1.0), "high": np.float32(1.0)},
         ),
     }
+    if guided:
+        graphs["guide"] = _save(
+            folder / "onnx/guide.onnx",
+            (LQ,),
+            (VAE_MATRICES, UNET_MATRICES, *estimates),
+            [
+                node("ReduceMean", ["lq", "plane"], ["vae_matrices"], keepdims=1),
+                node("Sqrt", ["vae_matrices"], ["unet_matrices"]),
+                *nodes,
+            ],
+            {"plane": np.array([2, 3], np.int64), **constants},
+        )
     manifest = Manifest(
         version=1,
-        identity=Identity("fake", "nano", "A blur.", "Apache-2.0", ("made by the test",)),
+        identity=Identity(
+            "fake", "rcod-s" if guided else "nano", "A blur.", "Apache-2.0", ("made by the test",)
+        ),
         levels=levels,
         metric=METRIC,
         image=ImageContract(4, 3, -1.0, 1.0, 32, tile_px, 16, TOKENS_PX),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ import pytest
 from rcod_runtime import Upscaler
 from rcod_runtime.backends.trt.arrays import DeviceArray
 from rcod_runtime.backends.trt.dlpack import CUDA, Borrowed
+from rcod_runtime.chain import ImageFeed, to_pixels
 from rcod_runtime.errors import BackendError, UsageError
-from tests.runtime.fakes import GAINS
+from tests.runtime.fakes import GAINS, make_bundle
 from tests.runtime.simulated.arrays import ByDlpack, ByOldDlpack, OnGpu
 from tests.runtime.simulated.cudart import SimulatedGpu, released
 from tests.runtime.simulated.streams import Stream
-from tests.runtime.simulated.tensorrt import TILE_PX, install
+from tests.runtime.simulated.tensorrt import TILE_PX, add_engines, install
 
 SHAPE = (2, 3, TILE_PX, TILE_PX)
 INTERFACES = [OnGpu, ByDlpack, ByOldDlpack]
@@ -198,6 +199,87 @@ def test_what_the_new_array_cannot_do_is_a_buffer_error(
         made = enqueue_one(gpu, upscaler, stream)
         with pytest.raises(BufferError, match=match):
             made.__dlpack__(**options)
+
+
+# A bundle with a guide, which looks at the photo itself.
+
+
+@pytest.fixture(scope="session")
+def guided_engines(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundles") / "guided"
+    make_bundle(folder, guided=True)
+    add_engines(folder)
+    return folder
+
+
+@pytest.mark.parametrize("interface", [OnGpu, ByDlpack])
+@pytest.mark.parametrize("realism", ["fidelity", 0.3, "adaptive"])
+def test_with_a_guide_the_result_is_the_cpus_bit_for_bit(
+    gpu: SimulatedGpu, guided_engines: Path, interface: Any, realism: str | float
+) -> None:
+    image, thumbnail = random(1, SHAPE), random(1, (1, 3, 16, 16))
+    windows = [0.5 + random(seed, (1, 3, *size)) for seed, size in enumerate([(24, 40), (512, 16)])]
+    with (
+        Upscaler(guided_engines, backend="onnxruntime") as host,
+        Upscaler(guided_engines, backend="tensorrt") as upscaler,
+        new_stream(gpu) as stream,
+    ):
+        outs, used = [], []
+        for window in (*windows, windows[0]):
+            used += [interface(gpu, stream, x) for x in (image, thumbnail, window)]
+            arrays = {"realism": realism, "stream": stream, "window": used[-1]}
+            outs.append(upscaler.enqueue(*used[-3:-1], **arrays))
+        gpu.cudaStreamSynchronize(stream)
+        for window, out in zip((*windows, windows[0]), outs, strict=True):
+            feed = ImageFeed(2, (TILE_PX, TILE_PX), thumbnail, window)
+            (outputs,) = host._chain.run(feed, host._weights(realism), [image])
+            np.testing.assert_array_equal(to_pixels(values_of(gpu, out)), outputs.pixels)
+    assert_given_back_once(used)
+    assert not np.array_equal(values_of(gpu, outs[0]), values_of(gpu, outs[1]))
+
+
+def test_with_a_guide_whole_photos_are_the_cpus_bit_for_bit(
+    gpu: SimulatedGpu, guided_engines: Path, photo: Callable[..., np.ndarray]
+) -> None:
+    with (
+        Upscaler(guided_engines, backend="onnxruntime") as host,
+        Upscaler(guided_engines, backend="tensorrt") as upscaler,
+    ):
+        for seed, realism in enumerate(("realism", "adaptive", 0.2)):
+            lq = photo(24, 40, seed=seed)
+            found = upscaler(lq, realism)
+            np.testing.assert_array_equal(found, host(lq, realism, tile_px=TILE_PX, batch=4))
+
+
+@pytest.mark.parametrize(
+    ("shape", "match"),
+    [
+        (None, "window: this bundle has a guide, which looks at the photo's centre"),
+        (
+            (1, 3, 8, 40),
+            r"window: expected \(1, 3, 16, 16\) to \(1, 3, 512, 512\), found \(1, 3, 8, 40\)",
+        ),
+        ((1, 3, 16, 516), r"window: .* found \(1, 3, 16, 516\)"),
+        ((3, 16, 16), r"window: .* found \(3, 16, 16\)"),
+    ],
+)
+def test_a_window_that_the_guide_cannot_look_at_is_refused(
+    gpu: SimulatedGpu, guided_engines: Path, shape: Any, match: str
+) -> None:
+    with Upscaler(guided_engines, backend="tensorrt") as upscaler, new_stream(gpu) as stream:
+        arrays = [ByDlpack(gpu, stream, random(1, x)) for x in (SHAPE, (1, 3, 16, 16))]
+        window = None if shape is None else ByDlpack(gpu, stream, random(1, shape))
+        with pytest.raises(UsageError, match=match):
+            upscaler.enqueue(*arrays, stream=stream, window=window)
+        assert_given_back_once([] if window is None else [*arrays, window])
+
+
+def test_a_window_without_a_guide_is_refused(gpu: SimulatedGpu, engines: Path) -> None:
+    with (
+        Upscaler(engines, backend="tensorrt") as upscaler,
+        pytest.raises(UsageError, match="window: this bundle has no guide"),
+    ):
+        upscaler.enqueue(None, None, window=np.zeros((1, 3, 16, 16), np.float32))
 
 
 # What can be wrong.

@@ -59,6 +59,19 @@ class DeviceView:
             raise UsageError(f"{self.name}: expected a writeable array, found a read-only one.")
         return self.address
 
+    def check_between(self, low: tuple[int, ...], high: tuple[int, ...]) -> int:
+        """The same for an array whose shape may vary, axis by axis.
+
+        Raises:
+            UsageError: a shape outside; and as ``check``.
+        """
+        good = len(self.shape) == len(low) and all(
+            a <= n <= b for a, n, b in zip(low, self.shape, high, strict=True)
+        )
+        if not good:
+            raise UsageError(f"{self.name}: expected {low} to {high}, found {self.shape}.")
+        return self.check(self.shape)
+
 
 def view_array(
     array: Any, name: str, stream: int, index: int, keep: contextlib.ExitStack
