@@ -37,7 +37,7 @@ from rcod_train.validation import to_pixels
 
 log = logging.getLogger(__name__)
 
-SCHEMA = 1
+SCHEMA_VERSION = 1
 PAPER = {"cosine": 0.78, "l1": 0.60, "mse": 0.54}  # |Spearman| with SSIM, Table 1b
 QUANTILE = 0.02  # M_min and M_max are this quantile and its mirror, as a training measures them
 MIN_PAIRS = 3
@@ -110,7 +110,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
     low, high = np.quantile(m, [QUANTILE, 1 - QUANTILE])
     return {
-        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
         "count": len(rows),
         "m": {
             "min": float(m.min()), "max": float(m.max()), "mean": float(m.mean()),

@@ -72,7 +72,7 @@ def test_pairs_are_measured_whole_and_m_falls_with_the_blur(
     assert main([*argv, "--precision", "fp32"]) == 0
     printed = capsys.readouterr().out
     document = json.loads((tmp_path / "stats.json").read_text())
-    assert document["schema"] == 1 and document["count"] == 4
+    assert document["schema_version"] == 1 and document["count"] == 4
     assert "4 images: M" in printed
     assert f"cosine                 {document['spearman_with_ssim']['cosine']:.3f}  0.78" in printed
     rows = document["images"]
