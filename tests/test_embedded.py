@@ -62,7 +62,7 @@ def test_it_computes_what_the_committed_checkpoint_does() -> None:
     parts, info = load_merged(CHECKPOINT)
     run = onnxruntime_session(open_bundle().graph_path("denoiser"))
     generator = torch.Generator().manual_seed(5)
-    z = torch.randn(1, 16, 16, 24, generator=generator)
+    z = torch.randn(1, parts.vae.config.latent_channels, 16, 24, generator=generator)
     tokens = torch.randn(1, 64, 128, generator=generator)
     for index, level in enumerate(info.levels):
         one_hot = np.eye(len(info.levels), dtype=np.float32)[index][None]

@@ -26,6 +26,7 @@ from typing import Any, get_args
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.requests import ClientDisconnect
 
 from rcod_runtime import ImageError, OutputError, Upscaler, UsageError
 from rcod_runtime.colour import COLOUR_MATCHES, DEFAULT_COLOUR_MATCH, ColourMatch
@@ -175,7 +176,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
     """The body, read no further than it is allowed to be long.
 
     Raises:
-        Refused: 408, 411, 413 or 415.
+        Refused: 408, 411, 413, 415 or 499.
     """
     if request.headers.get("content-encoding", "identity") != "identity":
         raise Refused(415, "UsageError", "Content-Encoding: send the image as it is.")
@@ -195,6 +196,8 @@ async def _body(request: Request, limits: Limits) -> bytes:
                 chunks.append(chunk)
     except TimeoutError as exc:
         raise Refused(408, "UsageError", f"no whole body in {limits.body_s:g} s.") from exc
+    except ClientDisconnect as exc:
+        raise Refused(499, "Abandoned", "the client closed the connection.") from exc
     return b"".join(chunks)
 
 

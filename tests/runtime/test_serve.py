@@ -83,6 +83,7 @@ def server(bundle: Path) -> Iterator[Server]:
     yield opened
     if opened.process.poll() is None:
         opened.stop()
+    assert "Traceback" not in opened.said, opened.said
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -247,6 +248,19 @@ def test_slow_clients_are_cut_off(server: Server) -> None:
         assert b" 408 " in body.result() and b"no whole body in 3 s" in body.result()
         assert head.result() == silent.result() == b""
     assert server.ask("/healthz")[0] == 200
+
+
+def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error_of_the_server(
+    server: Server,
+) -> None:
+    name = 'rcod_answers_total{status="499"}'
+    before = server.measure(name)
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b"POST /v1/upscale HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\nab")
+    deadline = time.monotonic() + 10
+    while server.measure(name) == before:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_nothing_is_left_behind(server: Server, photo: Callable[..., np.ndarray]) -> None:
