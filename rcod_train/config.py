@@ -1,4 +1,7 @@
-"""The configuration of a run: one frozen dataclass tree from the command line to the files."""
+"""The configuration of a run: one frozen dataclass tree from the command line to the files.
+
+nano's defaults are the settings that the embedded model was trained with.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ class LoopConfig:
 class VaeStageConfig(LoopConfig):
     """Autoencoder: L1, gradient loss, and latents held near zero mean and unit variance."""
 
-    steps: int = 6000
+    steps: int = 5000
     learning_rate: float = 1e-3
     ema_decay: float = 0.998
     crops_per_photo: int = 4
@@ -63,7 +66,7 @@ class VaeStageConfig(LoopConfig):
 class BaseStageConfig(LoopConfig):
     """Base denoiser: eps-prediction on latents of HQ photos, visual tokens dropped at random."""
 
-    steps: int = 4000
+    steps: int = 1000
     learning_rate: float = 5e-4
     ema_decay: float = 0.998
     photos_per_batch: int = 8
@@ -86,8 +89,8 @@ class RcodStageConfig(LoopConfig):
         "das": ("paper", "official", "uniform"),
         "constants": ("paper", "official"),
     }
-    steps: int = 3000
-    learning_rate: float = 5e-4
+    steps: int = 1300
+    learning_rate: float = 3e-4
     regulariser_learning_rate: float = 5e-4
     ema_decay: float = 0.995
     rank_unet: int = 32
@@ -102,8 +105,8 @@ class RcodStageConfig(LoopConfig):
     k: int = 250
     metric_samples: int = 512
     metric_quantile: float = 0.02  # M_min and M_max are this quantile and its mirror
-    any_level: float = 0.3  # share of samples whose level is drawn from all, and not by Eq. 5
-    heavy_share: float = 0.5  # of "osediff" degradations, the rest "s3diff"
+    any_level: float = 0.5  # share of samples whose level is drawn from all, and not by Eq. 5
+    heavy_share: float = 0.35  # of "osediff" degradations, the rest "s3diff"
     l1_weight: float = 1.0
     mse_weight: float = 0.0
     lpips_weight: float = 2.0
@@ -111,9 +114,9 @@ class RcodStageConfig(LoopConfig):
     latent_weight: float = 0.05
     vsd_weight: float = 1.0
     guidance: float = 2.0
-    adversarial_weight: float = 0.1  # of the last level; an earlier one has its share
+    adversarial_weight: float = 0.09  # of the last level; an earlier one has its share
     feature_weight: float = 0.5  # distance of the discriminator's features; shared the same way
-    realism_power: float = 2.0  # the share of a level in both is (t / nk) to this power
+    realism_power: float = 1.5  # the share of a level in both is (t / nk) to this power
     discriminator_learning_rate: float = 1e-3
     train_decoder: bool = True
     decoder_learning_rate: float = 2e-4
@@ -134,7 +137,7 @@ class RegressionStageConfig(LoopConfig):
 class MemStageConfig(LoopConfig):
     """Metric estimation module, trained after the rest, on the same data."""
 
-    steps: int = 400
+    steps: int = 300
     learning_rate: float = 3e-3
 
 

@@ -81,7 +81,8 @@ def test_the_realism_terms_grow_with_the_level() -> None:
     for name in ("adversarial", "feature"):
         low, middle, last = (term[name].item() for term in terms)
         assert last != 0
-        assert [low, middle] == pytest.approx([last / 9, 4 * last / 9])
+        power = CONFIG.realism_power
+        assert [low, middle] == pytest.approx([last * (i / 3) ** power for i in (1, 2)])
     assert not rcod.realism_terms(hq, hq, torch.tensor([750]))["feature"]
     assert all(p.requires_grad for p in rcod.discriminator.parameters())
 
