@@ -6,13 +6,13 @@ a guide works with the estimator that it was trained with.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from safetensors.torch import save_file
 
 from rcod_train.config import EstimatorConfig
 from rcod_train.errors import TrainError
+from rcod_train.files import file_written_whole
 from rcod_train.models.guide import DegradationEstimator
 from rcod_train.network import seeded
 from rcod_train.run import Run
@@ -36,12 +36,10 @@ def train_estimator(config: EstimatorConfig, resume: bool) -> Path:
     run.train(stage, run.batches_of(config.estimator, "estimator", TOKENS_PX, heavy))
     path = run.out / "estimator.safetensors"
     if run.ranks.writes:
-        partial = path.with_suffix(".partial")
         try:
-            save_file(estimator.state_dict(), partial)
-            os.replace(partial, path)
+            with file_written_whole(path) as partial:
+                save_file(estimator.state_dict(), partial)
         except OSError as exc:
-            partial.unlink(missing_ok=True)
             raise TrainError(
                 f"{path}: could not be written ({exc.strerror or exc}). Free space and run again "
                 "with --resume."

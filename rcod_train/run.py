@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from rcod_train.checkpoint import CheckpointInfo, levels_of, save_merged
 from rcod_train.config import LoopConfig, RcodStageConfig, RunConfig
 from rcod_train.data import Batch, PhotoBatches, batches, worker_deaths
 from rcod_train.errors import ConfigError, MetricError, MissingPackage, TrainError
+from rcod_train.files import file_written_whole
 from rcod_train.grouping import Grouping, official_grouping
 from rcod_train.loop import Stage, run_stage
 from rcod_train.network import Parts
@@ -166,9 +166,8 @@ class Run:
             m_min, m_max = measure_metric_range(parts, source, config, self.autocast)
             record = {"m_min": m_min, "m_max": m_max, **made_with}
             if self.ranks.writes:
-                partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-                os.replace(partial, path)
+                with file_written_whole(path) as partial:
+                    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
         log.info("metric M: M_min %.4f, M_max %.4f", record["m_min"], record["m_max"])
         return Grouping(record["m_min"], record["m_max"], config.n, config.k)
 

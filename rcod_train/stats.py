@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from rcod_train.config import LoopConfig
 from rcod_train.data import PhotoBatches, to_unit
 from rcod_train.degradation import upsample_lq
 from rcod_train.errors import ConfigError, DataError, TrainError
+from rcod_train.files import file_written_whole
 from rcod_train.grouping import cosine_metric
 from rcod_train.models.sd import SdVae
 from rcod_train.models.vae import NanoVae
@@ -183,9 +183,8 @@ def _write(out: Path, document: dict[str, Any], figure_type: Any) -> None:
             ("stats.json", lambda p: p.write_text(json.dumps(document, indent=1) + "\n")),
             ("stats.png", lambda p: draw(document, figure_type).savefig(p, format="png", dpi=110)),
         ):
-            partial = out / f"{name}.partial"
-            save(partial)
-            os.replace(partial, out / name)
+            with file_written_whole(out / name) as partial:
+                save(partial)
     except OSError as exc:
         raise TrainError(
             f"{out}: can't be written ({exc.strerror or exc}). Choose another --out."

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from rcod_train.board import Board
 from rcod_train.checkpoint import LEVEL_NAMES
 from rcod_train.data import Batch
 from rcod_train.errors import MetricError, TrainError
+from rcod_train.files import file_written_whole
 from rcod_train.quality.metrics import psnr_y, ssim_y
 from rcod_train.quality.niqe import niqe
 from rcod_train.quality.pristine import Pristine
@@ -113,10 +113,10 @@ class Validation:
         text = json.dumps({"step": step, "photos": len(self.pairs), "levels": levels})
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(grid).save(f"{path}.partial", "PNG")
-            os.replace(f"{path}.partial", f"{path}.png")
-            Path(f"{path}.partial").write_text(text + "\n", encoding="utf-8")
-            os.replace(f"{path}.partial", f"{path}.json")
+            with file_written_whole(path.with_suffix(".png")) as partial:
+                Image.fromarray(grid).save(partial, "PNG")
+            with file_written_whole(path.with_suffix(".json")) as partial:
+                partial.write_text(text + "\n", encoding="utf-8")
         except OSError as exc:
             raise TrainError(
                 f"{path}: the validation could not be written ({exc.strerror or exc}). "

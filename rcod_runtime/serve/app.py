@@ -31,7 +31,7 @@ from starlette.requests import ClientDisconnect
 from rcod_runtime import ImageError, OutputError, Upscaler, UsageError
 from rcod_runtime.colour import COLOUR_MATCHES, DEFAULT_COLOUR_MATCH, ColourMatch
 from rcod_runtime.levels import level_weights
-from rcod_runtime.serve.jobs import MEDIA_TYPES, Abandoned, Choice, Job, Jobs
+from rcod_runtime.serve.jobs import MEDIA_TYPES, Choice, Job, Jobs
 from rcod_runtime.serve.limits import Limits, Refused
 from rcod_runtime.serve.measures import Measures
 
@@ -103,7 +103,7 @@ def make_app(upscaler: Upscaler, limits: Limits) -> FastAPI:
             "name": manifest.identity.name,
             "licence": manifest.identity.licence,
             "levels": [level.name for level in manifest.levels],
-            "adaptive": _has_adaptive(upscaler),
+            "adaptive": manifest.has_metric_estimator,
             "scale": manifest.image.scale,
             "backend": upscaler.backend,
             "limits": {"bytes": limits.body_bytes, "pixels": limits.pixels},
@@ -131,12 +131,6 @@ def make_app(upscaler: Upscaler, limits: Limits) -> FastAPI:
         return HTMLResponse(page, headers=headers)
 
     return app
-
-
-def _has_adaptive(upscaler: Upscaler) -> bool:
-    manifest = upscaler.manifest
-    names = {t.name for graph in manifest.graphs.values() for t in graph.outputs}
-    return "m_l" in names
 
 
 def _choice(request: Request, upscaler: Upscaler) -> Choice:
@@ -221,7 +215,7 @@ async def _wait(request: Request, result: asyncio.Future[bytes], job: Job, limit
         raise Refused(422, "ImageError", str(exc)) from exc
     except (UsageError, OutputError) as exc:
         raise Refused(400, type(exc).__name__, str(exc)) from exc
-    except (Refused, Abandoned):
+    except Refused:
         raise
     except asyncio.CancelledError:
         job.abandoned.set()
