@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rcod_train.bases import SD_TURBO, load_backbone, load_base
 from rcod_train.config import RcodSConfig
+from rcod_train.errors import ConfigError
 from rcod_train.grouping import Grouping
 from rcod_train.models.discriminator import BackboneDiscriminator
 from rcod_train.models.guide import Guide, GuidedMem
@@ -41,6 +42,12 @@ def train_rcod_s(
     With ``resume`` the newest whole checkpoint is continued. The result depends on the
     configuration, the base models, the estimator, the photos, the device and the threads.
     """
+    if config.rcod.vsd_weight or config.rcod.train_decoder:
+        raise ConfigError(
+            "rcod-s has no VSD and a frozen decoder: expected rcod.vsd_weight=0 and "
+            f"rcod.train_decoder=false, found {config.rcod.vsd_weight} and "
+            f"{config.rcod.train_decoder}. rcod-o has both."
+        )
     run = Run(config, (config.rcod, config.mem), resume)
     with seeded(config.seed):  # the alignment
         parts = load_base(config.base_model, config.clip, run.autocast.dtype, SD_TURBO)

@@ -275,13 +275,13 @@ class RcodStage:
 
     def updates(self, batch: Batch, generator: torch.Generator) -> Iterator[Update]:
         c = self.config
-        with self.autocast():
-            condition = self.condition(batch)
         made = self.reconstruct(batch, generator)
         z_sr, sr, hq, terms = made.z_sr, made.sr, made.hq, made.terms
         if self.perceptual is not None:
             terms["lpips"] = c.lpips_weight * self.perceptual(sr, hq).mean()
         if c.vsd_weight:
+            with self.autocast():
+                condition = self.condition(batch)
             direction = self.regulariser_direction(z_sr, made.t, condition, generator)
             terms["vsd"] = c.vsd_weight * vsd_loss(z_sr, direction)
         if self.discriminator is not None:

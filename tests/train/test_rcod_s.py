@@ -174,6 +174,11 @@ def merged(network: nn.Module, matrices: Tensor) -> dict[str, Tensor]:
 def test_every_branch_the_guide_conv_in_and_the_alignment_get_a_gradient() -> None:
     rcod = stage()
     assert list(rcod.groups) == ["generator", "discriminator"]
+
+    def unasked(batch: Batch) -> tuple[Tensor, Tensor]:
+        raise AssertionError("a condition is for VSD alone; with CLIP it is not cheap")
+
+    rcod.condition = unasked
     found = gradients(rcod)
     assert found.keys() == rcod.groups["generator"][0][0].keys()
     assert not [name for name in found if "estimator" in name]
@@ -243,6 +248,15 @@ def test_a_backbone_without_hidden_states_is_refused(tmp_path: Path) -> None:
     ResNetModel(config).save_pretrained(tmp_path)
     with pytest.raises(DataError, match='one "image_size"'):
         load_backbone(str(tmp_path))
+
+
+@pytest.mark.parametrize("setting", ["rcod.vsd_weight=1", "rcod.train_decoder=true"])
+def test_what_rcod_s_does_not_have_is_refused(
+    setting: str, base: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(base, photos, tmp_path / "out", "--set", setting)) == 2
+    assert "ConfigError: rcod-s has no VSD and a frozen decoder" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_file_that_is_no_estimator_is_named(
