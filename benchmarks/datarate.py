@@ -126,13 +126,12 @@ def write_photos(folder: Path, side_px: int) -> None:
 
 def measure(config: DatarateConfig, photos: list[Photo], preset: str) -> dict[str, Any]:
     """Samples a second from the workers, medians over the runs, and what degrading costs."""
-    heavy_share = {"osediff": 1.0, "s3diff": 0.0}[preset]
     sample = LoopConfig(
         photos_per_batch=1, crops_per_photo=1, crop_px=config.side_px, context_px=config.side_px
     )
     rates = []
     for i in range(config.runs):
-        dataset = PhotoBatches(photos, sample, i, TOKENS_PX, heavy_share)
+        dataset = PhotoBatches(photos, sample, i, TOKENS_PX, {preset: 1.0})
         rates.append(_rate(dataset, config.samples, config.workers))
     return {
         "samples_per_s": median(rates),

@@ -48,6 +48,19 @@ class LoopConfig:
                 )
 
 
+def degradation_shares(heavy: float, mild: float = 0.0) -> dict[str, float]:
+    """The share of each preset of rcod_train.degradation.
+
+    Raises:
+        ConfigError: a share is negative, or they are more than 1 together.
+    """
+    if min(heavy, mild) < 0 or heavy + mild > 1:
+        raise ConfigError(
+            f"heavy_share and mild_share: expected 0 to 1, also together, found {heavy} and {mild}."
+        )
+    return {"osediff": heavy, "mild": mild, "s3diff": 1.0 - heavy - mild}
+
+
 @dataclass(frozen=True)
 class VaeStageConfig(LoopConfig):
     """Autoencoder: L1, gradient loss, and latents held near zero mean and unit variance."""
@@ -106,7 +119,8 @@ class RcodStageConfig(LoopConfig):
     metric_samples: int = 512
     metric_quantile: float = 0.02  # M_min and M_max are this quantile and its mirror
     any_level: float = 0.5  # share of samples whose level is drawn from all, and not by Eq. 5
-    heavy_share: float = 0.35  # of "osediff" degradations, the rest "s3diff"
+    heavy_share: float = 0.35  # of "osediff" degradations
+    mild_share: float = 0.0  # of "mild" ones; the rest is "s3diff"
     l1_weight: float = 1.0
     mse_weight: float = 0.0
     lpips_weight: float = 2.0
@@ -121,6 +135,10 @@ class RcodStageConfig(LoopConfig):
     train_decoder: bool = True
     decoder_learning_rate: float = 2e-4
     gradient_checkpointing: bool = False  # blocks are computed again in the backward pass
+
+    @property
+    def degradations(self) -> dict[str, float]:
+        return degradation_shares(self.heavy_share, self.mild_share)
 
 
 @dataclass(frozen=True)
@@ -151,6 +169,10 @@ class EstimatorStageConfig(LoopConfig):
     crop_px: int = 256
     context_px: int = 256
     heavy_share: float = 0.5  # of "osediff" degradations, the rest "s3diff"
+
+    @property
+    def degradations(self) -> dict[str, float]:
+        return degradation_shares(self.heavy_share)
 
 
 # RCOD_O as the paper's supplement has it (30,000 iterations, batch 4, learning rate 2e-5, rank 4),

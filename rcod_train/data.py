@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +58,7 @@ class PhotoBatches(Dataset[Batch]):
 
     Args:
         photos: photos, pairs, or both.
-        heavy_share: of "osediff" degradations; None: nothing is degraded.
+        degradations: the share of each of ``PRESETS``; None: nothing is degraded.
         pairs_share: of samples that are pairs, where there are both.
     """
 
@@ -68,7 +68,7 @@ class PhotoBatches(Dataset[Batch]):
         config: LoopConfig,
         seed: int,
         tokens_px: int,
-        heavy_share: float | None,
+        degradations: Mapping[str, float] | None,
         pairs_share: float = 0.5,
     ) -> None:
         if not 0 < config.crop_px <= config.context_px:
@@ -79,7 +79,7 @@ class PhotoBatches(Dataset[Batch]):
         # waits for them for ever.
         cv2.setNumThreads(1)
         self.photos, self.config, self.seed = photos, config, seed
-        self.tokens_px, self.heavy_share = tokens_px, heavy_share
+        self.tokens_px, self.degradations = tokens_px, degradations
         paired = np.array([photo.lq is not None for photo in photos])
         self.plain, self.paired = np.flatnonzero(~paired), np.flatnonzero(paired)
         self.pairs_share = pairs_share
@@ -129,7 +129,7 @@ class PhotoBatches(Dataset[Batch]):
             photo = self.photos[i]
             try:
                 hq = photo.read()
-                lq = photo.read_lq() if photo.lq and self.heavy_share is not None else None
+                lq = photo.read_lq() if photo.lq and self.degradations is not None else None
             except UNREADABLE as exc:
                 unreadable[str(photo)] = str(exc)
                 continue
@@ -138,14 +138,19 @@ class PhotoBatches(Dataset[Batch]):
                 hq, lq = self._context(hq, rng, lq)
             else:
                 hq, _ = self._context(hq, rng)
-                if self.heavy_share is not None:
-                    preset = "osediff" if rng.random() < self.heavy_share else "s3diff"
-                    lq = degrade(hq, PRESETS[preset], rng, SCALE, strength)
+                if self.degradations is not None:
+                    lq = degrade(hq, PRESETS[self._preset(rng)], rng, SCALE, strength)
             return hq, lq, strength, i
         raise DataError(
             f"{self.photos[0]} and {len(self.photos) - 1} others: none can be decoded any more. "
             "Are the files still there?"
         )
+
+    def _preset(self, rng: np.random.Generator) -> str:
+        assert self.degradations is not None
+        upto = np.cumsum(list(self.degradations.values()))
+        last = len(upto) - 1  # the shares' sum may be a little below 1
+        return list(self.degradations)[min(last, int(np.searchsorted(upto, rng.random(), "right")))]
 
     def _context(
         self, hq: Pixels, rng: np.random.Generator, lq: Pixels | None = None

@@ -72,6 +72,19 @@ PRESETS = {
             (0.3, 0.4, 0.3), (0.6, 1.2), 0.5, (1, 12), (0.05, 1.0), 0.4, (60, 100),
         ),
     ),
+    # A camera whose lens is too short for the subject, and little else: as RealSR's photos are. The
+    # other two always add noise, and a small model that knows nothing else smooths what is clean.
+    "mild": DegradationConfig(
+        first=StageConfig(
+            BlurConfig(21, (1.0, 3.2)),
+            (0.0, 0.0, 1.0), (1.0, 1.0), 0.5, (0, 2), (0.0, 0.1), 0.4, (90, 100),
+        ),
+        second=StageConfig(
+            BlurConfig(11, (0.2, 1.0), probability=0.0),
+            (0.0, 0.0, 1.0), (1.0, 1.0), 0.5, (0, 3), (0.0, 0.1), 0.4, (90, 100),
+        ),
+        final_sinc_probability=0.2,
+    ),
 }  # fmt: skip
 
 

@@ -32,8 +32,8 @@ def train_estimator(config: EstimatorConfig, resume: bool) -> Path:
         estimator = DegradationEstimator(config.width, config.features, config.hidden)
     estimator.to(run.device)
     stage = EstimatorStage(estimator, config.estimator, run.autocast)
-    heavy = config.estimator.heavy_share
-    run.train(stage, run.batches_of(config.estimator, "estimator", TOKENS_PX, heavy))
+    degradations = config.estimator.degradations
+    run.train(stage, run.batches_of(config.estimator, "estimator", TOKENS_PX, degradations))
     path = run.out / "estimator.safetensors"
     if run.ranks.writes:
         try:

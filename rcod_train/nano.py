@@ -46,16 +46,16 @@ def train_nano(
     base = BaseStage(parts, config.base, autocast)
     run.train(base, run.batches_of(config.base, "base", tokens_px, None))
 
-    heavy = config.rcod.heavy_share
+    degradations = config.rcod.degradations
     grouping = run.grouping(parts, config.rcod, tokens_px)
     with seeded(config.seed):  # its LoRA matrices
         rcod = RcodStage(parts, config.rcod, grouping, autocast, run.perceptual)
     regression = RegressionStage(rcod, config.regression)
     for stage in (regression, rcod):
-        source = run.batches_of(stage.config, stage.name, tokens_px, heavy)
+        source = run.batches_of(stage.config, stage.name, tokens_px, degradations)
         run.train(stage, source, run.validation(rcod, stage, tokens_px))
     mem = MemStage(rcod, config.mem)
-    run.train(mem, run.batches_of(config.mem, "mem", tokens_px, heavy))
+    run.train(mem, run.batches_of(config.mem, "mem", tokens_px, degradations))
 
     summary = "Small one-step diffusion upscaler with a realism control, x4, for CPUs."
     info = run.info(rcod, "nano", name, summary, licence, sources)

@@ -42,11 +42,11 @@ def train_rcod_o(
     with seeded(config.seed):  # the LoRA matrices and the MEM
         rcod = RcodStage(parts, config.rcod, grouping, run.autocast, run.perceptual, condition)
         parts.mem = Mem(parts.vae.config.latent_channels).to(run.device)
-    heavy = config.rcod.heavy_share
+    degradations = config.rcod.degradations
     validation = run.validation(rcod, rcod, tokens_px)
-    run.train(rcod, run.batches_of(config.rcod, "rcod", tokens_px, heavy), validation)
+    run.train(rcod, run.batches_of(config.rcod, "rcod", tokens_px, degradations), validation)
     mem = MemStage(rcod, config.mem)
-    run.train(mem, run.batches_of(config.mem, "mem", tokens_px, heavy))
+    run.train(mem, run.batches_of(config.mem, "mem", tokens_px, degradations))
 
     summary = "One-step diffusion upscaler with a realism control, x4, on Stable Diffusion."
     info = run.info(rcod, "rcod-o", name, summary, licence, sources)

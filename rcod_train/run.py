@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -114,11 +114,15 @@ class Run:
         return [photo.name for photo in self.photos]
 
     def batches_of(
-        self, stage: LoopConfig, stream: str, tokens_px: int, heavy_share: float | None
+        self,
+        stage: LoopConfig,
+        stream: str,
+        tokens_px: int,
+        degradations: Mapping[str, float] | None,
     ) -> Callable[[int], Iterator[Batch]]:
         seed = self.config.seed * len(SEED_STEP) + SEED_STEP[stream]
         pairs_share = self.config.pairs_share
-        dataset = PhotoBatches(self.photos, stage, seed, tokens_px, heavy_share, pairs_share)
+        dataset = PhotoBatches(self.photos, stage, seed, tokens_px, degradations, pairs_share)
         rank, world = self.ranks.rank, self.ranks.world
         end = stage.steps * stage.accumulate
         if stream == "measure":  # the same in all processes
@@ -162,7 +166,7 @@ class Run:
         }
         record = _read_json(path) if self.resume else None
         if record is None or {key: record.get(key) for key in made_with} != made_with:
-            source = self.batches_of(config, "measure", tokens_px, config.heavy_share)(0)
+            source = self.batches_of(config, "measure", tokens_px, config.degradations)(0)
             m_min, m_max = measure_metric_range(parts, source, config, self.autocast)
             record = {"m_min": m_min, "m_max": m_max, **made_with}
             if self.ranks.writes:
@@ -180,7 +184,7 @@ class Run:
             return None
         config = dataclasses.replace(rcod.config, photos_per_batch=1, crops_per_photo=1)
         pairs = [
-            PhotoBatches([photo], config, self.config.seed, tokens_px, config.heavy_share)[i]
+            PhotoBatches([photo], config, self.config.seed, tokens_px, config.degradations)[i]
             for i, photo in enumerate(self.held_out)
         ]
         folder = self.out / stage.name / "validation"

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from rcod_train.bases import load_diffusion
 from rcod_train.checkpoint import load_merged
-from rcod_train.config import LoopConfig
+from rcod_train.config import LoopConfig, degradation_shares
 from rcod_train.data import PhotoBatches, to_unit
 from rcod_train.degradation import upsample_lq
 from rcod_train.errors import ConfigError, DataError, TrainError
@@ -151,7 +151,9 @@ def _images(config: StatsConfig) -> Any:
         loop = LoopConfig(photos_per_batch=1, crops_per_photo=1, crop_px=config.crop_px,
                           context_px=config.crop_px)  # fmt: skip
         photos = find_photos(config.data, config.crop_px)
-        batches = PhotoBatches(photos, loop, config.seed, tokens_px=8, heavy_share=0.5)
+        batches = PhotoBatches(
+            photos, loop, config.seed, tokens_px=8, degradations=degradation_shares(heavy=0.5)
+        )
         for i in tqdm(range(config.count), "stats", unit="image"):
             batch = batches[i]
             yield photos[int(batch.photo)].name, batch.lq, batch.hq

@@ -14,18 +14,21 @@ import torch
 from PIL import Image
 
 from benchmarks.picture import draw_picture
-from rcod_train.config import LoopConfig
+from rcod_train.config import LoopConfig, degradation_shares
 from rcod_train.data import PhotoBatches, batches, to_unit
 from rcod_train.degradation import PRESETS, StageConfig, degrade, upsample_lq
-from rcod_train.errors import DataError
+from rcod_train.errors import ConfigError, DataError
 from rcod_train.kernels import BlurConfig, gaussian_like, random_blur, random_sinc, sinc
 from rcod_train.photos import find_photos
 
 CONFIG = LoopConfig(steps=4, photos_per_batch=2, crops_per_photo=2, crop_px=64, context_px=96)
+SHARES = degradation_shares(0.5)
 
 
-def dataset(photos: Path, seed: int = 0, heavy_share: float | None = 0.5) -> PhotoBatches:
-    return PhotoBatches(find_photos((str(photos),), 96), CONFIG, seed, 32, heavy_share)
+def dataset(
+    photos: Path, seed: int = 0, degradations: dict[str, float] | None = SHARES
+) -> PhotoBatches:
+    return PhotoBatches(find_photos((str(photos),), 96), CONFIG, seed, 32, degradations)
 
 
 # -- photos ----------------------------------------------------------------------------------------
@@ -67,7 +70,7 @@ def test_a_batch_has_its_shapes_and_its_lq_matches_its_hq(photos: Path) -> None:
 
 
 def test_without_degradation_lq_is_hq(photos: Path) -> None:
-    batch = dataset(photos, heavy_share=None)[0]
+    batch = dataset(photos, degradations=None)[0]
     assert torch.equal(batch.hq, batch.lq) and torch.equal(batch.tokens_hq, batch.tokens_lq)
 
 
@@ -96,7 +99,7 @@ def test_workers_start_after_the_parent_has_degraded_a_photo(tmp_path: Path) -> 
         "from rcod_train.data import PhotoBatches, batches\n"
         "from rcod_train.photos import find_photos\n"
         "config = LoopConfig(photos_per_batch=1, crop_px=512, context_px=512)\n"
-        "data = PhotoBatches(find_photos((sys.argv[1],), 512), config, 0, 8, 0.5)\n"
+        "data = PhotoBatches(find_photos((sys.argv[1],), 512), config, 0, 8, {'s3diff': 1.0})\n"
         "for i in range(4): data[i]\n"
         "print(len(list(batches(data, range(2), workers=1))))\n"
     )
@@ -144,6 +147,31 @@ def test_the_heavy_preset_is_heavier_and_both_are_more_than_downsampling(
     bicubic = upsample_lq(np.asarray(small), picture.shape[:2])
     plain = np.square(bicubic.astype(float) - picture).mean()
     assert plain < mean_error(picture, "s3diff") < mean_error(picture, "osediff")
+
+
+def test_the_mild_preset_blurs_and_adds_next_to_no_noise(picture: np.ndarray) -> None:
+    small = Image.fromarray(picture).resize((48, 32), Image.Resampling.BICUBIC)
+    bicubic = upsample_lq(np.asarray(small), picture.shape[:2])
+    plain = np.square(bicubic.astype(float) - picture).mean()
+    assert plain < mean_error(picture, "mild") < mean_error(picture, "s3diff")
+    flat = np.full((128, 128, 3), 120, np.uint8)
+
+    def noise(preset: str) -> float:
+        draws = [degrade(flat, PRESETS[preset], np.random.default_rng(s)) for s in range(20)]
+        return float(np.mean([np.std(lq) for lq in draws]))
+
+    assert 0 < 3 * noise("mild") < noise("s3diff")
+
+
+def test_presets_are_drawn_by_their_shares(photos: Path) -> None:
+    rng = np.random.default_rng(0)
+    data = dataset(photos, degradations=degradation_shares(0.2, 0.5))
+    drawn = [data._preset(rng) for _ in range(4000)]
+    for preset, share in (("osediff", 0.2), ("mild", 0.5), ("s3diff", 0.3)):
+        assert drawn.count(preset) / 4000 == pytest.approx(share, abs=0.03)
+    for heavy, mild in ((-0.1, 0.5), (0.6, 0.5), (0.0, 1.1)):
+        with pytest.raises(ConfigError, match="heavy_share and mild_share"):
+            degradation_shares(heavy, mild)
 
 
 def test_the_degraded_image_is_not_shifted(picture: np.ndarray) -> None:

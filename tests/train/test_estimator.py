@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from scipy.stats import spearmanr
 
-from rcod_train.config import EstimatorStageConfig, LoopConfig, RcodSConfig
+from rcod_train.config import EstimatorStageConfig, LoopConfig, RcodSConfig, degradation_shares
 from rcod_train.data import PhotoBatches
 from rcod_train.degradation import PRESETS, TYPICAL_BLUR_PX, TYPICAL_NOISE, Strength, degrade
 from rcod_train.kernels import gaussian_like, sinc
@@ -90,7 +90,7 @@ def test_taking_the_strength_changes_no_pixel(photos: Path) -> None:
 
 def test_a_batch_has_the_scores_of_its_photos_and_the_lq_before_upsampling(photos: Path) -> None:
     config = LoopConfig(photos_per_batch=2, crops_per_photo=2, crop_px=64, context_px=96)
-    batch = PhotoBatches(find_photos((str(photos),), 96), config, 0, 8, 0.5)[3]
+    batch = PhotoBatches(find_photos((str(photos),), 96), config, 0, 8, degradation_shares(0.5))[3]
     assert batch.lq_native is not None and batch.scores is not None
     assert batch.lq_native.shape == (4, 3, 16, 16) and batch.scores.shape == (4, 2)
     assert torch.equal(batch.scores[0], batch.scores[1])
@@ -108,7 +108,7 @@ def test_the_estimator_learns_the_scores_of_one_batch_by_heart(
     photos: Path, tmp_path: Path
 ) -> None:
     loop = LoopConfig(photos_per_batch=8, crops_per_photo=1, crop_px=64, context_px=64)
-    batch = PhotoBatches(find_photos((str(photos),), 64), loop, 99, 8, 0.5)[0]
+    batch = PhotoBatches(find_photos((str(photos),), 64), loop, 99, 8, degradation_shares(0.5))[0]
     config = EstimatorStageConfig(
         steps=200, learning_rate=0.003, warmup_steps=1, ema_decay=0.5, checkpoint_steps=200
     )

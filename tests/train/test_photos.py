@@ -16,13 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from rcod_train.config import LoopConfig
+from rcod_train.config import LoopConfig, degradation_shares
 from rcod_train.data import Batch, PhotoBatches, batches, worker_deaths
 from rcod_train.errors import DataError, TrainError
 from rcod_train.main import main
 from rcod_train.photos import find_pairs, find_photos, first_readable
 
 CONFIG = LoopConfig(photos_per_batch=4, crops_per_photo=2, crop_px=64, context_px=96)
+SHARES = degradation_shares(0.5)
 
 
 def shard(path: Path, photos: Path, names: str = "0123") -> Path:
@@ -47,8 +48,10 @@ def pairs(folder: Path, photos: Path, scale: int = 4) -> Path:
     return folder
 
 
-def made(photos: list, heavy: float | None = 0.5, share: float = 0.5, i: int = 0) -> Batch:
-    return PhotoBatches(photos, CONFIG, 0, 32, heavy, share)[i]
+def made(
+    photos: list, presets: dict[str, float] | None = SHARES, share: float = 0.5, i: int = 0
+) -> Batch:
+    return PhotoBatches(photos, CONFIG, 0, 32, presets, share)[i]
 
 
 # -- shards ----------------------------------------------------------------------------------------
@@ -104,7 +107,7 @@ def test_pairs_are_their_share_of_the_samples(photos: Path, tmp_path: Path) -> N
     for share in (0.0, 0.25, 1.0):
         chosen = torch.cat([made(both, share=share, i=i).photo[::2] for i in range(40)])
         assert (chosen >= 4).float().mean().item() == pytest.approx(share, abs=0.1)
-    clean = made(both, heavy=None)  # stages without degradation take the HR image alone
+    clean = made(both, presets=None)  # stages without degradation take the HR image alone
     assert clean.lq_native is None and torch.equal(clean.hq, clean.lq)
 
 
@@ -166,7 +169,7 @@ def cut(photos: Path, tmp_path: Path) -> Path:
 def test_a_photo_that_cannot_be_decoded_is_named_once_and_the_next_one_taken(
     cut: Path, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = PhotoBatches(find_photos((str(cut),), 96), CONFIG, 0, 32, 0.5)
+    data = PhotoBatches(find_photos((str(cut),), 96), CONFIG, 0, 32, SHARES)
     named: set[str] = set()
     with caplog.at_level(logging.WARNING):
         made = list(batches(data, range(4), workers, named))
@@ -175,13 +178,13 @@ def test_a_photo_that_cannot_be_decoded_is_named_once_and_the_next_one_taken(
     assert named == {str(cut / "1.png")}
     shown = torch.cat([batch.photo for batch in made])
     assert 1 not in shown and 2 in shown
-    again = PhotoBatches(data.photos, CONFIG, 0, 32, 0.5)[3]
+    again = PhotoBatches(data.photos, CONFIG, 0, 32, SHARES)[3]
     assert torch.equal(again.lq, made[3].lq)
 
 
 def test_photos_that_are_all_gone_end_the_run(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "0.png").write_bytes((photos / "0.png").read_bytes())
-    data = PhotoBatches(find_photos((str(tmp_path),), 96), CONFIG, 0, 32, 0.5)
+    data = PhotoBatches(find_photos((str(tmp_path),), 96), CONFIG, 0, 32, SHARES)
     (tmp_path / "0.png").unlink()
     with pytest.raises(DataError, match=r"^\S*0\.png and 0 others: none can be decoded") as caught:
         list(batches(data, range(2), workers=1))
@@ -208,7 +211,7 @@ DEATH = r"a data worker died .* --resume, and fewer --workers"
 
 
 def test_a_worker_that_dies_ends_the_run_and_says_what_to_do(photos: Path) -> None:
-    data = Dying(find_photos((str(photos),), 96), CONFIG, 0, 32, 0.5)
+    data = Dying(find_photos((str(photos),), 96), CONFIG, 0, 32, SHARES)
     with pytest.raises(TrainError, match=DEATH):
         list(batches(data, range(2), workers=1))
 
@@ -216,7 +219,7 @@ def test_a_worker_that_dies_ends_the_run_and_says_what_to_do(photos: Path) -> No
 def test_a_worker_that_dies_while_a_step_is_computed_is_no_less_typed(photos: Path) -> None:
     """PyTorch raises from the handler of SIGCHLD, wherever the process is."""
     stream = batches(
-        PhotoBatches(find_photos((str(photos),), 96), CONFIG, 0, 32, 0.5), range(99), 1
+        PhotoBatches(find_photos((str(photos),), 96), CONFIG, 0, 32, SHARES), range(99), 1
     )
     with pytest.raises(TrainError, match=DEATH), worker_deaths():
         next(stream)
@@ -237,7 +240,7 @@ def test_a_signal_to_all_processes_leaves_the_workers_at_work(
 ) -> None:
     """Ctrl-C and schedulers signal the whole group: the first process ends the others, after the
     step that it is in, which may need batches still."""
-    data = PhotoBatches(find_photos((str(photos),), 96), CONFIG, 0, 32, 0.5)
+    data = PhotoBatches(find_photos((str(photos),), 96), CONFIG, 0, 32, SHARES)
     stream = batches(data, range(12), workers=1)
     first = next(stream)
     (worker,) = multiprocessing.active_children()
