@@ -1,0 +1,80 @@
+"""C code and Python share pixels without copies."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import mmap
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from benchmarks.picture import draw_picture
+from examples.c_callable import BYTES, UPSCALE_T, c_function
+from rcod_runtime import Upscaler
+
+HEIGHT, WIDTH = 24, 40
+
+
+@pytest.fixture(scope="module")
+def upscaler() -> Upscaler:
+    return Upscaler(device="cpu")
+
+
+@pytest.fixture
+def c_memory() -> Iterator[tuple[int, int]]:
+    """Addresses from malloc: a photo's pixels, and room for the result."""
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
+    lq, sr = libc.malloc(HEIGHT * WIDTH * 3), libc.malloc(HEIGHT * WIDTH * 48)
+    ctypes.memmove(lq, draw_picture(HEIGHT, WIDTH).tobytes(), HEIGHT * WIDTH * 3)
+    yield lq, sr
+    libc.free(lq)
+    libc.free(sr)
+
+
+def called(function: object, lq: int, sr: int, height: int = HEIGHT, realism: float = 0.5) -> int:
+    """Through the bare address, as C calls it."""
+    address = ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
+    code: int = UPSCALE_T(address)(
+        ctypes.cast(lq, BYTES), height, WIDTH, realism, ctypes.cast(sr, BYTES)
+    )
+    return code
+
+
+def test_c_gets_the_pixels_where_it_wants_them(
+    upscaler: Upscaler, c_memory: tuple[int, int]
+) -> None:
+    function = c_function(upscaler)
+    expected = upscaler(draw_picture(HEIGHT, WIDTH), 0.5)
+    assert called(function, *c_memory) == 0
+    assert ctypes.string_at(c_memory[1], HEIGHT * WIDTH * 48) == expected.tobytes()
+    with ThreadPoolExecutor(3) as pool:  # threads that C made look the same from here
+        codes = list(pool.map(lambda _: called(function, *c_memory), range(6)))
+    assert codes == [0] * 6
+    assert ctypes.string_at(c_memory[1], HEIGHT * WIDTH * 48) == expected.tobytes()
+
+
+def test_errors_come_to_c_as_numbers(
+    upscaler: Upscaler, c_memory: tuple[int, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    function = c_function(upscaler)
+    with caplog.at_level(logging.ERROR):
+        assert called(function, *c_memory, realism=float("nan")) == 2
+        assert called(function, 0, c_memory[1]) == 1  # a null pointer
+        assert called(function, *c_memory, height=-1) != 0
+    assert "UsageError: realism nan: expected a number in [0, 1]" in caplog.text
+
+
+def test_a_buffer_is_read_and_written_in_place(upscaler: Upscaler) -> None:
+    """As the README has it; mmap stands for any object with the buffer protocol."""
+    photo = draw_picture(HEIGHT, WIDTH)
+    source, target = mmap.mmap(-1, photo.nbytes), mmap.mmap(-1, 16 * photo.nbytes)
+    source[:] = photo.tobytes()
+    lq = np.frombuffer(source, np.uint8).reshape(HEIGHT, WIDTH, 3)
+    out = np.frombuffer(target, np.uint8).reshape(4 * HEIGHT, 4 * WIDTH, 3)
+    assert upscaler(lq, out=out) is out
+    assert target[:] == upscaler(photo).tobytes()
