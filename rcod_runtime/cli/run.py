@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from rcod_runtime.cli.files import STREAM, Task
-from rcod_runtime.cli.report import Record, Report
-from rcod_runtime.errors import ImageError, OutputError, PartialFailure, RcodError, UsageError
-from rcod_runtime.image_io import decode_image, encode_image, read_image, write_image
+from rcod_runtime.cli.files import Task
+from rcod_runtime.cli.image import Options, upscale_image
+from rcod_runtime.cli.report import Report
+from rcod_runtime.errors import OutputError, PartialFailure, UsageError
 
 if TYPE_CHECKING:
     from rcod_runtime.upscaler import Upscaler
@@ -25,18 +23,6 @@ if TYPE_CHECKING:
 IMAGES_BAR = (
     "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}, {rate_noinv_fmt}]"
 )
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a run does to each image: arguments of Upscaler's call."""
-
-    realism: str | float
-    scale: float | None
-    colour_match: Any
-    tile_px: int | None
-    overlap_px: int | None
-    batch: int | None
 
 
 def run_tasks(
@@ -105,74 +91,12 @@ class _Run:
             OutputError: nothing can be told any more: stdout or the report can't be written.
             RcodError: why the only image failed.
         """
-        sizes: dict[str, int] = {}
-        begin = time.perf_counter()
+        if self.stopped.is_set():
+            return
         try:
-            try:
-                self._upscale(task, sizes)
-            except MemoryError as exc:
-                raise ImageError(
-                    f"{task}: there is not enough memory for it. Choose a smaller --scale or fewer "
-                    "--jobs, or cut the image into parts."
-                ) from exc
+            record, error = upscale_image(self.upscaler, task, self.options, self._progress)
         except _Stopped:
             return
-        except RcodError as error:
-            self._tell(task, sizes, time.perf_counter() - begin, error)
-            if isinstance(error, UsageError) or not self.several:
-                raise
-        else:
-            self._tell(task, sizes, time.perf_counter() - begin, None)
-
-    def _upscale(self, task: Task, sizes: dict[str, int]) -> None:
-        if self.stopped.is_set():
-            raise _Stopped
-        if task.source is None:
-            photo = decode_image(sys.stdin.buffer.read(), "stdin")
-        else:
-            photo = read_image(task.source)
-        sizes["input_height_px"], sizes["input_width_px"] = photo.pixels.shape[:2]
-        options = self.options
-        sr = self.upscaler(
-            photo.pixels,
-            options.realism,
-            options.scale,
-            colour_match=options.colour_match,
-            tile_px=options.tile_px,
-            overlap_px=options.overlap_px,
-            batch=options.batch,
-            progress=self._progress,
-        )
-        if task.target is not None:
-            write_image(task.target, sr, photo.icc)
-        else:
-            data = encode_image(sr, task.format_name, "stdout", photo.icc)
-            try:
-                sys.stdout.buffer.write(data)
-                sys.stdout.buffer.flush()
-            except OSError as exc:
-                raise _lost("stdout", exc) from exc
-        sizes["output_height_px"], sizes["output_width_px"] = sr.shape[:2]
-
-    def _progress(self, done: int, total: int) -> None:
-        if self.stopped.is_set():
-            raise _Stopped
-        if not self.several:
-            self.bar.total = total
-            self.bar.update(done - self.bar.n)
-
-    def _tell(
-        self, task: Task, sizes: dict[str, int], seconds: float, error: RcodError | None
-    ) -> None:
-        record = Record(
-            str(task),
-            STREAM if task.target is None else str(task.target),
-            "written" if error is None else "failed",
-            **sizes,
-            seconds=round(seconds, 3),
-            error=None if error is None else type(error).__name__,
-            message=None if error is None else str(error),
-        )
         with self._lock:
             self.report.add(record)
             if error is None and task.target is not None:
@@ -181,7 +105,16 @@ class _Run:
                 self.bar.update()
                 if error is not None and not isinstance(error, UsageError):
                     self.failed += 1
-                    say(f"{type(error).__name__}: {error}", sys.stderr)
+                    say(f"{record.error}: {record.message}", sys.stderr)
+        if isinstance(error, UsageError) or (error is not None and not self.several):
+            raise error
+
+    def _progress(self, done: int, total: int) -> None:
+        if self.stopped.is_set():
+            raise _Stopped
+        if not self.several:
+            self.bar.total = total
+            self.bar.update(done - self.bar.n)
 
 
 def say(text: str, stream: TextIO) -> None:
@@ -194,8 +127,5 @@ def say(text: str, stream: TextIO) -> None:
         tqdm.write(text, file=stream)
         stream.flush()
     except OSError as exc:
-        raise _lost("stdout" if stream is sys.stdout else "stderr", exc) from exc
-
-
-def _lost(name: str, exc: OSError) -> OutputError:
-    return OutputError(f"{name}: can't be written ({exc.strerror or exc}).")
+        name = "stdout" if stream is sys.stdout else "stderr"
+        raise OutputError(f"{name}: can't be written ({exc.strerror or exc}).") from exc

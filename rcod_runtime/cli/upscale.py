@@ -182,7 +182,8 @@ def _pending(tasks: Sequence[Task], report: Report) -> list[Task]:
 def _upscale(
     arguments: argparse.Namespace, tasks: Sequence[Task], report: Report, several: bool
 ) -> None:
-    from rcod_runtime.cli.run import Options, run_tasks
+    from rcod_runtime.cli.image import Options
+    from rcod_runtime.cli.run import run_tasks
     from rcod_runtime.upscaler import Upscaler
 
     options = Options(
