@@ -11,6 +11,7 @@ from pathlib import Path
 from rcod_runtime.errors import ImageError, OutputError, UsageError
 
 STREAM = "-"  # stdin as an input, stdout as the output
+TABLES = (".parquet", ".tar")  # files of many images, which --ray takes
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "tiff": ".tif", "bmp": ".bmp"}
 
 
@@ -24,6 +25,11 @@ class Task:
 
     def __str__(self) -> str:
         return STREAM if self.source is None else str(self.source)
+
+
+def is_table(text: str) -> bool:
+    """Whether an input is a Parquet file or a tar shard (webdataset); it may be a URI."""
+    return text.lower().endswith(TABLES)
 
 
 def plan_tasks(

@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from pathlib import Path
 
+from rcod_runtime.cli.opening import add_opening_options, opening
 from rcod_runtime.errors import BackendError, RcodError, UsageError
 from rcod_runtime.serve.limits import Limits
 
@@ -26,13 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
         prog="rcod-serve", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, limits = parser.add_argument, Limits()
-    add("--bundle", type=Path, metavar="DIR", help="default: the embedded model")
     add("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     add("--port", type=int, default=8000, help="0: one that is free (default: %(default)s)")
-    add("--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)")
-    add("--backend", default="auto", help="see rcod-upscale (default: %(default)s)")
-    add("--precision", choices=("auto", "fp32", "bf16"), default="auto")
-    add("--threads", type=int, default=0, metavar="N", help="compute threads (default: all)")
     add("--jobs", type=int, default=limits.jobs, help="photos in work at once (%(default)s)")
     add("--queue", type=int, default=limits.queue,
         help="photos in work and waiting; more get 503 (default: %(default)s)")  # fmt: skip
@@ -45,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="for a request to arrive (default: %(default)g)")  # fmt: skip
     add("--job-timeout", type=float, default=limits.job_s, metavar="S",
         help="from there to its answer (default: %(default)g)")  # fmt: skip
-    add("--require-signature", type=Path, metavar="PEM", help="public key that signed the bundle")
+    add_opening_options(parser)
     return parser
 
 
@@ -80,14 +75,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         raise BackendError(f'{exc.name} is not installed. pip install "rcod[serve]"') from exc
     from rcod_runtime import Upscaler
 
-    upscaler = Upscaler(
-        arguments.bundle,
-        arguments.device,
-        arguments.backend,
-        precision=arguments.precision,
-        threads=arguments.threads,
-        require_signature=arguments.require_signature,
-    )
+    upscaler = Upscaler(**opening(arguments))
     upscaler.warmup()
     config = uvicorn.Config(
         make_app(upscaler, limits),

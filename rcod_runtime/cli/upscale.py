@@ -5,6 +5,7 @@
   rcod-upscale "in/*.png" -o sharp/ --realism 0.3     between fidelity (0) and realism (1)
   rcod-upscale photos/ -o sharp/ --skip-existing      what an earlier run has not written yet
   rcod-upscale - -o - < photo.jpg > sharp.png         stdin to stdout
+  rcod-upscale *.parquet -o sharp/ --ray auto         on a Ray cluster
 
 The paths of the written images go to stdout, one a line; progress and messages to stderr.
 Exit codes: 0 all written, 2 wrong arguments, 3 an input image, 4 the bundle, 5 the backend,
@@ -25,16 +26,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from rcod_runtime.cli.files import SUFFIXES, Task, make_folders, plan_tasks
+from rcod_runtime.cli.files import SUFFIXES, Task, is_table, make_folders, plan_tasks
+from rcod_runtime.cli.opening import add_opening_options, opening
 from rcod_runtime.cli.report import Record, Report
 from rcod_runtime.errors import RcodError, UsageError
 from rcod_runtime.files import remove_partials
 
+if TYPE_CHECKING:
+    from rcod_runtime.cli.cluster import Cluster
+    from rcod_runtime.cli.image import Options
+
 EXIT_INTERRUPTED = 130
 EXIT_TERMINATED = 143
-# As rcod_runtime.backends.choice.CHOICES, which --help must not import numpy for.
-BACKENDS = ("auto", "tensorrt", "openvino", "onnxruntime", "onnxruntime-tensorrt")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -73,22 +78,6 @@ def build_parser() -> argparse.ArgumentParser:
         "stdout (default: png)",
     )
     add("--report", type=Path, metavar="FILE", help="what became of each image, as JSON Lines")
-    add("--bundle", type=Path, metavar="DIR", help="default: the embedded model")
-    add(
-        "--require-signature",
-        type=Path,
-        metavar="PEM",
-        help="Ed25519 public key that must have signed the bundle",
-    )
-    add("--device", default="auto", help="auto, cpu or cuda:N (default: %(default)s)")
-    add("--backend", choices=BACKENDS, default="auto", help="tensorrt: the bundle's engines")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "fp16", "bf16"),
-        default="auto",
-        help="bf16 is faster and a few grey levels off; auto: where the processor has it "
-        "(default: %(default)s)",
-    )
     add("--tile", type=int, metavar="PX", help="side of a tile in the result (default: bundle's)")
     add("--overlap", type=int, metavar="PX", help="overlap of tiles (default: bundle's)")
     add("--batch", type=int, metavar="N", help="tiles run together (default: backend's choice)")
@@ -96,12 +85,24 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--jobs",
         type=int,
-        default=1,
         metavar="N",
-        help="images in work at once: reading and writing overlap with computing "
-        "(default: %(default)s)",
+        help="images in work at once: reading and writing overlap with computing (default: 1; with "
+        "--ray: as many as there is room for)",
     )
-    add("--threads", type=int, default=0, metavar="N", help="compute threads (default: all)")
+    add(
+        "--ray",
+        metavar="ADDRESS",
+        help="on a Ray cluster: local, auto, or HOST:PORT. IN may then be Parquet files or .tar "
+        "shards (webdataset), too; images whose output is there are left out",
+    )
+    add(
+        "--ray-gpus",
+        type=float,
+        default=0.0,
+        metavar="G",
+        help="GPUs for each image in work on Ray: 1, or 0.5 to share one (default: none)",
+    )
+    add_opening_options(parser)
     return parser
 
 
@@ -145,8 +146,15 @@ def _sigterm_raises() -> Iterator[None]:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    if arguments.jobs < 1:
+    if arguments.jobs is not None and arguments.jobs < 1:
         raise UsageError(f"--jobs {arguments.jobs}: expected at least 1.")
+    if arguments.ray_gpus < 0 or (arguments.ray_gpus and arguments.ray is None):
+        raise UsageError("--ray-gpus: expected --ray beside it, and a number of at least 0.")
+    if any(map(is_table, arguments.inputs)):
+        if arguments.ray is None:
+            raise UsageError(f"{arguments.inputs[0]}: files of many images need --ray local.")
+        _upscale_tables(arguments)
+        return
     if arguments.out == "-" and sys.stdout.isatty():
         raise UsageError("-o -: expected a file or a pipe as stdout, found a terminal.")
     tasks = plan_tasks(arguments.inputs, arguments.out, arguments.format, arguments.recursive)
@@ -154,7 +162,8 @@ def _run(arguments: argparse.Namespace) -> None:
     make_folders(tasks)
     remove_partials(task.target for task in tasks if task.target is not None)
     with Report(arguments.report) as report:
-        pending = _pending(tasks, report) if arguments.skip_existing else tasks
+        skips = arguments.skip_existing or arguments.ray is not None
+        pending = _pending(tasks, report) if skips else tasks
         if pending:
             _upscale(arguments, pending, report, several=len(tasks) > 1)
 
@@ -182,11 +191,41 @@ def _pending(tasks: Sequence[Task], report: Report) -> list[Task]:
 def _upscale(
     arguments: argparse.Namespace, tasks: Sequence[Task], report: Report, several: bool
 ) -> None:
-    from rcod_runtime.cli.image import Options
-    from rcod_runtime.cli.run import run_tasks
+    from rcod_runtime.cli.run import run_task, run_tasks
     from rcod_runtime.upscaler import Upscaler
 
-    options = Options(
+    options = _options(arguments)
+    if arguments.ray is not None:
+        from rcod_runtime.cli.cluster import upscale_files
+
+        upscale_files(_cluster(arguments), tasks, options, report)
+        return
+    with Upscaler(**opening(arguments)) as upscaler:
+        if several:
+            run_tasks(upscaler, tasks, options, report, arguments.jobs or 1)
+        else:
+            run_task(upscaler, tasks[0], options, report)
+
+
+def _upscale_tables(arguments: argparse.Namespace) -> None:
+    from rcod_runtime.cli.cluster import upscale_tables
+
+    suffix = None if arguments.format is None else SUFFIXES[arguments.format]
+    with Report(arguments.report) as report:
+        upscale_tables(_cluster(arguments), arguments.inputs, Path(arguments.out), suffix,
+                       _options(arguments), report)  # fmt: skip
+
+
+def _cluster(arguments: argparse.Namespace) -> Cluster:
+    from rcod_runtime.cli.cluster import Cluster
+
+    return Cluster(arguments.ray, opening(arguments), arguments.jobs, arguments.ray_gpus)
+
+
+def _options(arguments: argparse.Namespace) -> Options:
+    from rcod_runtime.cli.image import Options
+
+    return Options(
         _realism(arguments.realism),
         arguments.scale,
         arguments.colour_match,
@@ -194,15 +233,6 @@ def _upscale(
         arguments.overlap,
         arguments.batch,
     )
-    with Upscaler(
-        arguments.bundle,
-        arguments.device,
-        arguments.backend,
-        precision=arguments.precision,
-        threads=arguments.threads,
-        require_signature=arguments.require_signature,
-    ) as upscaler:
-        run_tasks(upscaler, tasks, options, report, arguments.jobs, several)
 
 
 def _realism(text: str) -> str | float:
