@@ -27,7 +27,7 @@ def gather(
     pairs: Sequence[Pair],
     methods: Sequence[Method],
     metrics: Sequence[Metric],
-    learned: Sequence[iqa.Loaded],
+    packaged: Sequence[iqa.Loaded],
     strips: set[str],
     strips_dir: Path | None,
     compared: set[str],
@@ -39,7 +39,7 @@ def gather(
     panels: list[Panel] = []
     total = len(pairs) * len(methods)
     lq_of = {pair.name: pair.lq for pair in pairs}
-    sets = iqa.SetScores(learned)
+    sets = iqa.SetScores(packaged)
     try:
         for score in tqdm(
             score_pairs(pairs, methods, metrics), total=total, unit="image", disable=None

@@ -1,7 +1,8 @@
-"""Learned metrics through pyiqa, where it is installed and its weights can be had.
+"""Metrics of other packages: learned ones of pyiqa, where its weights can be had, and PIQE.
 
-pyiqa is no extra of this package: its licence (PolyForm Noncommercial) is for each user to
-accept. What can't be had is not replaced by something else: it is missing, with the reason.
+Neither package is an extra of this one: pyiqa's licence (PolyForm Noncommercial) is for each user
+to accept, and pypiqe asks for a build of OpenCV that gets in the way of the headless one. What
+can't be had is not replaced by something else: it is missing, with the reason.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,20 @@ import numpy.typing as npt
 
 Image = npt.NDArray[np.uint8]
 
-INSTALL_LINE = 'pip install "pyiqa>=0.1.13,<0.2"'
+INSTALL_PYIQA = 'pip install "pyiqa>=0.1.13,<0.2"'
+INSTALL_PYPIQE = "pip install opencv-python-headless && pip install --no-deps pypiqe==1.2"
 MANIQA_SEED = 0  # it judges random crops
 # What a package may raise that fetches weights while it is built: no network, no file, no hash.
 BUILDING_FAILS = (ImportError, OSError, RuntimeError, ValueError, KeyError, AssertionError)
 
 
 @dataclass(frozen=True)
-class Learned:
-    """One of pyiqa's metrics. ``whole_set``: of two folders, not of one image."""
+class Packaged:
+    """A metric of another package. ``name_there``: pyiqa's name, "" for PIQE. ``whole_set``: of two
+    folders, not of one image."""
 
     name: str
-    pyiqa_name: str
+    name_there: str
     header: str
     decimals: int
     needs_hq: bool
@@ -36,13 +40,15 @@ class Learned:
     whole_set: bool = False
 
 
-LEARNED = (
-    Learned("lpips", "lpips", "LPIPS", 4, True, False),
-    Learned("dists", "dists", "DISTS", 4, True, False),
-    Learned("musiq", "musiq", "MUSIQ", 2, False, True),
-    Learned("maniqa", "maniqa-pipal", "MANIQA", 4, False, True),
-    Learned("clipiqa", "clipiqa", "CLIPIQA", 4, False, True),
-    Learned("fid", "fid", "FID", 2, True, False, whole_set=True),
+PACKAGED = (
+    # Venkatanath et al. 2015: distortion in the blocks that the eye looks at; nothing is trained.
+    Packaged("piqe", "", "PIQE", 2, False, False),
+    Packaged("lpips", "lpips", "LPIPS", 4, True, False),
+    Packaged("dists", "dists", "DISTS", 4, True, False),
+    Packaged("musiq", "musiq", "MUSIQ", 2, False, True),
+    Packaged("maniqa", "maniqa-pipal", "MANIQA", 4, False, True),
+    Packaged("clipiqa", "clipiqa", "CLIPIQA", 4, False, True),
+    Packaged("fid", "fid", "FID", 2, True, False, whole_set=True),
 )
 
 
@@ -50,7 +56,7 @@ LEARNED = (
 class Loaded:
     """A metric that is ready: ``of_image`` (sr, hq), or ``of_folders`` (sr folder, hq folder)."""
 
-    learned: Learned
+    packaged: Packaged
     protocol: str
     of_image: Callable[[Image, Image], float] | None
     of_folders: Callable[[Path, Path], float] | None
@@ -58,40 +64,57 @@ class Loaded:
 
 def load(names: Sequence[str]) -> tuple[list[Loaded], dict[str, str]]:
     """Those of ``names`` that can be had, and of the others why not."""
-    chosen = [learned for learned in LEARNED if learned.name in names]
-    if not chosen:
-        return [], {}
-    try:
-        import pyiqa
-    except ImportError as exc:
-        reason = f"{exc.name or 'pyiqa'} is not installed: {INSTALL_LINE}"
-        return [], {learned.name: reason for learned in chosen}
     loaded, missing = [], {}
-    for learned in chosen:
-        try:
-            metric = pyiqa.create_metric(learned.pyiqa_name, device="cpu")
-        except BUILDING_FAILS as exc:
-            said = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
-            missing[learned.name] = f"its weights can't be had here ({said[:200]})"
+    for packaged in PACKAGED:
+        if packaged.name not in names:
             continue
-        protocol = f"pyiqa {getattr(pyiqa, '__version__', '')} {learned.pyiqa_name}".strip()
-        loaded.append(_wrapped(learned, metric, protocol))
+        try:
+            loaded.append(_piqe(packaged) if packaged.name == "piqe" else _pyiqa(packaged))
+        except _Missing as exc:
+            missing[packaged.name] = str(exc)
     return loaded, missing
 
 
-def _wrapped(learned: Learned, metric: Any, protocol: str) -> Loaded:
-    if learned.whole_set:
-        return Loaded(learned, protocol, None, lambda sr, hq: float(metric(str(sr), str(hq))))
+class _Missing(Exception):
+    """Why a metric can't be had."""
+
+
+def _piqe(packaged: Packaged) -> Loaded:
+    try:
+        from pypiqe import piqe
+    except ImportError as exc:
+        raise _Missing(f"{exc.name or 'pypiqe'} is not installed: {INSTALL_PYPIQE}") from exc
+    protocol = f"pypiqe {version('pypiqe')}, RGB"
+    return Loaded(packaged, protocol, lambda sr, hq: float(piqe(sr)[0]), None)
+
+
+def _pyiqa(packaged: Packaged) -> Loaded:
+    try:
+        import pyiqa
+    except ImportError as exc:
+        raise _Missing(f"{exc.name or 'pyiqa'} is not installed: {INSTALL_PYIQA}") from exc
+    try:
+        metric = pyiqa.create_metric(packaged.name_there, device="cpu")
+    except BUILDING_FAILS as exc:
+        said = (str(exc).strip().splitlines() or [type(exc).__name__])[0]
+        raise _Missing(f"its weights can't be had here ({said[:200]})") from exc
+    protocol = f"pyiqa {getattr(pyiqa, '__version__', '')} {packaged.name_there}".strip()
+    return _wrapped(packaged, metric, protocol)
+
+
+def _wrapped(packaged: Packaged, metric: Any, protocol: str) -> Loaded:
+    if packaged.whole_set:
+        return Loaded(packaged, protocol, None, lambda sr, hq: float(metric(str(sr), str(hq))))
 
     def of_image(sr: Image, hq: Image) -> float:
         import torch
 
         torch.manual_seed(MANIQA_SEED)
         with torch.no_grad():
-            images = [_tensor(sr), _tensor(hq)] if learned.needs_hq else [_tensor(sr)]
+            images = [_tensor(sr), _tensor(hq)] if packaged.needs_hq else [_tensor(sr)]
             return float(metric(*images))
 
-    return Loaded(learned, protocol, of_image, None)
+    return Loaded(packaged, protocol, of_image, None)
 
 
 def _tensor(image: Image) -> Any:
@@ -120,7 +143,7 @@ class SetScores:
     def of(self, method: str, reference: str) -> dict[str, float | None]:
         """Values of a method by metric; None for the reference itself."""
         return {
-            metric.learned.name: None
+            metric.packaged.name: None
             if method == reference
             else metric.of_folders(self._of(method), self._of(reference))
             for metric in self.metrics

@@ -43,8 +43,8 @@ from benchmarks.scores import (
     Method,
     Metric,
     build_metrics,
-    learned_metric,
     outputs_method,
+    packaged_metric,
     scale_of,
 )
 from benchmarks.tables import mean_table
@@ -52,7 +52,7 @@ from rcod_runtime import Upscaler, UsageError
 from rcod_train.quality.pristine import load_pristine
 
 SCHEMA_VERSION = 2  # 2: metrics have a header, missing ones a reason, the paper's rows beside
-ALL_METRICS = (*METRIC_NAMES, *(learned.name for learned in iqa.LEARNED))
+ALL_METRICS = (*METRIC_NAMES, *(packaged.name for packaged in iqa.PACKAGED))
 COMPARED = 4  # photos of a report with before/after comparisons
 
 
@@ -194,22 +194,22 @@ def run(config: QualityConfig) -> str:
     pairs = select(found, config.endings, config.limit)
     built_in = [name for name in config.metrics if name in METRIC_NAMES]
     metrics = build_metrics(built_in, lambda: load_pristine(config.niqe_params))
-    learned, missing = iqa.load(config.metrics)
-    metrics += [learned_metric(loaded) for loaded in learned if loaded.of_image is not None]
+    packaged, missing = iqa.load(config.metrics)
+    metrics += [packaged_metric(loaded) for loaded in packaged if loaded.of_image is not None]
     strips = {_chosen_name("--strips", name, pairs) for name in config.strips}
     compared = {_chosen_name("--compare", name, pairs) for name in config.compare}
     if config.report is not None and not compared:
         compared = {pair.name for pair in pairs[:: max(1, len(pairs) // COMPARED)][:COMPARED]}
     with ExitStack() as stack:
         methods, model = _methods(config, pairs, stack)
-        gathered = gather(pairs, methods, metrics, learned, strips, config.strips_dir, compared)
+        gathered = gather(pairs, methods, metrics, packaged, strips, config.strips_dir, compared)
     document = report.document(
         "quality",
         SCHEMA_VERSION,
         card,
         dataset={"name": config.dataset.name, "pairs": len(pairs)},
         model=model,
-        metrics=metrics_document(metrics, learned),
+        metrics=metrics_document(metrics, packaged),
         missing=missing,
         paper=paper_document(config.paper, len(pairs), everything),
         methods=[method_document(method, metrics, gathered) for method in methods],

@@ -17,7 +17,7 @@ from benchmarks.tables import render_markdown
 from rcod_runtime.files import write_whole
 
 
-def metrics_document(metrics: Sequence[Metric], learned: Sequence[iqa.Loaded]) -> dict[str, Any]:
+def metrics_document(metrics: Sequence[Metric], packaged: Sequence[iqa.Loaded]) -> dict[str, Any]:
     """What each metric is, in the order of the columns."""
     described: dict[str, Any] = {
         m.name: {
@@ -29,12 +29,12 @@ def metrics_document(metrics: Sequence[Metric], learned: Sequence[iqa.Loaded]) -
         }
         for m in metrics
     }
-    for loaded in learned:
+    for loaded in packaged:
         if loaded.of_folders is not None:
-            described[loaded.learned.name] = {
-                "header": loaded.learned.header,
-                "decimals": loaded.learned.decimals,
-                "higher_is_better": loaded.learned.higher_is_better,
+            described[loaded.packaged.name] = {
+                "header": loaded.packaged.header,
+                "decimals": loaded.packaged.decimals,
+                "higher_is_better": loaded.packaged.higher_is_better,
                 "protocol": loaded.protocol,
                 "whole_set": True,
             }

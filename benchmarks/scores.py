@@ -86,10 +86,10 @@ def _niqe_metric(pristine: Pristine) -> Metric:
     return Metric("niqe", header, 3, False, False, protocol, lambda sr, hq: niqe(sr, pristine))
 
 
-def learned_metric(loaded: Loaded) -> Metric:
-    """One of pyiqa's metrics of single images."""
+def packaged_metric(loaded: Loaded) -> Metric:
+    """Another package's metric of single images."""
     assert loaded.of_image is not None
-    kind = loaded.learned
+    kind = loaded.packaged
     return Metric(
         kind.name,
         kind.header,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.iqa import LEARNED
+from benchmarks.iqa import PACKAGED
 
 UNKNOWN = "-"
 
@@ -150,7 +150,7 @@ def _best(methods: Sequence[Mapping[str, Any]], metric: str, higher: bool) -> st
 def _decimals(metrics: Mapping[str, Any], name: str) -> int:
     if name in metrics:
         return int(metrics[name]["decimals"])
-    return next((learned.decimals for learned in LEARNED if learned.name == name), 4)
+    return next((packaged.decimals for packaged in PACKAGED if packaged.name == name), 4)
 
 
 def _shown(value: float | None, decimals: int) -> str:

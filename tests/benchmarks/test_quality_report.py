@@ -117,8 +117,23 @@ def test_without_pyiqa_its_metrics_are_missing_with_the_pip_line(
     assert run(dataset, *arguments) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(document["missing"]) == {"lpips", "fid"}
-    assert iqa.INSTALL_LINE in document["missing"]["lpips"]
+    assert iqa.INSTALL_PYIQA in document["missing"]["lpips"]
     assert list(document["metrics"]) == ["psnr_y"]
+
+
+def test_piqe_is_there_where_its_package_is(
+    monkeypatch: pytest.MonkeyPatch, dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pypiqe", reason=iqa.INSTALL_PYPIQE)
+    assert run(dataset, "--outputs", dataset / "HR", "--metrics", "piqe") == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    scores = {method["name"]: method["mean"]["piqe"] for method in document["methods"]}
+    assert 0 <= scores["HR"] < scores["bicubic"] <= 100  # blur is a distortion, less is better
+    assert not document["metrics"]["piqe"]["higher_is_better"]
+    monkeypatch.setitem(sys.modules, "pypiqe", None)
+    assert run(dataset, "--outputs", dataset / "HR", "--metrics", "psnr_y", "piqe") == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert iqa.INSTALL_PYPIQE in document["missing"]["piqe"]
 
 
 def fake_pyiqa(monkeypatch: pytest.MonkeyPatch) -> None:
