@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from benchmarks.errors import BenchmarkError, MissingPackage
 from rcod_runtime import UsageError
-from rcod_runtime.colour import match_colour
+from rcod_runtime.colour import DEFAULT_COLOUR_MATCH, match_colour
 from rcod_runtime.manifest import ImageContract
 from rcod_runtime.resample import resize_for_tokens, upsample
 
@@ -136,7 +136,7 @@ class EagerPipeline:
             decoded = self._decode(self._denoise(self._encode(image), tokens)).float()
             sr = ((decoded[0].permute(1, 2, 0) + 1.0) * 127.5).numpy()
         pixels: Image = np.rint(np.clip(sr, 0.0, 255.0)).astype(np.uint8)
-        match_colour(pixels, lq.astype(np.float32), "wavelet")
+        match_colour(pixels, lq.astype(np.float32), DEFAULT_COLOUR_MATCH)
         return pixels
 
     def stages(self, lq: Image) -> dict[str, Callable[[], object]]:

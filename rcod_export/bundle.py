@@ -21,6 +21,7 @@ from rcod_export.parity import check_levels_differ, check_sample, compare
 from rcod_export.reference import Case, parity_cases, whole_images
 from rcod_export.specs import GraphSpec, graph_specs, latent_step
 from rcod_runtime import Upscaler
+from rcod_runtime.colour import SAMPLE_COLOUR_MATCH
 from rcod_runtime.errors import ExportError, OutputError, UsageError
 from rcod_runtime.image_io import read_image, write_image
 from rcod_runtime.manifest import (
@@ -277,7 +278,7 @@ def _with_sample(
     with Upscaler(folder, backend=SAMPLE_BACKEND[config.precision], precision="fp32") as upscaler:
         whole: Any = {"colour_match": "none", "tile_px": whole_px, "overlap_px": 0}
         results = {name: cast(Photo, upscaler(compared, name, **whole)) for name in names}
-        sr = cast(Photo, upscaler(lq, realism))
+        sr = cast(Photo, upscaler(lq, realism, colour_match=SAMPLE_COLOUR_MATCH))
     check_levels_differ(results)
     psnr_db = check_sample(reference, results, config.precision)
     write_image(sr_path, sr)

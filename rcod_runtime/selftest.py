@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from rcod_runtime.bundle import Bundle
+from rcod_runtime.colour import SAMPLE_COLOUR_MATCH
 from rcod_runtime.errors import BackendError, BundleError
 from rcod_runtime.files import read_bounded
 from rcod_runtime.image_io import MAX_INPUT_PIXELS, Pixels, decode_image
@@ -53,9 +54,9 @@ def self_test(
                 (sample.sr, sample.sr_sha256, MAX_INPUT_PIXELS),
             )
         )
-        upscaler(lq, realism=sample.realism)
+        upscaler(lq, sample.realism, colour_match=SAMPLE_COLOUR_MATCH)
         started = time.perf_counter()
-        found = upscaler(lq, realism=sample.realism)
+        found = upscaler(lq, sample.realism, colour_match=SAMPLE_COLOUR_MATCH)
         if found.shape != sr.shape:
             raise BundleError(
                 f"{bundle.folder / sample.sr}: expected {found.shape}, as {sample.lq} upscaled "

@@ -81,7 +81,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--tile", type=int, metavar="PX", help="side of a tile in the result (default: bundle's)")
     add("--overlap", type=int, metavar="PX", help="overlap of tiles (default: bundle's)")
     add("--batch", type=int, metavar="N", help="tiles run together (default: backend's choice)")
-    add("--colour-match", choices=("none", "adain", "wavelet"), default="wavelet")
+    add(
+        "--colour-match",
+        choices=("none", "adain", "wavelet", "consistent"),
+        default="consistent",
+        help="wavelet: the broad colours are the input's; consistent: and half of the finer detail "
+        "that was lost (default: %(default)s)",
+    )
     add(
         "--jobs",
         type=int,

@@ -172,7 +172,7 @@ def test_the_metrics_count_answers_photos_and_stages(
         ("?scale=7", "7"),
         ("?scale=inf", "inf"),
         ("?format=exe", "expected one of png, jpeg, webp"),
-        ("?colour_match=x", "expected one of none, adain, wavelet"),
+        ("?colour_match=x", "expected one of none, adain, wavelet, consistent"),
         ("?bundle=/etc", "unknown parameter 'bundle'"),
     ],
 )
