@@ -25,12 +25,10 @@ Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
 COARSE_ROWS = 8  # averaged at once
 LOW_PASS_PX = 4  # of the input: what is broader than this comes from the input
-# Of the finer detail that the input has and the result lost. All of it would bring the input's noise
-# back; on photos held out from training a half was best over all degradations.
+# Of the finer detail that the input has and the result lost. All of it would bring the input's
+# noise back; on photos held out from training a half was best over all degradations.
 DETAIL_SHARE = 0.5
-MIN_DETAIL_SCALE = (
-    2.0  # the result's pixels to the input's; below, its finer detail is what changed
-)
+MIN_DETAIL_SCALE = 2.0  # of the result to the input; below, its finer detail is what was changed
 
 
 def match_colour(sr: Pixels, lq: npt.NDArray[Any], method: ColourMatch) -> None:

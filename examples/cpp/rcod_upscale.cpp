@@ -461,14 +461,18 @@ Tensor levelWeights(const std::string& realism, const Json& levels) {
     return weights;
 }
 
-// Low frequencies of the result are replaced by the photo's.
+// What the result, averaged down, lacks of the photo is added: all of it in the low frequencies, half
+// of it in the higher ones. The Python runtime's "consistent", for results at least twice as large.
 void matchColours(Image& sr, const Image& lq) {
+    Image missing = lq;
+    const Image found = resize(sr, lq.height, lq.width, kBox);
+    for (size_t i = 0; i < missing.values.size(); ++i) missing.values[i] -= found.values[i];
     const auto coarse = [](int side) { return std::max(1, int(std::nearbyint(side / 4.0))); };
-    const int height = coarse(lq.height), width = coarse(lq.width);
-    Image difference = resize(lq, height, width, kBox);
-    const Image found = resize(sr, height, width, kBox);
-    for (size_t i = 0; i < difference.values.size(); ++i) difference.values[i] -= found.values[i];
-    const Image correction = resize(difference, sr.height, sr.width, kBicubic);
+    const Image few = resize(missing, coarse(lq.height), coarse(lq.width), kBox);
+    const Image broad = resize(few, lq.height, lq.width, kBicubic);
+    for (size_t i = 0; i < missing.values.size(); ++i)
+        missing.values[i] = 0.5f * missing.values[i] + 0.5f * broad.values[i];
+    const Image correction = resize(missing, sr.height, sr.width, kBicubic);
     for (size_t i = 0; i < sr.values.size(); ++i) sr.values[i] += correction.values[i];
     roundToPixels(sr);
 }
@@ -477,6 +481,7 @@ Image upscale(Graphs& graphs, const Json& manifest, const Image& lq, const std::
     const Json& contract = manifest.at("image");
     const int scale = contract.at("scale"), multiple = contract.at("size_multiple");
     const int side = contract.at("tokens_px");
+    if (scale < 2) throw std::runtime_error("a bundle of scale 1: use the Python runtime");
     const int tile = graphs.tile() ? graphs.tile() : contract.at("tile_px").get<int>();
     const int overlap = std::min(contract.at("overlap_px").get<int>(), tile / 2);
     const Tensor level = levelWeights(realism, manifest.at("levels"));

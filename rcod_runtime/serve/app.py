@@ -2,7 +2,8 @@
 
 POST /v1/upscale      the body is an image; the answer is one. Query: realism (a level, adaptive, or
                       0..1), scale (1..4), colour_match (none, adain, wavelet, consistent), format
-                      (png, jpeg, webp). A header X-Request-Id of the client's choice makes progress visible.
+                      (png, jpeg, webp). A header X-Request-Id of the client's choice makes progress
+                      visible.
 GET /v1/progress/ID   {"done": tiles, "total": tiles} of a request in work
 GET /v1/model         name, levels, scale and limits
 GET /healthz          200 while the process serves; /readyz: 503 once it is stopping
