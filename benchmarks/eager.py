@@ -65,7 +65,8 @@ def check_mode(mode: Mode) -> None:
 
 
 class EagerPipeline:
-    """One image through a merged checkpoint: PyTorch, on the CPU, in one tile.
+    """One image through a merged checkpoint: PyTorch, on the CPU, in one tile, or in several beside
+    each other that run as one batch.
 
     Around the network it does what the runtime does, with the runtime's own functions, so that
     the two differ in how the network is run and in nothing else.
@@ -128,13 +129,14 @@ class EagerPipeline:
         self._denoise = self._adapt(self._eps_and_step)
         self._decode = self._adapt(self._decoded)
 
-    def __call__(self, lq: Image) -> Image:
-        """lq (h, w, 3) uint8 -> sr (H, W, 3) uint8."""
+    def __call__(self, lq: Image, batch: int = 1) -> Image:
+        """lq (h, w, 3) uint8 -> sr (H, W, 3) uint8, in ``batch`` tiles of W / batch."""
         with self._torch.inference_mode(), self._precision():
-            image, thumbnail = self._inputs(lq)
-            tokens = self._tokens(thumbnail)
+            image, thumbnail = self._inputs(lq, batch)
+            tokens = self._tokens(thumbnail).expand(batch, -1, -1)
             decoded = self._decode(self._denoise(self._encode(image), tokens)).float()
-            sr = ((decoded[0].permute(1, 2, 0) + 1.0) * 127.5).numpy()
+            wide = decoded.permute(1, 2, 0, 3).flatten(2)  # (3, H, batch, W / batch) -> (3, H, W)
+            sr = ((wide.permute(1, 2, 0) + 1.0) * 127.5).numpy()
         pixels: Image = np.rint(np.clip(sr, 0.0, 255.0)).astype(np.uint8)
         match_colour(pixels, lq.astype(np.float32), DEFAULT_COLOUR_MATCH)
         return pixels
@@ -161,13 +163,15 @@ class EagerPipeline:
             "decoder": inferring(lambda: self._decode(z_sr)),
         }
 
-    def _inputs(self, lq: Image) -> tuple[Any, Any]:
+    def _inputs(self, lq: Image, batch: int = 1) -> tuple[Any, Any]:
         scale = self._contract.scale
         enlarged = upsample(lq, (lq.shape[0] * scale, lq.shape[1] * scale))
-        return self._tensor(enlarged), self._tensor(resize_for_tokens(lq, self._contract.tokens_px))
+        thumbnail = resize_for_tokens(lq, self._contract.tokens_px)
+        return self._tensor(enlarged, batch), self._tensor(thumbnail, 1)
 
-    def _tensor(self, image: npt.NDArray[np.float32]) -> Any:
-        nchw = self._torch.from_numpy(image).permute(2, 0, 1)[None]
+    def _tensor(self, image: npt.NDArray[np.float32], batch: int) -> Any:
+        chw = self._torch.from_numpy(image).permute(2, 0, 1)
+        nchw = chw.unflatten(2, (batch, -1)).permute(2, 0, 1, 3)
         return (nchw / 127.5 - 1.0).contiguous(memory_format=self._order)
 
     def _precision(self) -> AbstractContextManager[Any]:

@@ -19,6 +19,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +43,14 @@ from benchmarks.processes import (
     measure_peak_memory,
     write_photo,
 )
-from benchmarks.steady import Comparison, open_comparison
+from benchmarks.steady import Comparison, Opened, open_comparison
 from benchmarks.timing import Progress, time_in_turns, times_as_fast
 from rcod_runtime import UsageError
 from rcod_runtime.backends import BACKENDS, BackendName, installed, precisions
 from rcod_runtime.parallel import cpus_available
 
-SCHEMA_VERSION = 2  # 2: ratios are medians of each round's ratio; first calls, contestants, gate
+# 2: ratios are medians of each round's ratio; first calls, contestants, gate. 3: sweep, batch
+SCHEMA_VERSION = 3
 COLD_SIDE_PX = 128
 MEMORY_SIDE_PX = 1024
 PARTS = ("steady", "stages", "start", "memory")
@@ -75,6 +77,7 @@ class LatencyConfig:
     """What is measured, and how often."""
 
     comparison: Comparison
+    sweep: tuple[Comparison, ...]  # the same at other sizes, levels and batches
     runs: int
     warmup: int
     start_runs: int
@@ -96,8 +99,17 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="the merged checkpoint the bundle was exported from, run in PyTorch eager fp32",
     )
-    add("--size", type=int, default=128, metavar="PX", help="side of the input (%(default)s)")
-    add("--level", default="neutral", help="a level of the bundle (default: %(default)s)")
+    add("--size", type=int, nargs="+", default=[128], metavar="PX", help="side of the input (128)")
+    add("--level", nargs="+", default=["neutral"], help="levels of the bundle (neutral)")
+    add(
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="square tiles run together (1). Of several sizes, levels or batches every combination "
+        "is a steady state; the other parts measure the first",
+    )
     add(
         "--backends",
         nargs="+",
@@ -135,12 +147,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> LatencyConfig:
-    for name in ("size", "runs", "start_runs"):
+    for name in ("size", "batch", "runs", "start_runs"):
         value = getattr(arguments, name)
-        if value is not None and value < 1:
-            raise UsageError(
-                f"--{name.replace('_', '-')} {getattr(arguments, name)}: expected at least 1."
-            )
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number < 1:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} {number}: expected at least 1.")
     gate = None if arguments.gate is None else read_gate(arguments.gate)
     if gate is not None and arguments.checkpoint is None:
         raise UsageError("--gate: its ratios are to PyTorch, which needs --checkpoint DIR.")
@@ -151,16 +163,23 @@ def _config(arguments: argparse.Namespace) -> LatencyConfig:
     if gate is not None:  # what it judges is measured, whatever else is
         parts |= {"steady" if stage == WHOLE else "stages" for stage in gate.stages}
     runs, warmup = (QUICK_RUNS, QUICK_WARMUP) if arguments.quick else (30, 5)
-    return LatencyConfig(
+    variants = _variants(arguments.backends, arguments.precision)
+    comparison, *sweep = (
         Comparison(
             bundle=arguments.bundle,
             checkpoint=arguments.checkpoint,
-            side_px=arguments.size,
-            level=arguments.level,
-            variants=_variants(arguments.backends, arguments.precision),
+            side_px=side_px,
+            level=level,
+            variants=variants,
             threads=arguments.threads or cpus_available(),
             modes=_modes(arguments.pytorch, arguments.quick),
-        ),
+            batch=batch,
+        )
+        for side_px, level, batch in product(arguments.size, arguments.level, arguments.batch)
+    )
+    return LatencyConfig(
+        comparison,
+        tuple(sweep),
         runs=runs if arguments.runs is None else arguments.runs,
         warmup=warmup if arguments.warmup is None else arguments.warmup,
         start_runs=arguments.start_runs,
@@ -212,19 +231,20 @@ def run(config: LatencyConfig) -> str | Verdict:
                 stages = tuple(opened.model["graph_sha256"])
                 check_runnable(config.gate, tuple(opened.whole), stages)
             if "steady" in config.parts:
-                results["steady"] = {
-                    "side_px": comparison.side_px,
-                    "agreement": [asdict(agreement) for agreement in opened.agreements],
-                    "first_call_ms": opened.first_call_ms,
-                    **_timed(opened.whole, config, "whole"),
-                }
+                results["steady"] = _steady(opened, comparison, config)
             if "stages" in config.parts:
                 results["stages"] = {
                     stage: _timed(variants, config, stage)
                     for stage, variants in opened.stages().items()
                 }
+    sweep = []
+    for other in config.sweep if "steady" in config.parts else ():
+        with open_comparison(other) as opened:
+            sweep.append(_steady(opened, other, config))
     print(report.format_card(card))
     _print_results(config, results)
+    for point in sweep:
+        _print_steady(point)
     for name, why in missing.items():
         print(f"missing: {name}: {why}")
     judgements: tuple[Judgement, ...] | None = None
@@ -242,6 +262,7 @@ def run(config: LatencyConfig) -> str | Verdict:
             "threads": comparison.threads,
             "warmup": config.warmup,
         },
+        sweep=sweep,
         model=model,
         in_the_timer={part: IN_THE_TIMER[part] for part in config.parts},
         missing=missing,
@@ -249,6 +270,17 @@ def run(config: LatencyConfig) -> str | Verdict:
         **results,
     )
     return Verdict(document, judgements is None or all(j.passed for j in judgements))
+
+
+def _steady(opened: Opened, comparison: Comparison, config: LatencyConfig) -> dict[str, Any]:
+    return {
+        "side_px": comparison.side_px,
+        "level": comparison.level,
+        "batch": comparison.batch,
+        "agreement": [asdict(agreement) for agreement in opened.agreements],
+        "first_call_ms": opened.first_call_ms,
+        **_timed(opened.whole, config, "whole"),
+    }
 
 
 def _start(config: LatencyConfig, folder: Path) -> dict[str, Any]:
@@ -317,16 +349,8 @@ def _print_results(config: LatencyConfig, results: Mapping[str, Any]) -> None:
     steady, stages, start, memory = (results[part] for part in PARTS)
     print(f"run       {comparison.level}, {comparison.threads} threads, {config.warmup} warm-ups")
     if steady is not None:
-        side = comparison.side_px
-        print(f"\nsteady state, {side} x {side} px in: {IN_THE_TIMER['steady']}")
-        print(report.format_table(_HEADERS, _rows(steady)))
-        first = steady["first_call_ms"].items()
-        print("very first image, ms: " + ", ".join(f"{name} {ms:.0f}" for name, ms in first))
-        for pair in steady["agreement"]:
-            print(
-                f"{pair['a']} and {pair['b']}: {pair['psnr_db']:.1f} dB, "
-                f"at most {pair['max_abs_u8']} of 255 apart"
-            )
+        print(f"\nwhole: {IN_THE_TIMER['steady']}")
+        _print_steady(steady)
     if stages is not None:
         print(f"\nstages: {IN_THE_TIMER['stages']}")
         rows = [
@@ -361,6 +385,20 @@ def _print_results(config: LatencyConfig, results: Mapping[str, Any]) -> None:
             f"{memory['peak_bytes'] / 1e6:.0f} MB, in {memory['seconds']:.1f} s"
         )
     print()
+
+
+def _print_steady(steady: Mapping[str, Any]) -> None:
+    side, batch = steady["side_px"], steady["batch"]
+    tiles = "" if batch == 1 else f"{batch} tiles of "
+    print(f"\nsteady state, {steady['level']}, {tiles}{side} x {side} px in")
+    print(report.format_table(_HEADERS, _rows(steady)))
+    first = steady["first_call_ms"].items()
+    print("very first image, ms: " + ", ".join(f"{name} {ms:.0f}" for name, ms in first))
+    for pair in steady["agreement"]:
+        print(
+            f"{pair['a']} and {pair['b']}: {pair['psnr_db']:.1f} dB, "
+            f"at most {pair['max_abs_u8']} of 255 apart"
+        )
 
 
 _HEADERS = ("", "runs", "median ms", "p90 ms", "p99 ms", "min ms", "x pytorch")

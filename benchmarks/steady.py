@@ -27,7 +27,8 @@ SAME_MODEL_PSNR_DB = 40.0
 
 @dataclass(frozen=True)
 class Comparison:
-    """One model on one image through several libraries. ``checkpoint`` None: no baseline."""
+    """One model on one image through several libraries. ``checkpoint`` None: no baseline.
+    ``batch``: of square tiles that lie beside each other in the image and run together."""
 
     bundle: Path | None
     checkpoint: Path | None
@@ -36,6 +37,7 @@ class Comparison:
     variants: tuple[tuple[str, str], ...]  # backend and precision; the first one is the reference
     threads: int
     modes: tuple[Mode, ...] = MODES  # of PyTorch
+    batch: int = 1
 
     def command_options(self) -> list[str]:
         """The same choice as options of rcod-upscale, in the precision it takes by itself."""
@@ -56,7 +58,8 @@ class Agreement:
 
 @dataclass(frozen=True)
 class Opened:
-    """Variants, ready: ``whole`` by name, ``stages()`` by graph and then by name.
+    """Variants, ready: ``whole`` by name, ``stages()``, of one tile, by graph and then by
+    name.
 
     ``missing`` says of a variant why this machine hasn't it; ``first_call_ms`` is each one's very
     first image, with whatever is compiled or reordered at first use.
@@ -79,7 +82,8 @@ def open_comparison(comparison: Comparison) -> Iterator[Opened]:
         BenchmarkError: bundle and checkpoint are not the same model.
         RcodError: what loading a bundle, a backend or a checkpoint raises.
     """
-    lq = draw_picture(comparison.side_px, comparison.side_px)
+    lq = draw_picture(comparison.side_px, comparison.side_px * comparison.batch)
+    tile = lq[:, : comparison.side_px]
     whole: dict[str, Callable[[], Image]] = {}
     with ExitStack() as stack:
         for backend, precision in comparison.variants:
@@ -92,7 +96,7 @@ def open_comparison(comparison: Comparison) -> Iterator[Opened]:
                     threads=comparison.threads,
                 )
             )
-            whole[f"{backend} {precision}"] = _runtime_call(upscaler, lq, comparison.level)
+            whole[f"{backend} {precision}"] = _runtime_call(upscaler, lq, comparison)
         manifest = upscaler.manifest
         contract = manifest.image
         if comparison.side_px * contract.scale % contract.size_multiple:
@@ -112,7 +116,7 @@ def open_comparison(comparison: Comparison) -> Iterator[Opened]:
             except ModeMissing as why:
                 missing[mode.name] = str(why)
                 continue
-            whole[mode.name] = _eager_call(eager[mode.name], lq)
+            whole[mode.name] = _eager_call(eager[mode.name], lq, comparison.batch)
         first_images, first_call_ms = _first_calls(whole)
 
         def stages() -> dict[str, dict[str, Call]]:
@@ -122,12 +126,12 @@ def open_comparison(comparison: Comparison) -> Iterator[Opened]:
                     backend,
                     precision,
                     comparison.threads,
-                    lq,
+                    tile,
                     comparison.level,
                 )
                 for backend, precision in comparison.variants
             }
-            by_variant.update({name: pipeline.stages(lq) for name, pipeline in eager.items()})
+            by_variant.update({name: pipeline.stages(tile) for name, pipeline in eager.items()})
             graphs = next(iter(by_variant.values()))
             return {
                 graph: {name: calls[graph] for name, calls in by_variant.items()}
@@ -142,18 +146,19 @@ def open_comparison(comparison: Comparison) -> Iterator[Opened]:
         yield Opened(model, dict(whole), _compare(first_images), first_call_ms, missing, stages)
 
 
-def _runtime_call(upscaler: Upscaler, lq: Image, level: str) -> Callable[[], Image]:
-    tile_px = lq.shape[0] * upscaler.manifest.image.scale
+def _runtime_call(upscaler: Upscaler, lq: Image, comparison: Comparison) -> Callable[[], Image]:
+    tile_px = comparison.side_px * upscaler.manifest.image.scale
+    options: dict[str, Any] = {"tile_px": tile_px, "overlap_px": 0, "batch": comparison.batch}
 
     def call() -> Image:
-        sr: Image = upscaler(lq, level, tile_px=tile_px, overlap_px=0).astype(np.uint8, copy=False)
+        sr: Image = upscaler(lq, comparison.level, **options).astype(np.uint8, copy=False)
         return sr
 
     return call
 
 
-def _eager_call(pipeline: EagerPipeline, lq: Image) -> Callable[[], Image]:
-    return lambda: pipeline(lq)
+def _eager_call(pipeline: EagerPipeline, lq: Image, batch: int) -> Callable[[], Image]:
+    return lambda: pipeline(lq, batch)
 
 
 def _first_calls(

@@ -31,7 +31,7 @@ def test_backends_and_pytorch_are_timed_side_by_side(
     assert code == 0, printed.err
     assert "no files, no loading, no compiling" in printed.out
     document = json.loads(printed.out.splitlines()[-1])
-    assert (document["benchmark"], document["schema_version"]) == ("latency", 2)
+    assert (document["benchmark"], document["schema_version"]) == ("latency", 3)
     assert document["card"]["packages"]["torch"]
     assert document["config"]["threads"] == 1
     assert set(document["stages"]) == {"vpim", "encoder", "denoiser", "decoder"}
@@ -51,6 +51,27 @@ def test_backends_and_pytorch_are_timed_side_by_side(
         assert agreement["max_abs_u8"] <= (8 if "bf16" in agreement["b"] else 1)
     assert document["start"] is None
     assert document["memory"] is None
+
+
+def test_every_combination_of_size_level_and_batch_is_a_steady_state(
+    tiny_bundle: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With the agreement of all variants, so that a batch is the same image in all of them."""
+    model = ("--bundle", str(tiny_bundle), "--checkpoint", str(tiny_checkpoint), "--quick")
+    several = ("--size", "16", "24", "--level", "neutral", "realism", "--batch", "1", "3")
+    assert main([*model, *FAST, *several, "--precision", "fp32"]) == 0
+    printed = capsys.readouterr().out
+    assert "steady state, realism, 3 tiles of 24 x 24 px in" in printed
+    document = json.loads(printed.splitlines()[-1])
+    points = [document["steady"], *document["sweep"]]
+    assert [(p["side_px"], p["level"], p["batch"]) for p in points] == [
+        (side, level, batch)
+        for side in (16, 24) for level in ("neutral", "realism") for batch in (1, 3)
+    ]  # fmt: skip
+    for point in points:
+        assert len(point["agreement"]) == 2  # the others with the first
+        assert all(agreement["max_abs_u8"] <= 1 for agreement in point["agreement"])
+        assert point["times_as_fast_as_pytorch"][EAGER] == pytest.approx(1.0)
 
 
 def test_without_a_checkpoint_the_ratio_is_unknown(
