@@ -36,6 +36,7 @@ ENVIRONMENT = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 # Units that a worker takes at once, and another again when it dies: handing them out costs some ten
 # milliseconds each time. Fewer where there are not BLOCKS for each actor, more over MAX_BLOCKS.
 BLOCK_UNITS, BLOCKS, MAX_BLOCKS = 16, 8, 10_000
+NOT_STARTED = -1
 RETRIES = 3  # of what a worker had in hand when it died
 
 
@@ -110,6 +111,7 @@ def upscale_tables(
 
     Raises: as upscale_files, and ImageError where an input is missing or no such file.
     """
+    _require_ray()
     units = list(tables.units_of(inputs))
     names = [f"{unit['path']} (part {unit['part']})" for unit in units]
     outputs: set[str] = set()
@@ -126,9 +128,11 @@ def upscale_tables(
     root = Path(os.path.abspath(out))
     actor = functools.partial(TableActor, cluster.actor_opening(), options, root, suffix)
     try:
-        _upscale(cluster, actor, units, names, report, once)
+        count = _upscale(cluster, actor, units, names, report, once) if units else 0
     finally:  # what workers that died left
         remove_partials(map(Path, outputs))
+    if not count:
+        raise ImageError(f"{', '.join(inputs)}: no images in it.")
 
 
 def _upscale(
@@ -138,9 +142,9 @@ def _upscale(
     names: Sequence[str],
     report: Report,
     told: Callable[[Record], Record],
-) -> None:
-    """All units through the actors; ``told`` is the record that a user gets in the place of one.
-    A unit whose worker died too often is reported by its name."""
+) -> int:
+    """All units through the actors; the number of images. ``told`` is the record that a user gets
+    in the place of one. A unit whose worker died too often is reported by its name."""
     left = dict(enumerate(names))
     images = len(units) if "source" in units[0] else None
     results = Results(report, None)
@@ -166,6 +170,7 @@ def _upscale(
             )
             results.add(failed(name, "", error))
     results.check()
+    return results.count
 
 
 class Actor(ABC):
@@ -218,16 +223,32 @@ class TableActor(Actor):
 
 class _Rows:
     """The actor as Ray Data wants it: a table of units -> rows with a unit's number and a record as
-    JSON, "null" where the unit is done."""
+    JSON, "null" where the unit is done. NOT_STARTED: why there is no actor; Ray would try for ever
+    to make one."""
 
     def __init__(self, actor: Callable[[], Actor]) -> None:
-        self.actor = actor()
+        self.error: RcodError | None = None
+        try:
+            self.actor = actor()
+        except RcodError as error:
+            self.error = error
 
     def __call__(self, batch: Any) -> Iterator[dict[str, list[Any]]]:
+        if self.error is not None:
+            record = failed("", "", self.error)
+            yield {"unit": [NOT_STARTED], "record": [json.dumps(asdict(record))]}
+            return
         for unit in batch.to_pylist():
-            for record in self.actor.records(unit):
+            for record in self._records(unit):
                 yield {"unit": [unit["number"]], "record": [json.dumps(asdict(record))]}
             yield {"unit": [unit["number"]], "record": ["null"]}
+
+    def _records(self, unit: dict[str, Any]) -> Iterator[Record]:
+        try:
+            yield from self.actor.records(unit)
+        except Exception as exc:  # Ray would drop the block and say nothing of it
+            name = str(unit.get("source") or unit.get("path"))
+            yield failed(name, "", BackendError(f"{name}: {type(exc).__name__}: {exc}"))
 
 
 def failed(name: str, output: str, error: RcodError) -> Record:
@@ -241,6 +262,17 @@ def _absolute(path: Path | None) -> str:
     return os.path.abspath(path)
 
 
+def _require_ray() -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    try:
+        import pyarrow  # noqa: F401
+        import ray.data  # noqa: F401
+    except ImportError as exc:
+        message = f'--ray: the package {exc.name} is missing. pip install "rcod[ray]"'
+        raise BackendError(message) from exc
+
+
 class _Connection:
     """A connection to a cluster, for a block."""
 
@@ -250,14 +282,10 @@ class _Connection:
     def __enter__(self) -> _Connection:
         opening = self.cluster.actor_opening()
         open_bundle(opening["bundle"], opening["require_signature"])  # once here, not in each actor
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        try:
-            import ray
-            import ray.data
-        except ImportError as exc:
-            message = '--ray: the package ray is missing. pip install "rcod[ray]"'
-            raise BackendError(message) from exc
+        _require_ray()
+        import ray
+        import ray.data
+
         self.ray: Any = ray
         self.data = ray.data
         address = self.cluster.address
@@ -306,6 +334,8 @@ class _Connection:
             for batch in results.iter_batches(batch_size=None, prefetch_batches=0):
                 for number, text in zip(batch["unit"], batch["record"], strict=True):
                     fields = json.loads(text)
+                    if number == NOT_STARTED:
+                        raise BackendError(f"a worker: {fields['error']}: {fields['message']}")
                     yield int(number), None if fields is None else Record(**fields)
         except self.ray.exceptions.RayError as exc:
             raise BackendError(f"Ray gives up: {exc}") from exc

@@ -267,14 +267,20 @@ def test_images_come_from_tar_shards_up_to_where_one_is_damaged(
 def test_what_can_not_be_used_is_said(
     cluster: str, photos: Path, bundle: Path, tmp_path: Path
 ) -> None:
+    import pyarrow.parquet
+
     out, table = tmp_path / "out", tmp_path / "t.parquet"
     table.write_bytes(b"PAR1")
+    empty = tmp_path / "empty.parquet"
+    pyarrow.parquet.write_table(pa.table({"image": pa.array([], pa.binary())}), empty)
     local = ("--ray", cluster)
     for arguments, code, words in (
         ((photos, "-o", out, *local, "--jobs", 9), 2, "the cluster has room for 3 (CPU 3, GPU 0)"),
         ((photos, "-o", out, *local, "--ray-gpus", 1), 2, "the cluster has room for 0"),
         ((photos, "-o", out, *local, "--realism", "loud"), 2, "realism 'loud': expected one of"),
         ((photos, "-o", out, *local, "--bundle", tmp_path), 4, "manifest.json"),
+        ((photos, "-o", out, *local, "--backend", "tensorrt"), 5, "a worker: EngineMismatch: "),
+        ((empty, "-o", out, *local), 3, "empty.parquet: no images in it"),
         ((table, "-o", out, *local), 3, "t.parquet: can't be read as what its name says"),
         ((tmp_path / "none.tar", "-o", out, *local), 3, "none.tar"),
         ((photos, table, "-o", out, *local), 2, "expected only Parquet files and .tar"),
