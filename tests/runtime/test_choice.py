@@ -10,7 +10,7 @@ import pytest
 
 from rcod_runtime import Upscaler
 from rcod_runtime.backends.choice import CHOICES
-from rcod_runtime.cli.upscale import BACKENDS
+from rcod_runtime.cli.opening import BACKENDS
 from rcod_runtime.errors import BackendError, EngineMismatch, UsageError
 
 CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
