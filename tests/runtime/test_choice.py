@@ -11,6 +11,8 @@ import pytest
 from rcod_runtime import Upscaler
 from rcod_runtime.backends.choice import CHOICES
 from rcod_runtime.cli.opening import BACKENDS
+from rcod_runtime.cli.upscale import build_parser
+from rcod_runtime.colour import COLOUR_MATCHES, DEFAULT_COLOUR_MATCH
 from rcod_runtime.errors import BackendError, EngineMismatch, UsageError
 
 CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
@@ -34,8 +36,12 @@ class Recorder:
         monkeypatch.setattr(ort, "get_available_providers", lambda: [TENSORRT, CUDA, CPU])
 
 
-def test_the_command_offers_every_backend() -> None:
+def test_the_command_offers_every_backend_and_colour_match() -> None:
+    """It lists them itself, so that --help imports no numpy."""
     assert BACKENDS == CHOICES
+    options = {action.dest: action for action in build_parser()._actions}
+    assert options["colour_match"].choices == COLOUR_MATCHES
+    assert options["colour_match"].default == DEFAULT_COLOUR_MATCH
 
 
 @pytest.mark.parametrize(
