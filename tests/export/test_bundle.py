@@ -21,6 +21,7 @@ from rcod_export.bundle import ExportConfig, build_bundle
 from rcod_export.main import main
 from rcod_export.parity import LIMITS, Limit, measure
 from rcod_runtime import Upscaler
+from rcod_runtime.colour import SAMPLE_COLOUR_MATCH
 from rcod_runtime.errors import ExportError, HashMismatch, OutputError, ParityError, UsageError
 from rcod_runtime.image_io import read_image
 from rcod_runtime.manifest import Precision, read_manifest, sha256_file
@@ -55,7 +56,7 @@ def test_the_runtime_gives_the_bundles_sample_again(tiny_bundle: Path) -> None:
     assert sample is not None
     lq, sr = (read_image(tiny_bundle / path).pixels for path in (sample.lq, sample.sr))
     with Upscaler(tiny_bundle, precision="fp32") as upscaler:
-        found = upscaler(lq, realism=sample.realism)
+        found = upscaler(lq, sample.realism, colour_match=SAMPLE_COLOUR_MATCH)
     assert np.abs(found.astype(int) - sr.astype(int)).max() <= sample.max_abs_diff_u8
 
 
@@ -210,7 +211,7 @@ def test_a_half_bundle_runs_and_gives_its_sample(half_bundle: Path) -> None:
     assert sample is not None
     lq, sr = (read_image(half_bundle / path).pixels for path in (sample.lq, sample.sr))
     with Upscaler(half_bundle, backend="openvino", precision="fp32") as upscaler:
-        found = upscaler(lq, realism=sample.realism)
+        found = upscaler(lq, sample.realism, colour_match=SAMPLE_COLOUR_MATCH)
     assert np.abs(found.astype(int) - sr.astype(int)).max() <= sample.max_abs_diff_u8
 
 
