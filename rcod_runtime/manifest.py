@@ -243,9 +243,8 @@ class Engine(_Checked):
 
 @dataclass(frozen=True)
 class Sample(_Checked):
-    """A photo and its upscaled image, made with ``realism``, colour match
-    wavelet and otherwise default settings;
-    backends may differ from it by ``max_abs_diff_u8``."""
+    """A photo and its upscaled image, made with ``realism``, colour match wavelet and otherwise
+    default settings; backends may differ from it by ``max_abs_diff_u8``."""
 
     lq: str
     sr: str

@@ -83,11 +83,10 @@ def upscale_files(
         BundleError, SignatureError: as Upscaler.
         BackendError: Ray is missing, has no such cluster, or gives up.
     """
-    by_target = {_absolute(task.target): task for task in tasks}
-    units = [{"source": _absolute(t.source), "target": name} for name, t in by_target.items()]
+    units = [{"source": _absolute(t.source), "target": _absolute(t.target)} for t in tasks]
 
-    def as_named(record: Record) -> Record:
-        task = by_target[record.output]
+    def as_named(number: int, record: Record) -> Record:
+        task = tasks[number]
         return dataclasses.replace(record, input=str(task), output=str(task.target))
 
     names = [str(task) for task in tasks]
@@ -116,7 +115,7 @@ def upscale_tables(
     names = [f"{unit['path']} (part {unit['part']})" for unit in units]
     outputs: set[str] = set()
 
-    def once(record: Record) -> Record:
+    def once(_: int, record: Record) -> Record:
         if record.output in outputs:
             again = ImageError(f"{record.input}: another image has the same output.")
             return failed(record.input, "", again)
@@ -141,10 +140,11 @@ def _upscale(
     units: Sequence[dict[str, Any]],
     names: Sequence[str],
     report: Report,
-    told: Callable[[Record], Record],
+    told: Callable[[int, Record], Record],
 ) -> int:
     """All units through the actors; the number of images. ``told`` is the record that a user gets
-    in the place of one. A unit whose worker died too often is reported by its name."""
+    in the place of one of the i-th unit. A unit whose worker died too often is reported by its
+    name."""
     left = dict(enumerate(names))
     images = len(units) if "source" in units[0] else None
     results = Results(report, None)
@@ -162,13 +162,13 @@ def _upscale(
                 if record is None:
                     del left[number]
                 else:
-                    results.add(told(record))
-        for name in left.values():
+                    results.add(told(number, record))
+        for number, name in left.items():
             error = BackendError(
                 f"{name}: the workers that took it died, again and again. Is there enough memory? "
                 "Run again, with fewer --jobs."
             )
-            results.add(failed(name, "", error))
+            results.add(told(number, failed(name, "", error)))
     results.check()
     return results.count
 

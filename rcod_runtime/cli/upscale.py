@@ -22,7 +22,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -156,15 +156,20 @@ def _run(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--jobs {arguments.jobs}: expected at least 1.")
     if arguments.ray_gpus < 0 or (arguments.ray_gpus and arguments.ray is None):
         raise UsageError("--ray-gpus: expected --ray beside it, and a number of at least 0.")
-    if any(map(is_table, arguments.inputs)):
+    tables = [text for text in arguments.inputs if is_table(text)]
+    if tables:
         if arguments.ray is None:
-            raise UsageError(f"{arguments.inputs[0]}: files of many images need --ray local.")
+            raise UsageError(f"{tables[0]}: files of many images need --ray local.")
+        _check_report(arguments.report, map(Path, tables))
         _upscale_tables(arguments)
         return
     if arguments.out == "-" and sys.stdout.isatty():
         raise UsageError("-o -: expected a file or a pipe as stdout, found a terminal.")
     tasks = plan_tasks(arguments.inputs, arguments.out, arguments.format, arguments.recursive)
-    _check_report(arguments.report, tasks)
+    _check_report(
+        arguments.report,
+        (path for task in tasks for path in (task.source, task.target) if path is not None),
+    )
     make_folders(tasks)
     remove_partials(task.target for task in tasks if task.target is not None)
     with Report(arguments.report) as report:
@@ -174,9 +179,8 @@ def _run(arguments: argparse.Namespace) -> None:
             _upscale(arguments, pending, report, several=len(tasks) > 1)
 
 
-def _check_report(path: Path | None, tasks: Sequence[Task]) -> None:
-    """A report must not replace a photo."""
-    images = {image for task in tasks for image in (task.source, task.target) if image is not None}
+def _check_report(path: Path | None, images: Iterable[Path]) -> None:
+    """A report must not replace a photo, or a file of many."""
     if path is not None and os.path.realpath(path) in map(os.path.realpath, images):
         raise UsageError(f"--report {path}: expected a file of its own, found an image's name.")
 

@@ -149,46 +149,56 @@ def test_pixels_are_those_of_one_process(cluster: str, photo: Photo, tmp_path: P
         assert (many / path.name).read_bytes() == path.read_bytes()
 
 
-DEADLY = """
+FAULTS = """
 import os, sys
 from pathlib import Path
-from rcod_runtime.cli.cluster import FileActor, Cluster, _upscale
-from rcod_runtime.cli.report import Report
+from rcod_runtime.cli import cluster
+from rcod_runtime.cli.files import Task
+from rcod_runtime.cli.report import Record, Report
 from rcod_runtime.errors import PartialFailure
 
-class Deadly(FileActor):
-    def __init__(self): pass
+class Faulty(cluster.FileActor):
+    def __init__(self, opening, options): pass
     def records(self, unit):
-        if "deadly" in unit["source"]:
+        from rcod_runtime.cli.report import Record
+        name = Path(unit["source"]).name
+        if name == "deadly":
             with open(unit["target"], "a") as file: file.write("x")
             os._exit(1)
-        from rcod_runtime.cli.report import Record
+        if name == "faulty":
+            raise ValueError("a fault of our own")
         yield Record(unit["source"], unit["target"], "written")
 
+address, out, report = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+cluster.FileActor = Faulty
 opening = {"bundle": None, "require_signature": None, "device": "cpu", "threads": 1}
-units = [{"source": n, "target": sys.argv[2]} for n in ("a", "deadly", "b", "c")]
+tasks = [Task(Path(n), out / n, "PNG") for n in ("a", "deadly", "b", "faulty")]
 try:
-    with Report(Path(sys.argv[3])) as report:
-        _upscale(Cluster(sys.argv[1], opening), Deadly, units,
-                 [u["source"] for u in units], report, lambda record: record)
+    with Report(report) as taken:
+        cluster.upscale_files(cluster.Cluster(address, opening), tasks, None, taken)
 except PartialFailure as failure:
     print(failure)
 """
 
 
-def test_an_image_that_kills_its_workers_is_given_up(cluster: str, tmp_path: Path) -> None:
-    tries, report = tmp_path / "tries", tmp_path / "report.jsonl"
+def test_an_image_that_kills_its_workers_is_given_up_and_a_fault_of_ours_is_named(
+    cluster: str, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.jsonl"
     done = subprocess.run(
-        [sys.executable, "-c", DEADLY, cluster, str(tries), str(report)],
+        [sys.executable, "-c", FAULTS, cluster, str(tmp_path), str(report)],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
-    assert "1 of 4 images failed" in done.stdout, done.stderr
-    assert len(tries.read_text()) == 8  # four times among others, and four times alone
+    assert "2 of 4 images failed" in done.stdout, done.stderr
+    # Four times among others, and four times alone.
+    assert len((tmp_path / "deadly").read_text()) == 8
     told = {str(r["input"]): r for r in records(report)}
     assert {name: r["status"] for name, r in told.items()} == {
-        "a": "written", "b": "written", "c": "written", "deadly": "failed",
+        "a": "written", "b": "written", "deadly": "failed", "faulty": "failed",
     }  # fmt: skip
     assert "died, again and again" in str(told["deadly"]["message"])
+    assert "ValueError: a fault of our own" in str(told["faulty"]["message"])
+    assert all(r["output"] == str(tmp_path / name) for name, r in told.items())
 
 
 # -- tables ----------------------------------------------------------------------------------------
@@ -286,7 +296,8 @@ def test_what_can_not_be_used_is_said(
         ((photos, table, "-o", out, *local), 2, "expected only Parquet files and .tar"),
         (("-", "-o", out / "x.png", *local), 2, "--ray: expected files, found stdin"),
         ((photos, "-o", out, "--ray-gpus", 1), 2, "--ray-gpus: expected --ray beside it"),
-        ((table, "-o", out), 2, "t.parquet: files of many images need --ray local"),
+        ((photos, table, "-o", out), 2, "t.parquet: files of many images need --ray local"),
+        ((table, "-o", out, *local, "--report", table), 2, "--report "),
     ):
         found, stdout, err = run(*arguments)
         assert (found, stdout) == (code, ""), (arguments, err)
