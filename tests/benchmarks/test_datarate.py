@@ -24,7 +24,7 @@ def test_every_preset_has_a_rate_and_its_processor_time(
     assert document["settings"] == {
         "workers": 1, "side_px": 64, "samples": 3, "runs": 2, "drawn_photos": True,
     }  # fmt: skip
-    assert list(document["presets"]) == ["osediff", "s3diff"]
+    assert list(document["presets"]) == ["mild", "osediff", "s3diff"]
     for figures in document["presets"].values():
         low, high = figures["samples_per_s_range"]
         assert 0 < low <= figures["samples_per_s"] <= high
