@@ -124,4 +124,7 @@ def _training_lines(training: Mapping[str, Any]) -> list[str]:
                 f"- {stage}: {c['steps']} steps of {images} crops of {c['crop_px']} px, "
                 f"learning rate {c['learning_rate']}"
             )
+    if "from" in training:
+        start = training["from"]
+        lines += ["", f"It goes on from {start['name']}:", "", *_training_lines(start["training"])]
     return lines or ["No record."]

@@ -222,6 +222,9 @@ RCOD_S = dataclasses.replace(
     realism_power=0.0,
     discriminator_learning_rate=2e-5,
 )
+# nano from a merged checkpoint. Its U-Net no longer denoises photos: VSD would have no teacher. The
+# discriminator is new, the generator is not.
+NANO_FROM = RcodStageConfig(steps=500, learning_rate=1.5e-4, vsd_weight=0.0)
 SD_MEM = MemStageConfig(
     steps=1000, photos_per_batch=4, crops_per_photo=1, crop_px=512, context_px=512
 )
@@ -262,8 +265,10 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """One run of ``rcod-train nano``."""
+    """One run of ``rcod-train nano``. start: a merged checkpoint that takes the place of its first
+    three stages."""
 
+    start: str = ""
     vae: VaeStageConfig = field(default_factory=VaeStageConfig)
     base: BaseStageConfig = field(default_factory=BaseStageConfig)
     regression: RegressionStageConfig = field(default_factory=RegressionStageConfig)

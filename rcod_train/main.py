@@ -36,6 +36,14 @@ def build_parser() -> argparse.ArgumentParser:
     nano = commands.add_parser("nano", help="the small model, from scratch, on CPU or GPU-less CI")
     _add_run(nano, "nano", "Apache-2.0")
     nano.add_argument("--lpips", action="store_true", help="add the LPIPS loss (downloads weights)")
+    nano.add_argument(
+        "--from",
+        dest="start",
+        default="",
+        metavar="DIR",
+        help="go on from a merged nano checkpoint, for photos of your own: the RCOD stage and the "
+        "MEM alone",
+    )
     _add_rcod_o(commands)
     _add_rcod_s(commands)
     estimator = commands.add_parser("estimator", help="the degradation estimator for rcod-s")
@@ -230,10 +238,13 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_nano(arguments: argparse.Namespace) -> int:
-    from rcod_train.config import TrainConfig, with_overrides
+    from rcod_train.config import NANO_FROM, RcodStageConfig, TrainConfig, with_overrides
     from rcod_train.nano import train_nano
 
-    config = TrainConfig(**_common(arguments), use_lpips=arguments.lpips)
+    rcod = NANO_FROM if arguments.start else RcodStageConfig()
+    config = TrainConfig(
+        **_common(arguments), use_lpips=arguments.lpips, start=arguments.start, rcod=rcod
+    )
     return _train(train_nano, with_overrides(config, arguments.overrides), arguments)
 
 

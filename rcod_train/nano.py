@@ -6,8 +6,13 @@ import itertools
 import logging
 from pathlib import Path
 
+import torch
+
+from rcod_train.checkpoint import CheckpointInfo, load_merged
 from rcod_train.config import TrainConfig
-from rcod_train.network import build_nano, seeded
+from rcod_train.errors import CheckpointError, ConfigError
+from rcod_train.models.mem import Mem
+from rcod_train.network import NANO_LATENT_CHANNELS, Parts, build_nano, freeze, seeded
 from rcod_train.run import Run
 from rcod_train.stages.base import BaseStage, measure_scaling_factor
 from rcod_train.stages.mem import MemStage
@@ -25,16 +30,67 @@ def train_nano(
 ) -> Path:
     """Run all stages and write ``<out>/checkpoint``; returns that folder.
 
+    With ``config.start`` the RCOD stage and the MEM go on from that checkpoint; VAE, base and
+    regression are left out.
+
     With ``resume``, finished stages are loaded and the newest whole checkpoint is continued.
     The result depends on the configuration, the photos and the number of threads alone.
+
+    Raises:
+        ConfigError, DataError: see ``Run``. CheckpointError: see ``load_start``.
     """
     run = Run(config, (config.vae, config.base, config.regression, config.rcod, config.mem), resume)
+    parts, start = load_start(config) if config.start else (build_nano(config.seed), None)
     run.start()
-    autocast = run.autocast
-    parts = build_nano(config.seed)
+    if start is None:
+        train_base(run, parts, config)
     tokens_px = parts.vpim.tokens_px
 
-    vae = VaeStage(parts, config.vae, autocast)
+    degradations = config.rcod.degradations
+    grouping = run.grouping(parts, config.rcod, tokens_px)
+    with seeded(config.seed):  # its LoRA matrices
+        rcod = RcodStage(parts, config.rcod, grouping, run.autocast, run.perceptual)
+    regression = RegressionStage(rcod, config.regression)
+    for stage in (regression, rcod) if start is None else (rcod,):
+        source = run.batches_of(stage.config, stage.name, tokens_px, degradations)
+        run.train(stage, source, run.validation(rcod, stage, tokens_px))
+    mem = MemStage(rcod, config.mem)
+    run.train(mem, run.batches_of(config.mem, "mem", tokens_px, degradations))
+
+    summary = "Small one-step diffusion upscaler with a realism control, x4, for CPUs."
+    info = run.info(rcod, "nano", name, summary, licence, sources)
+    if start is not None:
+        for unused in ("vae", "base", "regression"):
+            del info.training[unused]
+        info.training["from"] = {"name": start.name, "training": start.training}
+    return run.save(rcod.merge(), info)
+
+
+def load_start(config: TrainConfig) -> tuple[Parts, CheckpointInfo]:
+    """The merged checkpoint that ``--from`` names, ready to be trained on.
+
+    Raises:
+        CheckpointError: not a checkpoint, or of another family.
+        ConfigError: VSD has a weight.
+    """
+    if config.rcod.vsd_weight:
+        raise ConfigError(
+            f"rcod.vsd_weight: expected 0 with --from, found {config.rcod.vsd_weight}. The U-Net "
+            "of a merged checkpoint upscales; the base that would teach VSD is not in it."
+        )
+    parts, info = load_merged(config.start)
+    if info.family != "nano":
+        raise CheckpointError(f"{config.start}: expected a nano checkpoint, found {info.family}.")
+    freeze(parts, torch.device("cpu"))
+    parts.mem = parts.mem or Mem(NANO_LATENT_CHANNELS)
+    parts.mem.requires_grad_(True)
+    return parts, info
+
+
+def train_base(run: Run, parts: Parts, config: TrainConfig) -> None:
+    """What RCOD starts from: the autoencoder, then the denoiser of its latents."""
+    tokens_px = parts.vpim.tokens_px
+    vae = VaeStage(parts, config.vae, run.autocast)
     run.train(vae, run.batches_of(config.vae, "vae", tokens_px, None))
     parts.vae.requires_grad_(False)
     # The factor is measured on the finished autoencoder, so a resumed run finds the same one.
@@ -43,20 +99,5 @@ def train_nano(
     parts.vae.register_to_config(scaling_factor=scaling_factor)
     log.info("latents: scaling factor %.4f", scaling_factor)
 
-    base = BaseStage(parts, config.base, autocast)
+    base = BaseStage(parts, config.base, run.autocast)
     run.train(base, run.batches_of(config.base, "base", tokens_px, None))
-
-    degradations = config.rcod.degradations
-    grouping = run.grouping(parts, config.rcod, tokens_px)
-    with seeded(config.seed):  # its LoRA matrices
-        rcod = RcodStage(parts, config.rcod, grouping, autocast, run.perceptual)
-    regression = RegressionStage(rcod, config.regression)
-    for stage in (regression, rcod):
-        source = run.batches_of(stage.config, stage.name, tokens_px, degradations)
-        run.train(stage, source, run.validation(rcod, stage, tokens_px))
-    mem = MemStage(rcod, config.mem)
-    run.train(mem, run.batches_of(config.mem, "mem", tokens_px, degradations))
-
-    summary = "Small one-step diffusion upscaler with a realism control, x4, for CPUs."
-    info = run.info(rcod, "nano", name, summary, licence, sources)
-    return run.save(rcod.merge(), info)

@@ -56,6 +56,7 @@ _MACHINE = (
     "text",
     "estimator",
     "backbone",
+    "start",
 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,50 @@ def test_a_killed_and_resumed_run_ends_bit_for_bit_equal(
     expected, found = weights(whole), weights(tmp_path)
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
+
+
+def test_a_run_goes_on_from_a_merged_checkpoint(photos: Path, whole: Path, tmp_path: Path) -> None:
+    start = ("--from", str(whole / "checkpoint"), "--set", "rcod.learning_rate=1e-9",
+             "--set", "rcod.decoder_learning_rate=1e-9", "--name", "mine")  # fmt: skip
+    done = subprocess.run(command(photos, tmp_path, *start), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert sorted(p.parent.name for p in tmp_path.glob("*/losses.jsonl")) == ["mem", "rcod"]
+    _, before = load_merged(whole / "checkpoint")
+    _, info = load_merged(tmp_path / "checkpoint")
+    assert info.name == "mine" and info.levels == before.levels
+    assert info.training["from"] == {"name": "nano", "training": before.training}
+    assert info.training["rcod"]["vsd_weight"] == 0 and "vae" not in info.training
+    assert str(tmp_path) not in (tmp_path / "checkpoint" / "rcod.json").read_text()
+    # With no learning rate to speak of what ships is what it started from; the MEM is trained.
+    old, new = weights(whole), weights(tmp_path)
+    assert old.keys() == new.keys()
+    for name, weight in old.items():
+        if name.startswith("mem."):
+            assert not torch.equal(weight, new[name])
+        else:
+            assert torch.allclose(weight, new[name], rtol=1e-2, atol=1e-4), name
+
+
+@pytest.mark.parametrize(
+    ("setting", "family", "said"),
+    [
+        ("rcod.vsd_weight=1", "nano", "rcod.vsd_weight: expected 0 with --from, found 1.0"),
+        ("rcod.vsd_weight=0", "rcod-o", '"_class_name": expected one of SdVae'),
+        ("rcod.vsd_weight=0", None, "not found. Expected a merged checkpoint"),
+    ],
+)
+def test_what_a_run_cannot_go_on_from_is_named_before_anything_is_written(
+    photos: Path, whole: Path, tmp_path: Path, setting: str, family: str | None, said: str
+) -> None:
+    start, out = tmp_path / "start", tmp_path / "out"
+    if family is not None:
+        shutil.copytree(whole / "checkpoint", start)
+        record = json.loads((start / "rcod.json").read_text())
+        (start / "rcod.json").write_text(json.dumps(record | {"family": family}))
+    argv = command(photos, out, "--from", str(start), "--set", setting)
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode in (2, 9) and said in done.stderr and "Traceback" not in done.stderr
+    assert not out.exists()
 
 
 def test_sigterm_saves_and_exits_with_130(photos: Path, tmp_path: Path) -> None:
