@@ -91,13 +91,7 @@ def _add_loop(parser: argparse.ArgumentParser) -> None:
     add("--out", required=True, metavar="DIR", help="checkpoints, logs and the result")
     add("--resume", action="store_true", help="continue from the newest checkpoint")
     add("--seed", type=int, default=0, help="default: %(default)s")
-    add(
-        "--precision",
-        choices=("auto", "fp32", "bf16", "fp16"),
-        default="auto",
-        help="of matrix products and frozen weights; auto: bf16 where the processor has it "
-        "(default: %(default)s)",
-    )
+    _add_precision(parser)
     add("--workers", type=int, default=1, help="data processes (default: %(default)s)")
     add("--threads", type=int, default=0, help="compute threads; 0: all cores")
     add("--tensorboard", action="store_true", help="log for TensorBoard too, in OUT/tensorboard")
@@ -159,7 +153,17 @@ def _add_stats(commands: Any) -> None:
     add("--crop", type=int, default=512, metavar="PX", help="their side (default: %(default)s)")
     add("--seed", type=int, default=0, help="default: %(default)s")
     _add_device(parser)
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto")
+    _add_precision(parser)
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="of matrix products and frozen weights; auto: bf16 where the processor has it "
+        "(default: %(default)s)",
+    )
 
 
 def _add_choice(parser: argparse.ArgumentParser, option: str, help_: str) -> None:

@@ -75,9 +75,15 @@ def measure_metric_range(
 
 
 def fingerprint(parts: Parts) -> str:
-    """Tells base models apart: a hash of the U-Net's first convolution."""
-    weight = parts.unet.conv_in.weight.detach().float().cpu().contiguous()
-    return hashlib.sha256(weight.numpy().tobytes()).hexdigest()
+    """Tells base models and estimators apart: a hash of the U-Net's first convolution, and of the
+    estimator's weights where there is one."""
+    weights = [parts.unet.conv_in.weight]
+    if parts.guide is not None:
+        weights += parts.guide.estimator.parameters()
+    digest = hashlib.sha256()
+    for weight in weights:
+        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -312,8 +318,8 @@ class RcodStage:
     def load_extra_state(self, state: dict[str, Any]) -> None:
         if state.get("base", self.base_fingerprint) != self.base_fingerprint:
             raise CheckpointError(
-                "the run to resume was trained on another base model (its conv_in differs). "
-                "Use that one and its --precision, or another --out."
+                "the run to resume was trained on another base model or another --estimator. "
+                "Use those and its --precision, or another --out."
             )
         if self.discriminator is not None:
             for name, buffer in self.discriminator.named_buffers():

@@ -1,7 +1,4 @@
-"""``rcod-train rcod-s`` at a tiny Stable Diffusion geometry, from photos to a checkpoint.
-
-X.
-"""
+"""``rcod-train rcod-s`` at a tiny Stable Diffusion geometry, from photos to a checkpoint."""
 
 from __future__ import annotations
 
@@ -127,13 +124,17 @@ def test_the_checkpoint_holds_branches_guide_and_the_estimator_as_it_was(
 
 
 def test_a_stopped_and_resumed_run_ends_bit_for_bit_equal(
-    run: Path, base: Path, photos: Path, tmp_path: Path
+    run: Path, base: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = arguments(base, photos, tmp_path)
     short = [a.replace(f"rcod.steps={STEPS}", "rcod.steps=8") for a in argv]
     assert main(short) == 0
     for leftover in (tmp_path / "mem").iterdir():
         leftover.unlink()
+    other = tmp_path / "other.safetensors"
+    save_file(DegradationEstimator(4, 8, 10).state_dict(), other)
+    assert main([*argv, "--resume", "--estimator", str(other)]) == 9
+    assert "another base model or another --estimator" in capsys.readouterr().err
     assert main([*argv, "--resume"]) == 0
     for path in sorted((run / "checkpoint").rglob("*.safetensors")):
         resumed = load_file(tmp_path / path.relative_to(run))
