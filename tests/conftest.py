@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is there: workers that each compute on all processors slow each other down.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from rcod_export.bundle import ExportConfig, build_bundle
 from rcod_train.checkpoint import save_merged

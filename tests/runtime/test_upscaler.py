@@ -17,7 +17,7 @@ from PIL import Image
 
 from rcod_runtime import Upscaler
 from rcod_runtime.backends import BACKENDS, precisions
-from rcod_runtime.colour import ColourMatch, match_colour
+from rcod_runtime.colour import ColourMatch
 from rcod_runtime.errors import BackendError, NonFiniteOutput, UsageError
 from rcod_runtime.levels import adaptive_level, level_weights
 from rcod_runtime.manifest import MetricRange
@@ -273,30 +273,6 @@ def test_colour_match_restores_the_inputs_mean(
     before = np.abs(shifted.mean((0, 1)) - lq.mean((0, 1))).max()
     after = np.abs(matched.mean((0, 1)) - lq.mean((0, 1))).max()
     assert before > 10 and after < 1
-
-
-def test_consistent_match_gives_half_of_the_inputs_detail_back(photo: Photo) -> None:
-    """By hand: at every pixel of the input's size, all of the mean and half of what is left."""
-    lq = np.repeat(photo(32, 48)[:, :, :1], 3, axis=2)
-    sr = np.full((4 * 32, 4 * 48, 3), 90, np.uint8)  # no detail, another colour
-    match_colour(sr, lq, "consistent")
-    averaged = sr.reshape(32, 4, 48, 4, 3).mean((1, 3))
-    broad = np.full((128, 192, 3), 90, np.uint8)
-    match_colour(broad, lq, "wavelet")
-    broad = broad.reshape(32, 4, 48, 4, 3).mean((1, 3))
-    detail, found = lq - broad, averaged - broad
-    # Upsampling smooths what it brings back, so less than the half arrives at single pixels.
-    share = (found * detail).sum() / np.square(detail).sum()
-    assert 0.3 < share < 0.5
-    assert np.abs(averaged.mean((0, 1)) - lq.mean((0, 1))).max() < 1
-
-
-def test_consistent_match_changes_nothing_that_is_consistent(photo: Photo) -> None:
-    sr = photo(128, 192)
-    lq = sr.reshape(32, 4, 48, 4, 3).mean((1, 3)).astype(np.float32)
-    matched = sr.copy()
-    match_colour(matched, lq, "consistent")
-    assert np.abs(matched.astype(int) - sr).max() <= 1
 
 
 @pytest.mark.parametrize("scale", [1, 1.9])
