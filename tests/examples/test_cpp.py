@@ -61,7 +61,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(program), *map(str, arguments)], capture_output=True, text=True, timeout=120
+        [str(program), *map(str, arguments)], capture_output=True, text=True, timeout=300
     )
 
 

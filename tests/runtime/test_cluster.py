@@ -47,14 +47,14 @@ def cluster() -> Iterator[str]:
                 [*command, "--disable-usage-stats", f"--temp-dir={folder}"],
                 stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 300
         while "Ray runtime started" not in Path(folder, "log").read_text():
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         yield f"127.0.0.1:{port}"
         for pid in processes(folder):
             os.kill(pid, signal.SIGKILL)
-        process.wait(10)
+        process.wait(60)
         del os.environ["RAY_AUTH_MODE"], os.environ["RAY_AUTH_TOKEN"]
 
 
@@ -68,7 +68,7 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 def run(*arguments: object) -> tuple[int, str, str]:
     process = start(*arguments)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 
@@ -187,7 +187,7 @@ def test_an_image_that_kills_its_workers_is_given_up_and_a_fault_of_ours_is_name
     report = tmp_path / "report.jsonl"
     done = subprocess.run(
         [sys.executable, "-c", FAULTS, cluster, str(tmp_path), str(report)],
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert "2 of 4 images failed" in done.stdout, done.stderr
     # Four times among others, and four times alone.

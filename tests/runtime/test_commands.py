@@ -139,7 +139,7 @@ def test_doctor_finds_a_sample_that_differs(own_bundle: Path, photo: Photo) -> N
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=300
     )
 
 

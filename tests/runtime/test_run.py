@@ -154,12 +154,12 @@ def test_stdin_to_stdout_gives_the_bytes_of_the_file(
     assert run(bundle, photos / "0.png", "-o", tmp_path / "o.png") == 0
     call = command("-", "-o", "-", "--bundle", bundle)
     lq = (photos / "0.png").read_bytes()
-    done = subprocess.run(call, input=lq, capture_output=True, timeout=60)
+    done = subprocess.run(call, input=lq, capture_output=True, timeout=300)
     assert done.stdout == (tmp_path / "o.png").read_bytes(), done.stderr
-    done = subprocess.run([*call, "--format", "jpeg"], input=b"", capture_output=True, timeout=60)
+    done = subprocess.run([*call, "--format", "jpeg"], input=b"", capture_output=True, timeout=300)
     assert (done.returncode, done.stdout) == (3, b"")
     assert b"stdin: expected an image, found an empty file" in done.stderr
-    done = subprocess.run([*call, "--format", "jpeg"], input=lq, capture_output=True, timeout=60)
+    done = subprocess.run([*call, "--format", "jpeg"], input=lq, capture_output=True, timeout=300)
     assert done.stdout[:2] == b"\xff\xd8" and decode_image(done.stdout, "o").pixels.shape[0] == 40
 
 
@@ -170,7 +170,7 @@ def test_a_reader_that_went_away_is_an_output_error(
         reader, writer = os.pipe()
         os.close(reader)
         call = command(*arguments, "--bundle", bundle)
-        done = subprocess.run(call, stdout=writer, stderr=subprocess.PIPE, timeout=60)
+        done = subprocess.run(call, stdout=writer, stderr=subprocess.PIPE, timeout=300)
         os.close(writer)
         assert done.returncode == 6, done.stderr
         assert b"stdout: can't be written" in done.stderr and b"Traceback" not in done.stderr
@@ -185,7 +185,7 @@ def test_names_that_are_not_unicode_are_written_and_printed(
     arguments = (os.fsdecode(odd), photos / "1.png", "-o", out, "--report", report)
     strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
     call = command(*arguments, "--bundle", bundle)
-    done = subprocess.run(call, capture_output=True, timeout=60, env=strict)
+    done = subprocess.run(call, capture_output=True, timeout=300, env=strict)
     assert done.returncode == 0, done.stderr
     assert os.fsencode(out) + b"/caf\xe9.png" in done.stdout.splitlines()
     assert len(records(report)) == 2
@@ -201,7 +201,7 @@ def interrupted(
             process.stdout.readline()
         time.sleep(wait_s)
         process.send_signal(number)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate(timeout=300)
     return process.returncode, said
 
 
@@ -249,7 +249,7 @@ def test_the_rest_of_a_file_whose_writer_was_killed_is_removed_and_no_image(
 ) -> None:
     out = tmp_path / "out"
     arguments = (photos, "-o", out, "--bundle", bundle, "--skip-existing")
-    killed = subprocess.run(command(*arguments, code=KILL_WHILE_WRITING), timeout=60)
+    killed = subprocess.run(command(*arguments, code=KILL_WHILE_WRITING), timeout=300)
     assert killed.returncode == -signal.SIGKILL
     (left,) = out.iterdir()
     assert left.name.startswith(".") and left.suffix == ".rcod-partial"

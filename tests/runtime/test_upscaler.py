@@ -347,7 +347,7 @@ def test_no_thread_is_bound_to_a_processor(bundle: Path) -> None:
         assert seen == {{frozenset(os.sched_getaffinity(0))}}, seen
     """
     command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
 
 
@@ -376,7 +376,7 @@ def test_ctrl_c_after_models_were_closed_does_not_crash_the_process(bundle: Path
             print("interrupted")
     """
     command = [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout.strip()) == (0, "interrupted"), done.stderr
 
 

@@ -104,7 +104,7 @@ def test_workers_start_after_the_parent_has_degraded_a_photo(tmp_path: Path) -> 
         "print(len(list(batches(data, range(2), workers=1))))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300
     )
     assert done.stdout == "2\n", done.stderr
 

@@ -166,7 +166,7 @@ def test_sigterm_saves_and_exits_with_130(photos: Path, tmp_path: Path) -> None:
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=300)
     assert process.returncode == 130, error
     assert "state saved" in error and "Traceback" not in error
     assert len(list((tmp_path / "vae").glob("step-*.pt"))) >= 1
