@@ -85,8 +85,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--colour-match",
         choices=("none", "adain", "wavelet", "consistent"),
         default="consistent",
-        help="wavelet: the broad colours are the input's; consistent: and of the finer detail that was "
-        "lost what is not noise (default: %(default)s)",
+        help="wavelet: the broad colours are the input's; consistent: and what is not noise of the "
+        "finer detail that was lost (default: %(default)s)",
     )
     add(
         "--jobs",
