@@ -289,7 +289,7 @@ def test_nothing_is_left_behind(server: Server, photo: Callable[..., np.ndarray]
 
 def large() -> bytes:
     """An image that is some seconds of work in many tiles."""
-    return png(np.random.default_rng(0).integers(0, 256, (1400, 1400, 3), dtype=np.uint8))
+    return png(np.random.default_rng(0).integers(0, 256, (700, 700, 3), dtype=np.uint8))
 
 
 def test_an_overloaded_server_says_503_at_once_and_recovers(bundle: Path) -> None:
