@@ -30,6 +30,8 @@ SCHEMA_VERSION = 1
 # What differs from the whole method, as settings of rcod-train.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "rcod": (),
+    # The same method on other crops of the photos: what chance alone moves.
+    "other_crops": ("regression.context_px=400", "rcod.context_px=400"),
     "vanilla": ("rcod.n=1", "rcod.k=500"),  # one fixed t for every photo
     "no_vsd": ("rcod.vsd_weight=0",),
     "uniform_t_r": ("rcod.das=uniform",),

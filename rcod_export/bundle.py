@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,9 +41,10 @@ from rcod_runtime.manifest import (
 from rcod_runtime.manifest import Tensor as TensorSpec
 from rcod_runtime.signature import SIGNATURE_FILE
 from rcod_train.adapter_files import are_adapters, load_adapters
-from rcod_train.checkpoint import CheckpointInfo, load_merged
+from rcod_train.checkpoint import CheckpointInfo, CheckpointLevel, load_merged
 from rcod_train.files import written_whole
 from rcod_train.network import Parts
+from rcod_train.schedule import alpha_sigma
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +69,14 @@ class ExportConfig:
     """Choices of one export; they go into the manifest.
 
     ``opset`` None is the one that most runtimes read, or the first that knows the precision;
-    ``fold_level`` leaves one level of the checkpoint, as part of the denoiser; ``base`` and
-    ``clip`` are the models that adapters are merged with: folders or hub ids.
+    ``timesteps`` moves the checkpoint's levels, one for each; empty: as trained. ``fold_level``
+    leaves one of them, as part of the denoiser. ``base`` and ``clip`` are the models that adapters
+    are merged with: folders or hub ids.
     """
 
     precision: Precision = Precision.FP32
     opset: int | None = None
+    timesteps: tuple[int, ...] = ()
     fold_level: str | None = None
     tile_px: int = 512
     overlap_px: int = 64
@@ -115,6 +119,8 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
         log.warning("%s: its signature will go with it; sign the new bundle", out)
     opset = opset_of(config)
     parts, info = _loaded(checkpoint, config)
+    if config.timesteps:
+        info = moved_levels(info, config.timesteps)
     if config.fold_level is not None:
         parts, info = _folded(parts, info, config.fold_level)
     contract = _image_contract(parts, config)
@@ -158,6 +164,29 @@ def _loaded(checkpoint: Path, config: ExportConfig) -> tuple[Parts, CheckpointIn
             "--base and --clip, or the merged checkpoint beside this folder."
         )
     return load_adapters(checkpoint, config.base, config.clip)
+
+
+def moved_levels(info: CheckpointInfo, timesteps: tuple[int, ...]) -> CheckpointInfo:
+    """The same levels at other timesteps, with their constants of Eq. 3.
+
+    The U-Net knows the timestep as a number, so those between the trained ones are levels too.
+
+    Raises:
+        UsageError: not one for each level, not ascending, or outside 1..999.
+    """
+    found = " ".join(map(str, timesteps))
+    if len(timesteps) != len(info.levels):
+        names = ", ".join(level.name for level in info.levels)
+        raise UsageError(f"--timesteps {found}: expected one for each of {names}.")
+    if list(timesteps) != sorted(set(timesteps)) or not 0 < timesteps[0] <= timesteps[-1] < 1000:
+        raise UsageError(f"--timesteps {found}: expected ascending integers in 1..999.")
+    levels = []
+    for level, t in zip(info.levels, timesteps, strict=True):
+        follows = math.isclose(level.alpha, alpha_sigma(level.timestep)[0], abs_tol=1e-5)
+        # Published code has one pair of constants for every t.
+        alpha, sigma = alpha_sigma(t) if follows else (level.alpha, level.sigma)
+        levels.append(CheckpointLevel(level.name, t, alpha, sigma))
+    return dataclasses.replace(info, levels=tuple(levels))
 
 
 def _folded(parts: Parts, info: CheckpointInfo, name: str) -> tuple[Parts, CheckpointInfo]:

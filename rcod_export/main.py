@@ -50,6 +50,14 @@ def build_parser() -> argparse.ArgumentParser:
         "default: 20, for bf16 23",
     )
     bundle.add_argument(
+        "--timesteps",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="T",
+        help="of the levels, one for each (default: those of the training)",
+    )
+    bundle.add_argument(
         "--fold-level", metavar="NAME", help="bake one level into the denoiser, drop the others"
     )
     bundle.add_argument(
@@ -171,6 +179,7 @@ def _bundle(arguments: argparse.Namespace) -> int:
     config = ExportConfig(
         precision=Precision(arguments.precision),
         opset=arguments.opset,
+        timesteps=tuple(arguments.timesteps),
         fold_level=arguments.fold_level,
         tile_px=arguments.tile,
         overlap_px=arguments.overlap,

@@ -55,11 +55,13 @@ def test_it_is_trained_and_its_levels_differ_in_order() -> None:
 
 def test_it_computes_what_the_committed_checkpoint_does() -> None:
     torch = pytest.importorskip("torch")
+    from rcod_export.bundle import moved_levels
     from rcod_export.parity import onnxruntime_session
     from rcod_export.reference import denoise
     from rcod_train.checkpoint import load_merged
 
     parts, info = load_merged(CHECKPOINT)
+    info = moved_levels(info, tuple(level.timestep for level in open_bundle().manifest.levels))
     run = onnxruntime_session(open_bundle().graph_path("denoiser"))
     generator = torch.Generator().manual_seed(5)
     z = torch.randn(1, parts.vae.config.latent_channels, 16, 24, generator=generator)

@@ -17,7 +17,7 @@ from onnx import TensorProto
 from safetensors.torch import save_file
 
 import rcod_export.onnx_file
-from rcod_export.bundle import ExportConfig, build_bundle
+from rcod_export.bundle import ExportConfig, build_bundle, moved_levels
 from rcod_export.main import main
 from rcod_export.parity import LIMITS, Limit, measure
 from rcod_runtime import Upscaler
@@ -25,8 +25,10 @@ from rcod_runtime.colour import SAMPLE_COLOUR_MATCH
 from rcod_runtime.errors import ExportError, HashMismatch, OutputError, ParityError, UsageError
 from rcod_runtime.image_io import read_image
 from rcod_runtime.manifest import Precision, read_manifest, sha256_file
-from rcod_train.checkpoint import save_merged
+from rcod_train.checkpoint import levels_of, save_merged
 from rcod_train.errors import CheckpointError
+from rcod_train.grouping import Grouping
+from rcod_train.schedule import OFFICIAL_ALPHA_BAR, alpha_sigma
 from tests.tiny import tiny_info, tiny_parts
 
 
@@ -251,6 +253,52 @@ def test_a_folded_level_is_the_level_and_nothing_is_left_to_choose(
             one(lq, "fidelity")
         with pytest.raises(UsageError, match="no metric estimation module"):
             one(lq, "adaptive")
+
+
+def test_levels_can_be_moved_to_other_timesteps(
+    tiny_checkpoint: Path, tiny_bundle: Path, tiny_config: ExportConfig, tmp_path: Path
+) -> None:
+    """The export itself holds each against PyTorch called with that timestep."""
+    config = dataclasses.replace(tiny_config, timesteps=(250, 500, 625))
+    manifest = build_bundle(tiny_checkpoint, tmp_path / "out", config)
+    assert [(x.name, x.timestep) for x in manifest.levels] == [
+        ("fidelity", 250), ("neutral", 500), ("realism", 625),
+    ]  # fmt: skip
+    assert [(x.alpha, x.sigma) for x in manifest.levels] == list(map(alpha_sigma, (250, 500, 625)))
+    lq = read_image(tiny_bundle / "sample/lq.png").pixels
+    with (
+        Upscaler(tmp_path / "out", precision="fp32") as moved,
+        Upscaler(tiny_bundle, precision="fp32") as trained,
+    ):
+        for name in ("fidelity", "neutral"):
+            assert np.abs(moved(lq, name).astype(int) - trained(lq, name).astype(int)).max() <= 1
+        assert not np.array_equal(moved(lq, "realism"), trained(lq, "realism"))
+
+
+def test_moved_levels_keep_constants_that_are_fixed() -> None:
+    """Published code has one alpha_bar in Eq. 3 for every timestep."""
+    grouping = Grouping(0.2, 0.9)
+    info = tiny_info(levels=levels_of(grouping, OFFICIAL_ALPHA_BAR))
+    moved = moved_levels(info, (100, 200, 999)).levels
+    assert [level.timestep for level in moved] == [100, 200, 999]
+    assert {(level.alpha, level.sigma) for level in moved} == {alpha_sigma(0, OFFICIAL_ALPHA_BAR)}
+
+
+@pytest.mark.parametrize(
+    ("timesteps", "expected"),
+    [
+        ((250, 500), "one for each of fidelity, neutral, realism"),
+        ((250, 600, 500), r"--timesteps 250 600 500: expected ascending integers in 1\.\.999"),
+        ((250, 250, 500), "ascending"),
+        ((0, 250, 500), "ascending"),
+        ((250, 500, 1000), "ascending"),
+    ],
+)
+def test_timesteps_that_are_no_levels_are_refused(
+    timesteps: tuple[int, ...], expected: str
+) -> None:
+    with pytest.raises(UsageError, match=expected):
+        moved_levels(tiny_info(), timesteps)
 
 
 def test_a_level_that_is_not_there_cannot_be_folded(
