@@ -120,9 +120,12 @@ def _training_lines(training: Mapping[str, Any]) -> list[str]:
         if stage in training:
             c = training[stage]
             images = c["photos_per_batch"] * c["crops_per_photo"]
+            trained = ""
+            if stage == "rcod" and c.get("grouping") == "paper":
+                trained = ", at t = " + ", ".join(str(c["k"] * i) for i in range(1, c["n"] + 1))
             lines.append(
                 f"- {stage}: {c['steps']} steps of {images} crops of {c['crop_px']} px, "
-                f"learning rate {c['learning_rate']}"
+                f"learning rate {c['learning_rate']}{trained}"
             )
     if "from" in training:
         start = training["from"]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from rcod_export.card import add_quality
+from rcod_export.card import add_quality, card
 from rcod_export.main import main
 from rcod_runtime.errors import UsageError
 from rcod_runtime.manifest import read_manifest
+from rcod_train.config import TrainConfig
 
 
 @pytest.fixture
@@ -38,13 +40,13 @@ def quality(bundle: Path, psnr: float) -> Path:
 
 
 def test_the_means_stand_in_the_card_once(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    card = bundle / "MODEL_CARD.md"
-    before = card.read_text()
+    path = bundle / "MODEL_CARD.md"
+    before = path.read_text()
     for psnr in (26.0, 27.25):
         argv = ["card", str(bundle), "--quality", str(quality(bundle, psnr))]
         assert main(argv) == 0
-        assert capsys.readouterr().out == f"{card}\n"
-    text = card.read_text()
+        assert capsys.readouterr().out == f"{path}\n"
+    text = path.read_text()
     assert "realsr, 2 pairs" in text and "| | PSNR | NIQE |\n|---|---|---|\n" in text
     assert "| fidelity | 27.25 | 7.50 |\n| hq |  -  | 6.25 |\n" in text
     assert "26.00" not in text and text.count("## Quality") == 1
@@ -52,9 +54,21 @@ def test_the_means_stand_in_the_card_once(bundle: Path, capsys: pytest.CaptureFi
     assert text.startswith(head) and text.endswith(tail)
 
 
+def test_the_card_tells_levels_that_ship_from_those_that_were_trained(bundle: Path) -> None:
+    manifest = read_manifest(bundle / "manifest.json")
+    last = dataclasses.replace(manifest.levels[-1], timestep=625)
+    manifest = dataclasses.replace(manifest, levels=(*manifest.levels[:-1], last))
+    record = dataclasses.asdict(TrainConfig(("photos",), "out")) | {"photos": 7}
+    text = card(manifest, record)
+    assert "| realism | 625 |" in text and "7 photo crops" in text
+    assert "- rcod: 1300 steps of 8 crops of 256 px" in text and ", at t = 250, 500, 750\n" in text
+    record["rcod"]["grouping"] = "official"
+    assert ", at t" not in card(manifest, record)
+
+
 def test_figures_of_other_graphs_and_other_files_are_refused(bundle: Path) -> None:
     path = quality(bundle, 27.0)
-    card = (bundle / "MODEL_CARD.md").read_text()
+    before = (bundle / "MODEL_CARD.md").read_text()
     document = json.loads(path.read_text())
     document["model"]["graph_sha256"]["decoder"] = "0" * 64
     path.write_text(json.dumps(document))
@@ -67,4 +81,4 @@ def test_figures_of_other_graphs_and_other_files_are_refused(bundle: Path) -> No
     (bundle / "MODEL_CARD.md").write_text("# mine\n")
     with pytest.raises(UsageError, match='expected the section "## What it is not"'):
         add_quality(bundle, quality(bundle, 27.0))
-    (bundle / "MODEL_CARD.md").write_text(card)
+    (bundle / "MODEL_CARD.md").write_text(before)
