@@ -16,6 +16,7 @@ import torch
 from onnx import TensorProto
 from safetensors.torch import save_file
 
+import rcod_export.bundle
 import rcod_export.onnx_file
 from rcod_export.bundle import ExportConfig, build_bundle, moved_levels
 from rcod_export.main import main
@@ -73,6 +74,7 @@ def test_an_export_is_repeatable_byte_for_byte(
 
 
 def test_a_graph_beyond_its_limit_is_refused_and_nothing_is_written(
+    exported_before: None,
     tiny_checkpoint: Path,
     tiny_config: ExportConfig,
     tmp_path: Path,
@@ -85,9 +87,10 @@ def test_a_graph_beyond_its_limit_is_refused_and_nothing_is_written(
 
 
 def test_levels_that_give_the_same_image_are_refused(
-    tiny_config: ExportConfig, tmp_path: Path
+    tiny_config: ExportConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As when the timestep doesn't reach the network."""
+    """As when the timestep doesn't reach the network; said before anything is exported."""
+    monkeypatch.setattr(rcod_export.bundle, "_export", None)
     parts = tiny_parts()
     for name, parameter in parts.unet.named_parameters():
         if "time_emb_proj" in name:
