@@ -128,7 +128,7 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
     log.info("reference: PyTorch in fp32")
     cases = list(parity_cases(parts, info))
     images = whole_images(parts, info, _centre(lq), contract.scale)
-    check_levels_differ(images)  # before the export, which takes minutes
+    check_levels_differ(images)  # PyTorch's, before the export takes its minutes
     with _written_whole(out) as folder:
         (folder / "onnx").mkdir()
         graphs: dict[str, Graph] = {}
@@ -309,6 +309,7 @@ def _with_sample(
         whole: Any = {"colour_match": "none", "tile_px": whole_px, "overlap_px": 0}
         results = {name: cast(Photo, upscaler(compared, name, **whole)) for name in names}
         sr = cast(Photo, upscaler(lq, realism, colour_match=SAMPLE_COLOUR_MATCH))
+    check_levels_differ(results)
     psnr_db = check_sample(reference, results, config.precision)
     write_image(sr_path, sr)
     manifest = dataclasses.replace(
