@@ -38,7 +38,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no_vpim": ("rcod.vpim=false",),
     "l1_metric": ("rcod.metric=l1",),
     "n_2": ("rcod.n=2",),
-    "n_4": ("rcod.n=4", "rcod.k=249"),  # k = 250 ends at t = 1000, which the schedule has not
+    "n_4": ("rcod.n=4", "rcod.k=249"),  # the schedule ends at t = 999
     "no_adversary": ("rcod.adversarial_weight=0",),
     "no_regression": ("regression.steps=1",),
 }

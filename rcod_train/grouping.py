@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rcod_train.config import RcodStageConfig
 from rcod_train.errors import ConfigError
+from rcod_train.schedule import TIMESTEPS
 
 
 def cosine_metric(z_lq: Tensor, z_hq: Tensor) -> Tensor:
@@ -39,8 +41,10 @@ class Grouping:
     def __post_init__(self) -> None:
         if not -1.0 <= self.m_min < self.m_max <= 1.0:
             raise ValueError(f"expected -1 <= m_min < m_max <= 1, found {self.m_min}, {self.m_max}")
-        if not 1 <= self.n <= 4 or not 1 <= self.k * self.n <= 1000:
-            raise ValueError(f"expected n in 1..4 and n k <= 1000, found n={self.n}, k={self.k}")
+        if not 1 <= self.n <= 4 or not 1 <= self.k * self.n <= TIMESTEPS - 1 + self.offset:
+            raise ValueError(
+                f"expected n in 1..4 and n k < {TIMESTEPS}, found n={self.n}, k={self.k}"
+            )
 
     @property
     def timesteps(self) -> tuple[int, ...]:
@@ -59,9 +63,27 @@ class Grouping:
 def official_grouping(n: int, k: int = 250) -> Grouping:
     """The published code's bins: n = 3: M < .5 -> 749, < .7 -> 499, else 249; n = 4: < .3 -> 999,
     < .5 -> 749, < .7 -> 499, else 249. They are Eq. 5 with groups .2 wide that end at .9."""
-    if n not in (3, 4) or k != 250:
-        raise ConfigError(f"grouping official: expected n 3 or 4 and k 250, found {n} and {k}.")
     return Grouping({3: 0.3, 4: 0.1}[n], 0.9, n, k, offset=1)
+
+
+def check_groups(config: RcodStageConfig) -> None:
+    """Before a run begins, since M_min and M_max are measured late in it.
+
+    Raises:
+        ConfigError: groups that there can't be.
+    """
+    n, k = config.n, config.k
+    if config.grouping == "official" and (n not in (3, 4) or k != 250):
+        raise ConfigError(
+            f"rcod.grouping official: expected rcod.n 3 or 4 and rcod.k 250, found {n} and {k}."
+        )
+    if not 1 <= n <= 4:
+        raise ConfigError(f"rcod.n: expected 1 to 4 groups, found {n}.")
+    if config.grouping == "paper" and not 1 <= k <= (highest := (TIMESTEPS - 1) // n):
+        raise ConfigError(
+            f"rcod.k: expected 1 to {highest} with {n} groups, found {k}. The last timestep "
+            f"is n k, and the schedule has 0 to {TIMESTEPS - 1}."
+        )
 
 
 def sample_levels(

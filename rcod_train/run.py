@@ -18,7 +18,7 @@ from rcod_train.config import LoopConfig, RcodStageConfig, RunConfig
 from rcod_train.data import Batch, PhotoBatches, batches, worker_deaths
 from rcod_train.errors import ConfigError, MetricError, MissingPackage, TrainError
 from rcod_train.files import file_written_whole
-from rcod_train.grouping import Grouping, official_grouping
+from rcod_train.grouping import Grouping, check_groups, official_grouping
 from rcod_train.loop import Stage, run_stage
 from rcod_train.network import Parts
 from rcod_train.perceptual import load_lpips
@@ -64,11 +64,15 @@ class Run:
     """Checks the arguments and finds the photos first; nothing is written before ``start``.
 
     Raises:
-        ConfigError, DataError: see ``find_photos``, ``resolve_device``, ``resolve_precision``.
+        ConfigError, DataError: see ``check_groups``, ``find_photos``, ``resolve_device``,
+            ``resolve_precision``.
     """
 
     def __init__(self, config: RunConfig, stages: tuple[LoopConfig, ...], resume: bool) -> None:
         self.config, self.resume, self.out = config, resume, Path(config.out)
+        for stage in stages:
+            if isinstance(stage, RcodStageConfig):
+                check_groups(stage)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.ranks = join(on_cpu=config.device == "cpu")

@@ -70,6 +70,11 @@ def test_missing_lpips_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ([], 9, "DataError: .*expected a folder of photos"),
         (["--set", "rcod.stepz=1"], 2, "ConfigError: .*unknown field"),
+        (["--set", "rcod.n=5"], 2, "ConfigError: rcod.n: expected 1 to 4 groups, found 5"),
+        (["--set", "rcod.n=4"], 2, "rcod.k: expected 1 to 249 with 4 groups, found 250"),
+        (["--set", "rcod.n=4", "--set", "rcod.k=249"], 9, "DataError: .*expected a folder"),
+        (["--set", "rcod.grouping=official", "--set", "rcod.n=2"], 2, "expected rcod.n 3 or 4"),
+        (["--set", "rcod.grouping=official", "--set", "rcod.n=4"], 9, "DataError"),
     ],
 )
 def test_the_command_prints_one_line_and_its_exit_code(

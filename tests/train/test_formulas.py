@@ -70,15 +70,15 @@ def test_eq_5_is_clamped_where_the_formula_leaves_the_groups() -> None:
     assert grouping.timestep(m).tolist() == [250, 250, 750]
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_every_group_is_reached_and_the_timesteps_are_multiples_of_k(n: int) -> None:
-    grouping = Grouping(0.0, 1.0, n=n)
+@pytest.mark.parametrize(("n", "k"), [(1, 250), (2, 250), (3, 250), (4, 249)])
+def test_every_group_is_reached_and_the_timesteps_are_multiples_of_k(n: int, k: int) -> None:
+    grouping = Grouping(0.0, 1.0, n=n, k=k)
     reached = set(grouping.timestep(torch.linspace(-0.2, 1.0, 500)).tolist())
-    assert reached == set(grouping.timesteps) == {250 * (i + 1) for i in range(n)}
+    assert reached == set(grouping.timesteps) == {k * (i + 1) for i in range(n)}
 
 
 @pytest.mark.parametrize(
-    "fields", [(0.7, 0.1, 3, 250), (0.1, 1.2, 3, 250), (0.1, 0.7, 5, 200), (0.1, 0.7, 4, 300)]
+    "fields", [(0.7, 0.1, 3, 250), (0.1, 1.2, 3, 250), (0.1, 0.7, 5, 199), (0.1, 0.7, 4, 250)]
 )
 def test_impossible_groupings_are_refused(fields: tuple[float, float, int, int]) -> None:
     with pytest.raises(ValueError, match="expected"):
