@@ -228,10 +228,10 @@ class Upscaler:
         Nothing is waited for but that the call before this one has read its level. Upsampling,
         tiles, blending and colours are the caller's here, and so is a check for NaN.
 
-        The arrays are of any library with DLPack (torch, CuPy, JAX), which then makes the stream
-        wait for what writes them, or with __cuda_array_interface__ (Numba). None of them is kept
-        after the call: the caller may drop them where their memory is used again in the stream's
-        order, as in torch and CuPy.
+        The arrays are of any library with DLPack (torch, CuPy, JAX) or __cuda_array_interface__
+        (Numba). The stream waits for what writes them where they say which stream that is. None of
+        them is kept after the call: the caller may drop them where their memory is used again in
+        the stream's order, as in torch and CuPy.
 
         Args:
             image: float32 (B, 3, tile, tile) in [-1, 1], upsampled to the output's size, C order.

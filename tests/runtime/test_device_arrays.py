@@ -17,13 +17,13 @@ from rcod_runtime.backends.trt.dlpack import CUDA, Borrowed
 from rcod_runtime.chain import ImageFeed, to_pixels
 from rcod_runtime.errors import BackendError, UsageError
 from tests.runtime.fakes import GAINS, make_bundle
-from tests.runtime.simulated.arrays import ByDlpack, ByOldDlpack, OnGpu
+from tests.runtime.simulated.arrays import ByDlpack, ByOldDlpack, OnGpu, Ordered
 from tests.runtime.simulated.cudart import SimulatedGpu, released
 from tests.runtime.simulated.streams import Stream
 from tests.runtime.simulated.tensorrt import TILE_PX, add_engines, install
 
 SHAPE = (2, 3, TILE_PX, TILE_PX)
-INTERFACES = [OnGpu, ByDlpack, ByOldDlpack]
+INTERFACES = [OnGpu, Ordered, ByDlpack, ByOldDlpack]
 
 
 @contextlib.contextmanager
@@ -80,9 +80,9 @@ def test_arrays_go_in_and_out_on_the_callers_stream(
     assert_given_back_once(used)
 
 
-@pytest.mark.parametrize("interface", [ByDlpack, ByOldDlpack])
+@pytest.mark.parametrize("interface", [Ordered, ByDlpack, ByOldDlpack])
 @pytest.mark.parametrize("seed", range(10))
-def test_by_dlpack_arrays_of_other_streams_are_waited_for(
+def test_arrays_of_other_streams_are_waited_for(
     monkeypatch: pytest.MonkeyPatch, engines: Path, interface: Any, seed: int
 ) -> None:
     gpu = SimulatedGpu(seed=seed)
@@ -292,6 +292,7 @@ def test_a_window_without_a_guide_is_refused(gpu: SimulatedGpu, engines: Path) -
         ({"shape": (1, 3, 32, 32)}, r"expected \(1, 3, 64, 64\) <f4, found \(1, 3, 32, 32\)"),
         ({"typestr": "<f2"}, "found .* <f2"),
         ({"strides": (4, 8, 16, 32)}, "expected C order"),
+        ({"stream": 0}, "image: its stream is 0, which is ambiguous"),
     ],
 )
 def test_arrays_by_the_interface_that_cannot_be_used_say_why(

@@ -74,12 +74,13 @@ class DeviceView:
 
 
 def view_array(
-    array: Any, name: str, stream: int, index: int, keep: contextlib.ExitStack
+    array: Any, name: str, stream: int, cuda: Cuda, keep: contextlib.ExitStack
 ) -> DeviceView:
-    """Where an array lies on GPU ``index``, ready for what is enqueued on ``stream`` from here on.
+    """Where an array lies on the GPU, ready for what is enqueued on ``stream`` from here on.
 
     By DLPack where it has that: then its library makes the stream wait for what writes the array.
-    ``keep`` gives back what is borrowed. The GPU is the thread's current one.
+    By the other interface it is made to wait here, for the stream that the array names. ``keep``
+    gives back what is borrowed. The GPU is the thread's current one.
 
     Raises:
         UsageError: not on this GPU, or its library does not export it.
@@ -88,13 +89,13 @@ def view_array(
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
         try:
             device = array.__dlpack_device__()
-            _check_device(array, name, device, index)
+            _check_device(array, name, device, cuda.index)
             capsule = _export(array, stream)
         except DLPACK_ERRORS as exc:
             raise UsageError(f"{name}: {type(array).__name__} does not export it: {exc}") from exc
         borrowed = Borrowed(capsule, name)
         keep.callback(borrowed.close)
-        _check_device(array, name, borrowed.device, index)
+        _check_device(array, name, borrowed.device, cuda.index)
         # Capsules without a version can't say that an array is read-only, as JAX's are.
         read_only = borrowed.read_only or (interface is not None and bool(interface["data"][1]))
         return DeviceView(
@@ -105,6 +106,7 @@ def view_array(
             f"{name}: expected an array on the GPU with __dlpack__ or __cuda_array_interface__, "
             f"found {type(array).__name__}."
         )
+    _delay(cuda, stream, interface.get("stream"), name)
     address, read_only = interface["data"]
     strides = interface.get("strides")
     return DeviceView(
@@ -115,6 +117,17 @@ def view_array(
         None if strides is None else tuple(strides),
         bool(read_only),
     )
+
+
+def _delay(cuda: Cuda, stream: int, writer: int | None, name: str) -> None:
+    """Let ``stream`` wait for what is enqueued on ``writer``; None asks for nothing."""
+    if writer == 0:
+        raise UsageError(f"{name}: its stream is 0, which is ambiguous: expected 1, 2 or a handle.")
+    if writer is None or writer == stream:
+        return
+    with contextlib.closing(Event(cuda)) as written:  # CUDA keeps it for who waits already
+        written.record(writer)
+        written.delay(stream)
 
 
 def stream_handle(stream: Any) -> int:

@@ -143,26 +143,26 @@ class DeviceChain:
     ) -> Any:
         """Arrays of the GPU in and out, without the host: see Upscaler.enqueue."""
         manifest, side, memory = self._manifest, self.tile_px or 0, self._memory
-        handle, index, tokens_px = stream_handle(stream), self._cuda.index, manifest.image.tokens_px
+        handle, cuda, tokens_px = stream_handle(stream), self._cuda, manifest.image.tokens_px
         if manifest.is_guided is (window is None):
             raise UsageError(
                 "window: this bundle has a guide, which looks at the photo's centre; give that."
                 if manifest.is_guided
                 else "window: this bundle has no guide that would look at it; leave it out."
             )
-        with contextlib.ExitStack() as keep, self._cuda.guard():
-            tiles = view_array(image, "image", handle, index, keep)
+        with contextlib.ExitStack() as keep, cuda.guard():
+            tiles = view_array(image, "image", handle, cuda, keep)
             batch = _batch_of(tiles, self.batches)
             shape, thumbnail_shape = (batch, 3, side, side), (1, 3, tokens_px, tokens_px)
             source = tiles.check(shape)
-            small = view_array(thumbnail, "thumbnail", handle, index, keep).check(thumbnail_shape)
+            small = view_array(thumbnail, "thumbnail", handle, cuda, keep).check(thumbnail_shape)
             seen = None
             if window is not None:
-                seen = view_array(window, "window", handle, index, keep)
+                seen = view_array(window, "window", handle, cuda, keep)
                 seen.check_between(*self._window_limits)
-            made = DeviceArray(self._cuda, shape, handle) if out is None else None
+            made = DeviceArray(cuda, shape, handle) if out is None else None
             target = (
-                view_array(out, "out", handle, index, keep).check(shape, writeable=True)
+                view_array(out, "out", handle, cuda, keep).check(shape, writeable=True)
                 if made is None
                 else made.address
             )
@@ -183,7 +183,7 @@ class DeviceChain:
                 self._take(memory.tensors["image"], source, shape)
                 self._run_stages(adaptive=level is None)
                 decoded, nbytes = memory.tensors["decoded"].address, float_bytes(shape)
-                self._cuda.copy(target, decoded, nbytes, "DeviceToDevice", memory.compute)
+                cuda.copy(target, decoded, nbytes, "DeviceToDevice", memory.compute)
                 if made is not None:
                     made.mark_written(memory.compute)
                 memory.caller.record(memory.compute)

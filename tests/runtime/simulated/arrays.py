@@ -87,6 +87,14 @@ class OnGpu:
         return {"shape": self.shape, "typestr": "<f4", "data": (self.address, False), "version": 3}
 
 
+class Ordered(OnGpu):
+    """The same, and the interface names its stream."""
+
+    @property
+    def __cuda_array_interface__(self) -> dict[str, Any]:
+        return {**super().__cuda_array_interface__, "stream": int(self.stream)}
+
+
 class ByDlpack:
     """The same by DLPack only, as torch: another stream waits for the array's own.
 
