@@ -23,7 +23,7 @@ from rcod_runtime.manifest import MAX_GUIDE_PX, Precision
 from rcod_train.checkpoint import CheckpointInfo
 from rcod_train.network import Parts
 
-MAX_BATCH = 64
+MAX_BATCH = 63  # diffusers' upsampling is another graph from 64 on: torch would trace again
 MATRICES = ("vae_matrices", "unet_matrices")
 MAX_LATENT_STEPS = 128  # of the U-Net's size step, per side
 
