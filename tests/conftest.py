@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Before torch is there: workers that each compute on all processors slow each other down.
@@ -32,6 +33,12 @@ def tiny_config() -> ExportConfig:
 def tiny_bundle(
     tiny_checkpoint: Path, tiny_config: ExportConfig, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    out = tmp_path_factory.mktemp("bundle") / "tiny"
-    build_bundle(tiny_checkpoint, out, tiny_config)
+    """Exported by the worker that asks first; all of them read it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    out = folder / "tiny_bundle"
+    with FileLock(folder / "tiny_bundle.lock"):
+        if not out.exists():  # an export is written whole or not at all
+            build_bundle(tiny_checkpoint, out, tiny_config)
     return out

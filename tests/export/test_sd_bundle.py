@@ -14,9 +14,12 @@ import torch
 from PIL import Image
 
 from benchmarks.picture import draw_picture
-from rcod_export.bundle import ExportConfig, build_bundle
+from rcod_export.bundle import BF16_OPSET, ExportConfig, build_bundle
 from rcod_export.engines import EngineConfig, build_engines
-from rcod_export.reference import whole_images
+from rcod_export.onnx_file import export_onnx
+from rcod_export.parity import compare
+from rcod_export.reference import parity_cases, whole_images
+from rcod_export.specs import graph_specs
 from rcod_runtime import Upscaler
 from rcod_runtime.errors import ManifestError
 from rcod_runtime.manifest import Precision, read_manifest
@@ -169,16 +172,26 @@ def test_a_guided_bundle_without_its_guide_is_refused(guided_bundle: Path, tmp_p
         read_manifest(tmp_path / "manifest.json")
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_half_graphs_of_a_guided_model_hold_their_limits(
-    checkpoints: Path, tmp_path: Path, precision: str
-) -> None:
-    config = dataclasses.replace(CONFIG, precision=Precision(precision), opset=23)
+def test_half_graphs_of_a_guided_model_hold_their_limits(checkpoints: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, precision=Precision.FP16, opset=23)
     manifest = build_bundle(checkpoints / "rcod-s", tmp_path / "out", config)
     assert manifest.graphs["guide"].precision is Precision.FP32  # its phases
-    assert manifest.graphs["denoiser"].precision is Precision(precision)
-    if precision == "fp16":
-        check_engines(tmp_path / "out", tmp_path)
+    assert manifest.graphs["denoiser"].precision is Precision.FP16
+    check_engines(tmp_path / "out", tmp_path)
+
+
+def test_branches_in_bf16_hold_their_limits(checkpoints: Path, tmp_path: Path) -> None:
+    """Of the encoder; the denoiser's are the same modules, and minutes longer to export."""
+    parts, info = load_merged(checkpoints / "rcod-s")
+    cases = [case for case in parity_cases(parts, info) if case.graph == "encoder"]
+    specs = graph_specs(parts, info, Precision.BF16, scale=4)
+    spec = next(spec for spec in specs if spec.name == "encoder")
+    path = tmp_path / "encoder.onnx"
+    export_onnx(spec.module, spec.inputs, spec.outputs, spec.dynamic, BF16_OPSET, path)
+    types = {tensor.data_type for tensor in onnx.load(path).graph.initializer}
+    assert onnx.TensorProto.BFLOAT16 in types
+    rows = list(compare(cases, path, Precision.BF16))
+    assert rows and all(0 < row.max_abs <= row.limit_max_abs for row in rows)
 
 
 def test_real_engines_are_built_of_all_graphs(bundle: Path, tmp_path: Path) -> None:
