@@ -25,6 +25,7 @@ from typing import Any
 from benchmarks import report
 from benchmarks.command import run_command
 from benchmarks.errors import CommandFailed, DatasetError
+from benchmarks.tables import shown
 
 SCHEMA_VERSION = 1
 # What differs from the whole method, as settings of rcod-train.
@@ -43,7 +44,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no_regression": ("regression.steps=1",),
 }
 BUDGET = ("regression.steps=400", "rcod.steps=400", "mem.steps=50")
-SHOWN = (("psnr_y", ".2f"), ("ssim_y", ".3f"), ("niqe", ".2f"))
+SHOWN = (("psnr_y", "PSNR", 2), ("ssim_y", "SSIM", 3), ("niqe", "NIQE", 2), ("piqe", "PIQE", 1))
 SHARED = ("vae", "base")  # stages that all variants start from
 
 
@@ -149,11 +150,11 @@ def _run(name: str, module: Sequence[str]) -> None:
 
 def table(variants: dict[str, dict[str, Any]]) -> str:
     rows = [
-        (name, level, *(format(mean[key], digits) if key in mean else "-" for key, digits in SHOWN))
+        (name, level, *(shown(mean.get(key), decimals) for key, _, decimals in SHOWN))
         for name, variant in variants.items()
         for level, mean in variant["levels"].items()
     ]
-    return report.format_table(("variant", "level", "PSNR", "SSIM", "NIQE"), rows)
+    return report.format_table(("variant", "level", *(title for _, title, _ in SHOWN)), rows)
 
 
 def measure(config: AblationConfig) -> str:

@@ -39,7 +39,7 @@ def mean_table(document: Mapping[str, Any]) -> Table:
     }
     rows = [
         Row(
-            (m["name"], *(_shown(m["mean"].get(n), _decimals(metrics, n)) for n in names)),
+            (m["name"], *(shown(m["mean"].get(n), _decimals(metrics, n)) for n in names)),
             best=frozenset(i for i, winner in best.items() if m["name"] == winner),
         )
         for m in document["methods"]
@@ -48,7 +48,7 @@ def mean_table(document: Mapping[str, Any]) -> Table:
         Row(
             (
                 f"paper: {row['method']}",
-                *(_shown(row["values"].get(n), _decimals(metrics, n)) for n in names),
+                *(shown(row["values"].get(n), _decimals(metrics, n)) for n in names),
             ),
             is_paper=True,
         )
@@ -62,7 +62,7 @@ def image_table(document: Mapping[str, Any], metric: str) -> Table:
     methods = document["methods"]
     decimals = _decimals(document["metrics"], metric)
     rows = [
-        Row((pair, *(_shown(m["images"][pair].get(metric), decimals) for m in methods)))
+        Row((pair, *(shown(m["images"][pair].get(metric), decimals) for m in methods)))
         for pair in methods[0]["images"]
     ]
     return Table(("image", *(m["name"] for m in methods)), tuple(rows))
@@ -153,5 +153,6 @@ def _decimals(metrics: Mapping[str, Any], name: str) -> int:
     return next((packaged.decimals for packaged in PACKAGED if packaged.name == name), 4)
 
 
-def _shown(value: float | None, decimals: int) -> str:
+def shown(value: float | None, decimals: int) -> str:
+    """A mean as tables have it; ``UNKNOWN`` where a metric was not computed."""
     return UNKNOWN if value is None else f"{value:.{decimals}f}"
