@@ -2,10 +2,13 @@
 
   python -m benchmarks.quality --dataset realsr --levels 0 0.1 ... 1 --paper RealSR --json q.json
   python -m benchmarks.figures q.json --out docs/curve.png
+  python -m benchmarks.ablation ... --json a.json
+  python -m benchmarks.figures a.json --out docs/ablation.png
 
 PSNR against NIQE: the levels joined by a line, other methods and the paper's rows as points. Prints
 the names of the --worst images whose SSIM falls most from bicubic to the last level: failure cases,
-for ``benchmarks.quality --strips``. Exit codes: 0, 2, 6, and 11 for a document that isn't one.
+for ``benchmarks.quality --strips``. Of an ablation every variant is a line. Exit codes: 0, 2, 6,
+and 11 for a document that is neither.
 """
 
 from __future__ import annotations
@@ -22,22 +25,39 @@ from rcod_runtime.errors import RcodError
 from rcod_runtime.files import write_whole
 
 FIDELITY, REALISM, STRUCTURE = "psnr_y", "niqe", "ssim_y"
-BASELINE = "bicubic"
+BASELINE, ADAPTIVE = "bicubic", "adaptive"
 
 
 def load(path: Path) -> dict[str, Any]:
-    """A quality document with at least one level of a model.
+    """A quality document with at least one level of a model, or an ablation's.
 
     Raises:
         BenchmarkError: it isn't one.
     """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-        if not [m for m in document["methods"] if m["kind"] == "model" and FIDELITY in m["mean"]]:
+        drawn = lines(document) if _is_ablation(document) else points(document)["model"]
+        if not drawn:
             raise ValueError("no model in it")
     except (OSError, ValueError, KeyError, TypeError) as exc:
-        raise BenchmarkError(f"{path}: expected a document of benchmarks.quality ({exc}).") from exc
+        raise BenchmarkError(
+            f"{path}: expected a document of benchmarks.quality or benchmarks.ablation ({exc})."
+        ) from exc
     return dict(document)
+
+
+def _is_ablation(document: dict[str, Any]) -> bool:
+    return bool(document["benchmark"] == "ablation")
+
+
+def lines(ablation: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Variant -> (PSNR, NIQE) of its levels in order."""
+    found = {}
+    for name, variant in ablation["variants"].items():
+        levels = [mean for level, mean in variant["levels"].items() if level != ADAPTIVE]
+        pairs = [(mean.get(FIDELITY), mean.get(REALISM)) for mean in levels]
+        found[name] = [pair for pair in pairs if None not in pair]
+    return {name: line for name, line in found.items() if line}
 
 
 def points(document: dict[str, Any]) -> dict[str, list[tuple[str, float, float]]]:
@@ -47,7 +67,7 @@ def points(document: dict[str, Any]) -> dict[str, list[tuple[str, float, float]]
         x, y = (method["mean"].get(key) for key in (FIDELITY, REALISM))
         if x is None or y is None:
             continue
-        path = method["kind"] == "model" and method["name"] != "adaptive"
+        path = method["kind"] == "model" and method["name"] != ADAPTIVE
         found["model" if path else "other"].append((method["name"], x, y))
     for row in document["paper"]["table_2"] if document.get("paper") else []:
         values = row["values"]
@@ -82,6 +102,20 @@ def draw(document: dict[str, Any]) -> bytes:
         raise MissingPackage('matplotlib is missing. pip install "rcod[plot]"') from exc
     figure = Figure(figsize=(7.2, 4.6), layout="constrained")
     axes = figure.subplots()
+    title = (_draw_variants if _is_ablation(document) else _draw_levels)(axes, document)
+    axes.invert_yaxis()
+    axes.set(
+        xlabel="PSNR of Y, dB", ylabel="NIQE (smaller is better: axis turned)",
+        title=f"{title}; up and right is better",
+    )  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def _draw_levels(axes: Any, document: dict[str, Any]) -> str:
     found = points(document)
     styles = {"model": ("#c2410c", "o-"), "other": ("#1d4ed8", "s"), "paper": ("#9ca3af", "^")}
     for kind, rows in found.items():
@@ -94,17 +128,16 @@ def draw(document: dict[str, Any]) -> bytes:
     for name, x, y in [*ends, *found["other"], *found["paper"]]:
         axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
     axes.margins(x=0.09)  # names stand to the right of their points
-    axes.invert_yaxis()
-    count = document["dataset"]["pairs"]
-    axes.set(
-        xlabel="PSNR of Y, dB", ylabel="NIQE (smaller is better: axis turned)",
-        title=f"{document['dataset']['name']}, {count} pairs; up and right is better",
-    )  # fmt: skip
-    axes.grid(alpha=0.3)
-    axes.legend()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return buffer.getvalue()
+    return f"{document['dataset']['name']}, {document['dataset']['pairs']} pairs"
+
+
+def _draw_variants(axes: Any, document: dict[str, Any]) -> str:
+    """The first one is what the others are compared with."""
+    for i, (name, line) in enumerate(lines(document).items()):
+        x, y = zip(*line, strict=True)
+        weight = 2.5 if i == 0 else 1
+        axes.plot(x, y, "o-", color=f"C{i}", label=name, markersize=4, linewidth=weight)
+    return "the same budget for all"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -113,17 +146,20 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("quality", type=Path, help="JSON document of benchmarks.quality")
+    parser.add_argument(
+        "document", type=Path, help="JSON document of benchmarks.quality, or ablation"
+    )
     parser.add_argument("--out", type=Path, required=True, metavar="PNG")
     parser.add_argument("--worst", type=int, default=3, help="default: %(default)s")
     arguments = parser.parse_args(argv)
     try:
-        document = load(arguments.quality)
+        document = load(arguments.document)
         write_whole(arguments.out, draw(document))
     except RcodError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
-    print(" ".join(worst(document, arguments.worst)))
+    if not _is_ablation(document):
+        print(" ".join(worst(document, arguments.worst)))
     return 0
 
 

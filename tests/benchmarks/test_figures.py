@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks.figures import main, points, worst
+from benchmarks.figures import lines, main, points, worst
 
 
 def method(
@@ -21,6 +21,7 @@ def method(
 
 
 DOCUMENT: dict[str, Any] = {
+    "benchmark": "quality",
     "dataset": {"name": "realsr", "pairs": 3},
     "model": {"name": "nano"},
     "paper": {"table_2": [{"method": "SinSR", "values": {"psnr_y": 26.3, "niqe": 6.3}},
@@ -54,6 +55,27 @@ def test_the_picture_is_drawn_and_the_worst_are_printed(
     assert main([str(tmp_path / "q.json"), "--out", str(tmp_path / "c.png"), "--worst", "1"]) == 0
     assert capsys.readouterr().out == "b\n"
     with Image.open(tmp_path / "c.png") as picture:
+        assert picture.size[0] > 700 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
+
+
+def test_every_variant_of_an_ablation_is_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def levels(*pairs: tuple[float, float | None]) -> dict[str, Any]:
+        means = [{"psnr_y": psnr, "niqe": niqe} for psnr, niqe in pairs]
+        return {"levels": dict(zip(("fidelity", "realism", "adaptive"), means, strict=False))}
+
+    variants = {
+        "rcod": levels((27.1, 8.6), (26.5, 7.5), (27.0, 8.0)),
+        "vanilla": levels((26.9, 7.8)),
+        "unscored": levels((26.9, None)),
+    }
+    ablation = {"benchmark": "ablation", "variants": variants}
+    assert lines(ablation) == {"rcod": [(27.1, 8.6), (26.5, 7.5)], "vanilla": [(26.9, 7.8)]}
+    (tmp_path / "a.json").write_text(json.dumps(ablation))
+    assert main([str(tmp_path / "a.json"), "--out", str(tmp_path / "a.png")]) == 0
+    assert capsys.readouterr().out == ""
+    with Image.open(tmp_path / "a.png") as picture:
         assert picture.size[0] > 700 and len(picture.convert("RGB").getcolors(1 << 20)) > 20
 
 
