@@ -172,35 +172,33 @@ def test_a_guided_bundle_without_its_guide_is_refused(guided_bundle: Path, tmp_p
         read_manifest(tmp_path / "manifest.json")
 
 
-def test_half_graphs_of_a_guided_model_hold_their_limits(checkpoints: Path, tmp_path: Path) -> None:
-    config = dataclasses.replace(CONFIG, precision=Precision.FP16, opset=23)
-    manifest = build_bundle(checkpoints / "rcod-s", tmp_path / "out", config)
-    assert manifest.graphs["guide"].precision is Precision.FP32  # its phases
-    assert manifest.graphs["denoiser"].precision is Precision.FP16
-    check_engines(tmp_path / "out", tmp_path)
-
-
-def test_branches_in_bf16_hold_their_limits(checkpoints: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", [Precision.FP16, Precision.BF16])
+def test_branches_in_half_hold_their_limits_and_the_guide_stays_in_fp32(
+    checkpoints: Path, tmp_path: Path, precision: Precision
+) -> None:
     """Of the encoder; the denoiser's are the same modules, and minutes longer to export."""
     parts, info = load_merged(checkpoints / "rcod-s")
     cases = [case for case in parity_cases(parts, info) if case.graph == "encoder"]
-    specs = graph_specs(parts, info, Precision.BF16, scale=4)
-    spec = next(spec for spec in specs if spec.name == "encoder")
+    specs = graph_specs(parts, info, precision, scale=4)
+    guide, encoder = next(specs), next(specs)
+    assert (guide.name, guide.precision) == ("guide", Precision.FP32)  # its phases
+    assert (encoder.name, encoder.precision) == ("encoder", precision)
     path = tmp_path / "encoder.onnx"
-    export_onnx(spec.module, spec.inputs, spec.outputs, spec.dynamic, BF16_OPSET, path)
-    types = {tensor.data_type for tensor in onnx.load(path).graph.initializer}
-    assert onnx.TensorProto.BFLOAT16 in types
-    rows = list(compare(cases, path, Precision.BF16))
+    export_onnx(encoder.module, encoder.inputs, encoder.outputs, encoder.dynamic, BF16_OPSET, path)
+    half = {Precision.FP16: onnx.TensorProto.FLOAT16, Precision.BF16: onnx.TensorProto.BFLOAT16}
+    graph = onnx.load(path).graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    kinds = {types.get(node.input[1]) for node in graph.node if node.op_type == "Conv"}
+    assert kinds == {half[precision]}
+    rows = list(compare(cases, path, precision))
     assert rows and all(0 < row.max_abs <= row.limit_max_abs for row in rows)
 
 
 def test_real_engines_are_built_of_all_graphs(bundle: Path, tmp_path: Path) -> None:
-    check_engines(Path(shutil.copytree(bundle, tmp_path / "copy")), tmp_path)
-
-
-def check_engines(folder: Path, cache: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason='needs pip install "rcod[tensorrt-rtx]"')
-    manifest = build_engines(folder, EngineConfig(sms=(89, 120), batch=(1, 2), cache=cache))
+    folder = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    config = EngineConfig(sms=(89, 120), batch=(1, 2), cache=tmp_path)
+    manifest = build_engines(folder, config)
     assert {engine.graph for engine in manifest.engines} == set(manifest.graphs)
     for engine in manifest.engines:
         assert (folder / engine.file).stat().st_size == engine.bytes > 1000

@@ -259,7 +259,7 @@ def test_photos_smaller_than_the_crop_are_named(
         (
             ("--grouping", "official", "--set", "rcod.n=2"),
             2,
-            "grouping official: expected n 3 or 4",
+            "grouping official: expected rcod.n 3 or 4",
         ),
         (("--device", "tpu"), 2, "device 'tpu': expected auto, cpu, cuda"),
         (("--device", "cuda:99"), 2, "device 'cuda:99': PyTorch .* sees"),
