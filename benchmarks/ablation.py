@@ -42,6 +42,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "n_4": ("rcod.n=4", "rcod.k=249"),  # the schedule ends at t = 999
     "no_adversary": ("rcod.adversarial_weight=0",),
     "no_regression": ("regression.steps=1",),
+    "mild_share": ("rcod.mild_share=0.4", "rcod.heavy_share=0.25"),  # degradations, not the method
 }
 BUDGET = ("regression.steps=400", "rcod.steps=400", "mem.steps=50")
 SHOWN = (("psnr_y", "PSNR", 2), ("ssim_y", "SSIM", 3), ("niqe", "NIQE", 2), ("piqe", "PIQE", 1))
