@@ -89,7 +89,7 @@ class GuidedLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         if self.branch.matrices.bypass:
             return super().forward(x)
-        low = self.lora_A(x) @ self.branch.matrix()  # (B, L, r)
+        low = torch.bmm(self.lora_A(x), self.branch.matrix())  # (B, L, r)
         return super().forward(x) + self.lora_B(low)
 
 
@@ -111,7 +111,7 @@ class GuidedConv2d(nn.Conv2d):
         if self.branch.matrices.bypass:
             return super().forward(x)
         low = self.lora_A(x)  # (B, r, h', w')
-        mixed = self.branch.matrix().transpose(1, 2) @ low.flatten(2)  # (B, r, h' w')
+        mixed = torch.bmm(self.branch.matrix().transpose(1, 2), low.flatten(2))  # (B, r, h' w')
         return super().forward(x) + self.lora_B(mixed.view_as(low))
 
 
