@@ -41,9 +41,12 @@ class Grouping:
     def __post_init__(self) -> None:
         if not -1.0 <= self.m_min < self.m_max <= 1.0:
             raise ValueError(f"expected -1 <= m_min < m_max <= 1, found {self.m_min}, {self.m_max}")
-        if not 1 <= self.n <= 4 or not 1 <= self.k * self.n <= TIMESTEPS - 1 + self.offset:
+        if not 1 <= self.n <= 4:
+            raise ValueError(f"n: expected 1 to 4 groups, found {self.n}.")
+        if not 1 <= self.k <= (highest := (TIMESTEPS - 1 + self.offset) // self.n):
             raise ValueError(
-                f"expected n in 1..4 and n k < {TIMESTEPS}, found n={self.n}, k={self.k}"
+                f"k: expected 1 to {highest} with {self.n} groups, found {self.k}. The last "
+                f"timestep is n k, and the schedule has 0 to {TIMESTEPS - 1}."
             )
 
     @property
@@ -77,13 +80,10 @@ def check_groups(config: RcodStageConfig) -> None:
         raise ConfigError(
             f"rcod.grouping official: expected rcod.n 3 or 4 and rcod.k 250, found {n} and {k}."
         )
-    if not 1 <= n <= 4:
-        raise ConfigError(f"rcod.n: expected 1 to 4 groups, found {n}.")
-    if config.grouping == "paper" and not 1 <= k <= (highest := (TIMESTEPS - 1) // n):
-        raise ConfigError(
-            f"rcod.k: expected 1 to {highest} with {n} groups, found {k}. The last timestep "
-            f"is n k, and the schedule has 0 to {TIMESTEPS - 1}."
-        )
+    try:
+        Grouping(-1.0, 1.0, n, k, offset=int(config.grouping == "official"))
+    except ValueError as exc:
+        raise ConfigError(f"rcod.{exc}") from exc
 
 
 def sample_levels(
