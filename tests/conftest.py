@@ -16,6 +16,29 @@ from rcod_export.bundle import ExportConfig, build_bundle
 from rcod_train.checkpoint import save_merged
 from tests.tiny import tiny_info, tiny_parts
 
+# Files of minutes, the longest first: whichever began last would run while other workers wait.
+LONGEST = (
+    "export/test_sd_bundle.py",
+    "export/test_bundle.py",
+    "runtime/test_cluster.py",
+    "train/test_rcod_o.py",
+    "train/test_nano.py",
+    "benchmarks/test_soak.py",
+    "runtime/test_serve.py",
+    "benchmarks/test_latency.py",
+    "train/test_rcod_s.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # xdist's order: by the number of a file's tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: i for i, name in enumerate(LONGEST)}
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: place.get(item.path.relative_to(tests).as_posix(), len(place)))
+
 
 @pytest.fixture(scope="session")
 def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:

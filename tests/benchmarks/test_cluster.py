@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,11 @@ def photos(tmp_path: Path) -> Path:
 
 
 def test_a_run_is_split_by_its_first_and_last_image(photos: Path, tmp_path: Path) -> None:
+    begin = time.perf_counter()
     row = cluster.timed_run(photos, tmp_path / "out", ["--jobs", "1"], 3)
+    passed = time.perf_counter() - begin
     assert list(row) == list(cluster.PHASES)
-    assert row["start"] > row["images"] > 0 and row["end"] > 0
+    assert min(row.values()) > 0 and sum(row.values()) <= passed
 
 
 def test_a_run_that_does_not_do_all_images_is_no_measurement(photos: Path, tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_an_export_is_repeatable_byte_for_byte(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The denoiser, which takes longest, is exported again and compared where its levels move."""
+    """Without the denoiser, which takes longest and goes the same way."""
     take_exported(tiny_bundle, monkeypatch, but=("encoder", "decoder", "vpim"))
     build_bundle(tiny_checkpoint, tmp_path / "again", tiny_config)
     for path in tiny_bundle.rglob("*"):
@@ -184,8 +184,11 @@ def half_bundle(
     tiny_config: ExportConfig,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
+    """That in fp16 has one level folded in."""
     out = tmp_path_factory.mktemp("half") / request.param
-    config = dataclasses.replace(tiny_config, precision=Precision(request.param))
+    fold = "realism" if request.param == "fp16" else None
+    precision = Precision(request.param)
+    config = dataclasses.replace(tiny_config, precision=precision, fold_level=fold)
     build_bundle(tiny_checkpoint, out, config)
     return out
 
@@ -248,21 +251,16 @@ def test_opset_23_has_normalisation_and_attention_as_operators(half_bundle: Path
         assert opset == 20 and spelled_out <= kinds and not kinds & operators
 
 
+@pytest.mark.parametrize("half_bundle", ["fp16"], indirect=True)
 def test_a_folded_level_is_the_level_and_nothing_is_left_to_choose(
-    tiny_checkpoint: Path,
-    tiny_bundle: Path,
-    tiny_config: ExportConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    half_bundle: Path, tiny_bundle: Path
 ) -> None:
-    take_exported(tiny_bundle, monkeypatch, but=("encoder", "denoiser"))
-    config = dataclasses.replace(tiny_config, fold_level="realism")
-    manifest = build_bundle(tiny_checkpoint, tmp_path / "out", config)
+    manifest = read_manifest(half_bundle / "manifest.json")
     assert [level.name for level in manifest.levels] == ["realism"]
     assert {t.name for t in manifest.graphs["denoiser"].inputs} == {"z_lq", "tokens"}
     lq = read_image(tiny_bundle / "sample/lq.png").pixels
     with (
-        Upscaler(tmp_path / "out", precision="fp32") as one,
+        Upscaler(half_bundle, precision="fp32") as one,
         Upscaler(tiny_bundle, precision="fp32") as all_levels,
     ):
         expected = all_levels(lq, "realism").astype(int)
@@ -272,42 +270,6 @@ def test_a_folded_level_is_the_level_and_nothing_is_left_to_choose(
             one(lq, "fidelity")
         with pytest.raises(UsageError, match="no metric estimation module"):
             one(lq, "adaptive")
-
-
-def test_levels_can_be_moved_to_other_timesteps(
-    tiny_checkpoint: Path,
-    tiny_bundle: Path,
-    tiny_config: ExportConfig,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The export itself holds each against PyTorch called with that timestep. Nothing but the
-    table of the levels is another one in the graph."""
-    take_exported(tiny_bundle, monkeypatch, but=("denoiser",))
-    config = dataclasses.replace(tiny_config, timesteps=(250, 500, 625))
-    manifest = build_bundle(tiny_checkpoint, tmp_path / "out", config)
-    assert [(x.name, x.timestep) for x in manifest.levels] == [
-        ("fidelity", 250), ("neutral", 500), ("realism", 625),
-    ]  # fmt: skip
-    assert [(x.alpha, x.sigma) for x in manifest.levels] == list(map(alpha_sigma, (250, 500, 625)))
-    lq = read_image(tiny_bundle / "sample/lq.png").pixels
-    with (
-        Upscaler(tmp_path / "out", precision="fp32") as moved,
-        Upscaler(tiny_bundle, precision="fp32") as trained,
-    ):
-        for name in ("fidelity", "neutral"):
-            assert np.abs(moved(lq, name).astype(int) - trained(lq, name).astype(int)).max() <= 1
-        assert not np.array_equal(moved(lq, "realism"), trained(lq, "realism"))
-    found, expected = (
-        onnx.load(folder / "onnx/denoiser.onnx").graph for folder in (tmp_path / "out", tiny_bundle)
-    )
-    weights = [{x.name: x for x in graph.initializer} for graph in (found, expected)]
-    assert [*weights[0]] == [*weights[1]]
-    changed = {name for name, x in weights[0].items() if x != weights[1][name]}
-    assert changed and {weights[0][name].dims[0] for name in changed} == {3}  # a row for each level
-    for graph in (found, expected):
-        del graph.initializer[:]
-    assert found == expected
 
 
 def test_moved_levels_keep_constants_that_are_fixed() -> None:

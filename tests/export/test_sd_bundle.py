@@ -26,11 +26,14 @@ from rcod_runtime.manifest import Precision, read_manifest
 from rcod_train.checkpoint import load_merged, save_merged
 from rcod_train.main import main
 from rcod_train.official import official_info
+from rcod_train.schedule import alpha_sigma
 from tests.runtime.simulated.cudart import SimulatedGpu
 from tests.runtime.simulated.tensorrt import add_engines, install
 from tests.tiny_sd import save_base, tiny_guided_parts
 
 CONFIG = ExportConfig(tile_px=128, overlap_px=32)
+MOVED = (250, 500, 625)
+CONFIGS = {"rcod-o": dataclasses.replace(CONFIG, timesteps=MOVED), "rcod-s": CONFIG}
 GRAPHS = {
     "rcod-o": {"encoder", "vpim", "denoiser", "decoder"},
     "rcod-s": {"guide", "encoder", "vpim", "denoiser", "decoder"},
@@ -70,7 +73,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bundle(request: pytest.FixtureRequest, checkpoints: Path) -> Path:
     folder = checkpoints / f"bundle-{request.param}"
     if not folder.exists():
-        build_bundle(checkpoints / request.param, folder, CONFIG)
+        build_bundle(checkpoints / request.param, folder, CONFIGS[request.param])
     return folder
 
 
@@ -91,6 +94,15 @@ def test_parity_holds_per_graph_and_level(bundle: Path) -> None:
     assert levels == ["fidelity", "neutral", "realism"]
     for row in manifest.evidence.parity:
         assert row.max_abs <= row.limit_max_abs
+
+
+@pytest.mark.parametrize("bundle", ["rcod-o"], indirect=True)
+def test_levels_can_be_moved_to_other_timesteps(bundle: Path) -> None:
+    """The export itself holds each against PyTorch called with that timestep."""
+    levels = read_manifest(bundle / "manifest.json").levels
+    names = ["fidelity", "neutral", "realism"]
+    assert [(x.name, x.timestep) for x in levels] == list(zip(names, MOVED, strict=True))
+    assert [(x.alpha, x.sigma) for x in levels] == [alpha_sigma(t) for t in MOVED]
 
 
 def test_no_time_embedding_remains(bundle: Path) -> None:
@@ -192,9 +204,9 @@ def test_branches_in_half_hold_their_limits_and_the_guide_stays_in_fp32(
     assert rows and all(0 < row.max_abs <= row.limit_max_abs for row in rows)
 
 
-def test_real_engines_are_built_of_all_graphs(bundle: Path, tmp_path: Path) -> None:
+def test_real_engines_are_built_of_all_graphs(guided_bundle: Path, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason='needs pip install "rcod[tensorrt-rtx]"')
-    folder = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    folder = Path(shutil.copytree(guided_bundle, tmp_path / "copy"))
     config = EngineConfig(sms=(89, 120), batch=(1, 2), cache=tmp_path)
     manifest = build_engines(folder, config)
     assert {engine.graph for engine in manifest.engines} == set(manifest.graphs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
@@ -18,6 +19,7 @@ from safetensors.torch import load_file
 from rcod_train.checkpoint import load_merged
 from rcod_train.main import main
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = [
     "vae.steps=3", "base.steps=3", "regression.steps=3", "rcod.steps=4", "mem.steps=3",
     "rcod.metric_samples=4",
@@ -43,9 +45,7 @@ def command(photos: Path, out: Path, *extra: str) -> list[str]:
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that nothing disturbs."""
     out = tmp_path_factory.mktemp("whole")
-    done = subprocess.run(command(photos, out), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == str(out / "checkpoint")
+    assert main(arguments(photos, out)) == 0
     return out
 
 
@@ -92,7 +92,11 @@ def test_every_stage_logs_its_losses(whole: Path) -> None:
 
 
 def test_a_killed_and_resumed_run_ends_bit_for_bit_equal(
-    whole: Path, photos: Path, tmp_path: Path
+    whole: Path,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """SIGKILL in the RCOD stage after its first checkpoint: nothing of the process is saved."""
     process = subprocess.Popen(
@@ -106,9 +110,10 @@ def test_a_killed_and_resumed_run_ends_bit_for_bit_equal(
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "checkpoint").exists()
-    done = subprocess.run(command(photos, tmp_path, "--resume"), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "stage rcod: resumed at step" in done.stderr
+    with caplog.at_level(logging.INFO):
+        assert main(arguments(photos, tmp_path, "--resume")) == 0
+    assert "stage rcod: resumed at step" in caplog.text
+    assert capsys.readouterr().out.strip() == str(tmp_path / "checkpoint")
     expected, found = weights(whole), weights(tmp_path)
     assert expected.keys() == found.keys()
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
@@ -117,8 +122,7 @@ def test_a_killed_and_resumed_run_ends_bit_for_bit_equal(
 def test_a_run_goes_on_from_a_merged_checkpoint(photos: Path, whole: Path, tmp_path: Path) -> None:
     start = ("--from", str(whole / "checkpoint"), "--set", "rcod.learning_rate=1e-9",
              "--set", "rcod.decoder_learning_rate=1e-9", "--name", "mine")  # fmt: skip
-    done = subprocess.run(command(photos, tmp_path, *start), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert main(arguments(photos, tmp_path, *start)) == 0
     assert sorted(p.parent.name for p in tmp_path.glob("*/losses.jsonl")) == ["mem", "rcod"]
     _, before = load_merged(whole / "checkpoint")
     _, info = load_merged(tmp_path / "checkpoint")
