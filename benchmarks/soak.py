@@ -114,7 +114,7 @@ def _three(samples: Sequence[Sample]) -> tuple[Sample, Sample, Sample]:
     return samples[0], samples[len(samples) // 2], samples[-1]
 
 
-def soak(bundle: Path, backend: str, calls: int, every: int, threads: int = 0) -> Soak:
+def soak(bundle: Path, backend: str, calls: int, every: int) -> Soak:
     """Call an Upscaler on alternating sizes; the first round of sizes comes before the samples.
 
     Raises:
@@ -122,7 +122,7 @@ def soak(bundle: Path, backend: str, calls: int, every: int, threads: int = 0) -
     """
     images = [draw_picture(height, width) for height, width in SIZES]
     samples = []
-    with Upscaler(bundle, backend=backend, precision="fp32", threads=threads) as upscaler:
+    with Upscaler(bundle, backend=backend, precision="fp32") as upscaler:
         for image in images:
             for realism in REALISM:
                 upscaler(image, realism)
