@@ -1,5 +1,5 @@
 """Tiny RCOD_O (trained for a few steps) and RCOD_S of Stable Diffusion's classes through the same
-export as nano."""
+export as nano. RCOD_S has all of its U-Net's levels, RCOD_O two."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from rcod_train.official import official_info
 from rcod_train.schedule import alpha_sigma
 from tests.runtime.simulated.cudart import SimulatedGpu
 from tests.runtime.simulated.tensorrt import add_engines, install
-from tests.tiny_sd import save_base, tiny_guided_parts
+from tests.tiny_sd import save_base, tiny_guided_parts, tiny_shallow_unet
 
 CONFIG = ExportConfig(tile_px=128, overlap_px=32)
 MOVED = (250, 500, 625)
@@ -59,6 +59,7 @@ def train_rcod_o(folder: Path) -> None:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("sd")
     save_base(folder)
+    tiny_shallow_unet().save_pretrained(folder / "sd" / "unet")
     train_rcod_o(folder)
     guided = tiny_guided_parts()
     with torch.no_grad():
