@@ -76,12 +76,14 @@ def check_groups(config: RcodStageConfig) -> None:
         ConfigError: groups that there can't be.
     """
     n, k = config.n, config.k
-    if config.grouping == "official" and (n not in (3, 4) or k != 250):
-        raise ConfigError(
-            f"rcod.grouping official: expected rcod.n 3 or 4 and rcod.k 250, found {n} and {k}."
-        )
+    if config.grouping == "official":
+        if n not in (3, 4) or k != 250:
+            raise ConfigError(
+                f"rcod.grouping official: expected rcod.n 3 or 4 and rcod.k 250, found {n} and {k}."
+            )
+        return
     try:
-        Grouping(-1.0, 1.0, n, k, offset=int(config.grouping == "official"))
+        Grouping(-1.0, 1.0, n, k)
     except ValueError as exc:
         raise ConfigError(f"rcod.{exc}") from exc
 

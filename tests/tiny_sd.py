@@ -30,19 +30,13 @@ def tiny_unet() -> UNet2DConditionModel:
 
 def tiny_shallow_unet() -> UNet2DConditionModel:
     """Two of its levels: less to trace, where the other ones are not what is tested."""
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(16, 32),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        cross_attention_dim=24,
-        attention_head_dim=(2, 4),
-        use_linear_projection=True,
-        norm_num_groups=8,
-    )
+    levels = {
+        "block_out_channels": (16, 32),
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "attention_head_dim": (2, 4),
+    }
+    return UNet2DConditionModel(**{**tiny_unet().config, **levels})
 
 
 def tiny_vae() -> AutoencoderKL:
