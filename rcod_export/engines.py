@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 LOG_LINES_SHOWN = 8
 MIN_GUIDE_PX = 16
+DEFAULT_WORKSPACE_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class EngineConfig:
     sms: tuple[int, ...] = ()
     tile_px: int | None = None
     batch: tuple[int, int] = (1, 4)
-    workspace_bytes: int = 4 * 2**30
+    workspace_bytes: int = DEFAULT_WORKSPACE_BYTES
     optimization_level: int | None = None
     hardware_compatibility: str = "none"
     detailed: bool = False
@@ -58,8 +59,10 @@ class EngineConfig:
 
     @property
     def options(self) -> dict[str, str]:
-        """Settings that change what comes out and differ from the builder's defaults."""
+        """Settings that change what comes out and differ from the defaults."""
         options = {}
+        if self.workspace_bytes != DEFAULT_WORKSPACE_BYTES:
+            options["workspace_bytes"] = str(self.workspace_bytes)
         if self.optimization_level is not None:
             options["optimization_level"] = str(self.optimization_level)
         if self.hardware_compatibility != "none":
@@ -112,6 +115,11 @@ def _check(bundle: Bundle, config: EngineConfig) -> None:
         raise UsageError(f"batch {low} {high}: expected 1 <= smallest <= largest <= 64.")
     if not config.sms:
         raise UsageError("target tensorrt-rtx: expected at least one --sm, e.g. --sm 89 120.")
+    if config.hardware_compatibility != "none" and config.target == "tensorrt-rtx":
+        raise UsageError(
+            f"--hardware-compatibility {config.hardware_compatibility}: TensorRT-RTX has no such "
+            "engines. Name all GPUs that they are for by --sm."
+        )
     multiple = bundle.manifest.image.size_multiple
     if config.tile_px is not None and (config.tile_px < multiple or config.tile_px % multiple):
         raise UsageError(f"tile {config.tile_px} px: expected a multiple of {multiple}.")

@@ -98,6 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     triton.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
     triton.add_argument("--batch", type=int, default=4, help="tiles in one call (%(default)s)")
+    triton.add_argument("--tile", type=int, metavar="PX", help="of the engines (the bundle's)")
     triton.add_argument("--instances", type=int, default=1, help="per device (%(default)s)")
     triton.add_argument(
         "--delay", type=int, default=2000, metavar="US", help="wait for others (%(default)s)"
@@ -254,6 +255,7 @@ def _triton(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
         device=arguments.device,
         batch=arguments.batch,
+        tile_px=arguments.tile,
         delay_us=arguments.delay,
         instances=arguments.instances,
     )

@@ -8,8 +8,10 @@ The ensemble takes one tile: ``image`` (3, H, W) and ``thumbnail`` (3, S, S) flo
 around the graphs (upsampling, tiles, colours) is the client's there.
 
 With "onnxruntime" the models are the bundle's ONNX files, on CPU or GPU. With "tensorrt" they are
-its engines of that target, one for each compute capability (cc_model_filenames); Triton's TensorRT
-must be the version they were built with. Engines for TensorRT-RTX can't be loaded by Triton.
+its engines of that target and one tile size, one for each compute capability (cc_model_filenames);
+Triton's TensorRT must be the version they were built with. Engines for TensorRT-RTX can't be loaded
+by Triton. No model of an ensemble may take fewer tiles than the ensemble, so with engines, whose
+visual tokens are of one photo, a request is one tile; the other models join those of several.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rcod_runtime.backends.trt.engines import EngineSet, engine_sets, flaw
 from rcod_runtime.bundle import check_hash, open_bundle
 from rcod_runtime.errors import OutputError, UsageError
 from rcod_runtime.manifest import Engine, Graph, Manifest, Tensor
@@ -33,11 +36,13 @@ DTYPES = {"float32": "TYPE_FP32"}
 
 @dataclass(frozen=True)
 class TritonConfig:
-    """``batch``: most tiles in one call; ``delay_us``: how long a call waits for others to join."""
+    """``batch``: most tiles in one call; ``delay_us``: how long a call waits for others to join;
+    ``tile_px``: of the engines, None is the bundle's."""
 
     backend: str = "onnxruntime"
     device: str = "gpu"
     batch: int = 4
+    tile_px: int | None = None
     delay_us: int = 2000
     instances: int = 1
 
@@ -56,20 +61,19 @@ def build_repository(bundle: Path, out: Path, config: TritonConfig) -> Path:
         raise OutputError(f"{out}: exists and is no repository of rcod-export. Choose another -o.")
     opened = open_bundle(bundle)
     manifest, names = opened.manifest, [n for n in ORDER if n in opened.manifest.graphs]
-    engines = {name: _engines(manifest, name, bundle) for name in names} if (
-        config.backend == "tensorrt"
-    ) else {}  # fmt: skip
+    sets = _engine_sets(bundle, manifest, config) if config.backend == "tensorrt" else []
+    engines = {name: [s.engines[name] for s in sets] for name in names}
     try:
         with written_whole(out) as folder:
             for name in names:
                 version = folder / f"{ENSEMBLE}_{name}" / "1"
                 version.mkdir(parents=True)
-                graph = manifest.graphs[name]
-                _copy(opened.folder, version, graph, engines.get(name, []))
-                text = model_config(manifest, name, config, engines.get(name, []))
+                _copy(opened.folder, version, manifest.graphs[name], engines[name])
+                text = model_config(manifest, name, config, engines[name])
                 (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
             (folder / ENSEMBLE / "1").mkdir(parents=True)  # Triton wants a version, empty here
-            text = ensemble_config(manifest, names, config)
+            batch = min(_largest_batch(engines[name], config) for name in names)
+            text = ensemble_config(manifest, names, batch)
             (folder / ENSEMBLE / "config.pbtxt").write_text(text, encoding="utf-8")
     except OSError as exc:
         raise OutputError(
@@ -78,14 +82,26 @@ def build_repository(bundle: Path, out: Path, config: TritonConfig) -> Path:
     return out
 
 
-def _engines(manifest: Manifest, name: str, bundle: Path) -> list[Engine]:
-    found = [e for e in manifest.engines if e.graph == name and e.target == "tensorrt"]
+def _engine_sets(bundle: Path, manifest: Manifest, config: TritonConfig) -> list[EngineSet]:
+    """Those that Triton can load, of one tile size: one for each compute capability."""
+    tile_px = config.tile_px or manifest.image.tile_px
+    whole = [s for s in engine_sets(manifest) if flaw(manifest, s) is None]
+    loadable = [s for s in whole if s.target == "tensorrt"]
+    found = [s for s in loadable if s.tile_px == tile_px]
     if not found:
+        sizes = ", ".join(str(s.tile_px) for s in loadable)
         raise UsageError(
-            f"{bundle}: no engine of {name} for --target tensorrt. Build them on the GPU: "
-            f"rcod-export engines {bundle} --target tensorrt, or take --backend onnxruntime."
+            f"{bundle}: no engines of --target tensorrt for tiles of {tile_px} px. "
+            + (f"There are some of {sizes} px: give --tile. " if sizes else "")
+            + f"Build them on the GPU: rcod-export engines {bundle} --target tensorrt, "
+            "or take --backend onnxruntime."
         )
     return found
+
+
+def _largest_batch(engines: list[Engine], config: TritonConfig) -> int:
+    profiles = [shapes for engine in engines for shapes in engine.profile.values()]
+    return min([config.batch, *(highest[0] for _, _, highest in profiles)])
 
 
 def _copy(bundle: Path, version: Path, graph: Graph, engines: list[Engine]) -> None:
@@ -104,8 +120,8 @@ def _plan(engine: Engine) -> str:
 
 def model_config(manifest: Manifest, name: str, config: TritonConfig, engines: list[Engine]) -> str:
     """config.pbtxt of one graph."""
-    graph, tile = manifest.graphs[name], manifest.image.tile_px
-    batch = min([config.batch, *(_profile_batch(engine) for engine in engines)])
+    graph, tile = manifest.graphs[name], config.tile_px or manifest.image.tile_px
+    batch = _largest_batch(engines, config)
     head = [f'name: "{ENSEMBLE}_{name}"', f"max_batch_size: {batch}"]
     if engines:
         head.append('platform: "tensorrt_plan"')
@@ -135,7 +151,7 @@ def model_config(manifest: Manifest, name: str, config: TritonConfig, engines: l
     )
 
 
-def ensemble_config(manifest: Manifest, names: list[str], config: TritonConfig) -> str:
+def ensemble_config(manifest: Manifest, names: list[str], batch: int) -> str:
     """config.pbtxt of the ensemble: what a graph makes and another takes has one name."""
     made = {
         RENAMED.get((name, t.name), t.name) for name in names for t in manifest.graphs[name].outputs
@@ -156,7 +172,7 @@ def ensemble_config(manifest: Manifest, names: list[str], config: TritonConfig) 
         [
             f'name: "{ENSEMBLE}"',
             'platform: "ensemble"',
-            f"max_batch_size: {config.batch}",
+            f"max_batch_size: {batch}",
             *_tensors("input", inputs.values(), list(inputs)),
             *_tensors("output", [sr], ["sr"]),
             "ensemble_scheduling {\n  step [\n" + ",\n".join(steps) + "\n  ]\n}",
@@ -181,7 +197,3 @@ def _tensors(field: str, tensors: Iterable[Tensor], names: list[str] | None = No
 
 def _dims(tensor: Tensor, tile_px: int) -> str:
     return ", ".join(map(str, tensor.sized(1, tile_px, tile_px)[1:]))
-
-
-def _profile_batch(engine: Engine) -> int:
-    return min(shapes[2][0] for shapes in engine.profile.values())

@@ -96,11 +96,14 @@ def _configure(trt: Any, builder: Any, network: Any, config: Any, job: Job) -> l
     if job.optimization_level is not None:
         config.builder_optimization_level = job.optimization_level
     if job.hardware_compatibility != "none":
-        levels = trt.HardwareCompatibilityLevel
-        config.hardware_compatibility_level = {
-            "ampere-plus": levels.AMPERE_PLUS,
-            "same-compute-capability": levels.SAME_COMPUTE_CAPABILITY,
-        }[job.hardware_compatibility]
+        name = job.hardware_compatibility.replace("-", "_").upper()
+        level = getattr(trt.HardwareCompatibilityLevel, name, None)
+        if level is None:
+            raise BuildRefused(
+                f"--hardware-compatibility {job.hardware_compatibility}: {job.target} "
+                f"{trt.__version__} has no such level"
+            )
+        config.hardware_compatibility_level = level
     config.progress_monitor = _progress(trt)
     if job.target != "tensorrt-rtx":
         return [sm_of(load_cuda(), 0)]

@@ -88,6 +88,10 @@ def test_only_what_changed_is_built_and_the_reason_is_said(
         build_engines(copy, dataclasses.replace(config, batch=(1, 1)))
     assert "denoiser.engine: building, profile was" in caplog.text
     assert "vpim.engine: up to date" in caplog.text  # it always runs once
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        build_engines(copy, dataclasses.replace(config, batch=(1, 1), workspace_bytes=2**30))
+    assert caplog.text.count("engine: building, options was {}, is {'workspace_bytes'") == 4
 
 
 def test_an_engine_of_another_onnx_is_refused(built: Path, tmp_path: Path) -> None:
@@ -215,6 +219,7 @@ def test_a_full_disk_keeps_the_engines_that_are_done(
         ({"batch": (4, 1)}, "smallest <= largest"),
         ({"batch": (0, 1)}, "1 <= smallest"),
         ({"tile_px": 100}, "a multiple of 32"),
+        ({"hardware_compatibility": "ampere-plus"}, "TensorRT-RTX has no such engines"),
     ],
 )
 def test_settings_that_cannot_be_used(

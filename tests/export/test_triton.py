@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from rcod_export.engines import EngineConfig, planned_engine
 from rcod_export.main import main
 from rcod_export.triton import TritonConfig, build_repository
 from rcod_runtime.bundle import default_bundle_path, open_bundle
 from rcod_runtime.errors import HashMismatch, OutputError, UsageError
-from rcod_runtime.manifest import Engine, Precision, read_manifest
+from rcod_runtime.manifest import read_manifest
 
 schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 text_format = pytest.importorskip("google.protobuf.text_format")
@@ -96,22 +98,19 @@ def test_the_ensemble_followed_step_by_step_is_the_pipeline(repository: Path) ->
     assert np.array_equal(tensors["sr"], expected)
 
 
-def with_engines(bundle: Path, *sms: int) -> Path:
-    """A bundle with files in the place of engines that were built on GPUs."""
+def with_engines(bundle: Path, *sms: int, tiles_px: tuple[int, ...] = (64,)) -> Path:
+    """A bundle with entries as ``rcod-export engines`` makes them, and files in their place."""
     manifest = read_manifest(bundle / "manifest.json")
     engines = []
-    for name, graph in manifest.graphs.items():
-        for sm in sms:
-            file = f"engines/tensorrt/{name}_{sm}.plan"
-            (bundle / file).parent.mkdir(parents=True, exist_ok=True)
-            data = f"{name} {sm}".encode()
-            (bundle / file).write_bytes(data)
-            shapes = {t.name: (t.sized(1, 64, 64), t.sized(3, 64, 64), t.sized(3, 64, 64))
-                      for t in graph.inputs}  # fmt: skip
-            engines.append(Engine(
-                file, hashlib.sha256(data).hexdigest(), len(data), name, "tensorrt", "11.0.0",
-                (sm,), "linux-x86_64", shapes, Precision.FP16, {}, graph.content_sha256, 0,
-            ))  # fmt: skip
+    for sm, tile in itertools.product(sms, tiles_px):
+        config = EngineConfig("tensorrt", (sm,), tile, batch=(1, 3))
+        for name, graph in manifest.graphs.items():
+            entry = planned_engine(manifest, name, graph, config, "11.0.0")
+            data = f"{name} {sm} {tile}".encode()
+            (bundle / entry.file).parent.mkdir(parents=True, exist_ok=True)
+            (bundle / entry.file).write_bytes(data)
+            digest = hashlib.sha256(data).hexdigest()
+            engines.append(dataclasses.replace(entry, sha256=digest, bytes=len(data)))
     whole = dataclasses.replace(manifest, engines=tuple(engines))
     (bundle / "manifest.json").write_text(whole.to_json())
     return bundle
@@ -125,15 +124,40 @@ def test_engines_are_chosen_by_compute_capability(tiny_bundle: Path, tmp_path: P
     assert dict(model.cc_model_filenames) == {"8.9": "model_sm89.plan", "12.0": "model_sm120.plan"}
     version = out / "rcod_encoder" / "1"
     assert sorted(p.name for p in version.iterdir()) == ["model_sm120.plan", "model_sm89.plan"]
-    assert (version / "model_sm89.plan").read_bytes() == b"encoder 89"
-    (bundle / "engines/tensorrt/encoder_89.plan").write_bytes(b"encoder 88")
+    assert (version / "model_sm89.plan").read_bytes() == b"encoder 89 64"
+    (bundle / "engines/tensorrt/sm89/64px/encoder.engine").write_bytes(b"encoder 88 64")
     with pytest.raises(HashMismatch):
         build_repository(bundle, tmp_path / "models", TritonConfig("tensorrt"))
     assert configs(out)["rcod_encoder"] == model, "what was there is left"
 
 
+def test_the_ensemble_takes_no_more_than_each_of_its_models(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """Triton refuses one that would; the engine of the visual tokens is built for one photo."""
+    bundle = with_engines(Path(shutil.copytree(tiny_bundle, tmp_path / "bundle")), 89)
+    found = configs(build_repository(bundle, tmp_path / "models", TritonConfig("tensorrt")))
+    batches = {name: model.max_batch_size for name, model in found.items()}
+    assert batches == {"rcod": 1, "rcod_vpim": 1} | {
+        f"rcod_{name}": 3 for name in ("encoder", "denoiser", "decoder")
+    }
+
+
+def test_one_tile_size_is_taken(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    bundle = with_engines(copy, 89, tiles_px=(64, 128))
+    for chosen, tile in ((None, 64), (128, 128)):  # the bundle's own is 64
+        out = build_repository(bundle, tmp_path / "m", TritonConfig("tensorrt", tile_px=chosen))
+        warm = configs(out)["rcod_encoder"].model_warmup[0]
+        assert list(warm.inputs["image"].dims) == [3, tile, tile]
+        plan = out / "rcod_encoder" / "1" / "model_sm89.plan"
+        assert plan.read_bytes() == f"encoder 89 {tile}".encode()
+    with pytest.raises(UsageError, match="tiles of 96 px. There are some of 64, 128 px: give --ti"):
+        build_repository(bundle, tmp_path / "m", TritonConfig("tensorrt", tile_px=96))
+
+
 def test_what_cannot_be_had_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no engine of .* for --target tensorrt"):
+    with pytest.raises(UsageError, match="no engines of --target tensorrt for tiles of 64 px"):
         build_repository(tiny_bundle, tmp_path / "a", TritonConfig("tensorrt"))
     with pytest.raises(UsageError, match="engines run on a GPU alone"):
         build_repository(tiny_bundle, tmp_path / "a", TritonConfig("tensorrt", "cpu"))

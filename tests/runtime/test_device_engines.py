@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from rcod_runtime import Upscaler
+from rcod_runtime.backends.trt.engines import EngineSet, find_engines
 from rcod_runtime.cli import doctor
 from rcod_runtime.errors import EngineMismatch, HashMismatch, UsageError
 from rcod_runtime.manifest import Engine
@@ -48,6 +49,19 @@ def test_engines_of_another_machine_are_refused_or_announced(
     with Upscaler(engines) as upscaler:
         assert not upscaler.backend.startswith("tensorrt")
     assert reason in caplog.text
+
+
+@pytest.mark.parametrize(("target", "fits"), [("tensorrt", True), ("tensorrt-rtx", False)])
+def test_only_tensorrt_itself_has_engines_for_later_gpus(
+    monkeypatch: pytest.MonkeyPatch, own_engines: Path, target: str, fits: bool
+) -> None:
+    def for_later(engine: Engine, header: dict[str, Any]) -> Engine:
+        return dataclasses.replace(engine, options={"hardware_compatibility": "ampere-plus"})
+
+    manifest = add_engines(own_engines, TILE_PX, target=target, change=for_later)
+    install(monkeypatch, SimulatedGpu(sm=90))
+    found = find_engines(manifest, 0)
+    assert isinstance(found, EngineSet) if fits else "built for sm_89, this GPU is sm_90" in found
 
 
 def test_doctor_says_which_engines_fit_and_runs_them(

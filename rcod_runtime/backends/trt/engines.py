@@ -89,7 +89,9 @@ def obstacle(engine: Engine, index: int = 0) -> str | None:
 
 
 def _for_later_gpus(engine: Engine) -> bool:
-    return engine.options.get("hardware_compatibility") == "ampere-plus"
+    """TensorRT-RTX has no such engines; its builder ignores the setting."""
+    level = engine.options.get("hardware_compatibility")
+    return engine.target == "tensorrt" and level == "ampere-plus"
 
 
 def find_engines(manifest: Manifest, index: int) -> EngineSet | str:
