@@ -6,8 +6,9 @@
 All variants share the autoencoder and the base denoiser of --stages, a run folder of
 ``rcod-train nano``; each is trained from there by ``rcod-train``, exported by ``rcod-export`` and
 scored by ``benchmarks.quality``. A variant that is finished in --out is not trained again, and one
-that was stopped goes on. Prints one JSON document as the last line. Exit codes: those of
-rcod-upscale, and 11 where a command fails or --stages is not what it should be.
+that was stopped goes on; with other settings or another dataset it is refused. Prints one JSON
+document as the last line, with the commit and the machine of each variant. Exit codes: those of
+rcod-upscale, and 11 where a command fails or --stages or --out is not what it should be.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,9 @@ from benchmarks import report
 from benchmarks.command import run_command
 from benchmarks.errors import CommandFailed, DatasetError
 from benchmarks.tables import shown
+from rcod_runtime.files import write_whole
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 # What differs from the whole method, as settings of rcod-train.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "rcod": (),
@@ -109,31 +111,47 @@ def shared_settings(stages: Path) -> tuple[str, ...]:
 
 
 def train_and_score(name: str, config: AblationConfig, shared: Sequence[str]) -> dict[str, Any]:
-    """One variant, from the shared stages to its quality document.
+    """One variant, from the shared stages to its figures; kept in its folder.
 
     Raises:
         CommandFailed: a command did, with the end of what it said.
+        DatasetError: the folder holds the variant with other settings or of another dataset.
     """
     folder = config.out / name
-    result = folder / "quality.json"
-    if not result.is_file():
-        for stage in SHARED:
-            if not (folder / stage).exists():
-                shutil.copytree(config.stages / stage, folder / stage)
-        settings = [*shared, *BUDGET, *config.settings, *VARIANTS[name]]
-        train = ["rcod_train.main", "nano", "--data", *config.data, "--out", str(folder)]
-        train += ["--resume", *(part for s in settings for part in ("--set", s))]
-        _run(name, train)
-        bundle = str(folder / "bundle")
-        _run(name, ["rcod_export.main", "bundle", str(folder / "checkpoint"), "-o", bundle])
-        quality = ["benchmarks.quality", "--dataset", str(config.dataset), "--bundle", bundle]
-        quality += ["--json", str(result)]
-        if config.endings:
-            quality += ["--names-ending", *config.endings]
-        _run(name, quality)
-    document = json.loads(result.read_text(encoding="utf-8"))
-    levels = [m for m in document["methods"] if m["kind"] == "model"]
-    return {"settings": list(VARIANTS[name]), "levels": {m["name"]: m["mean"] for m in levels}}
+    settings = [*shared, *BUDGET, *config.settings, *VARIANTS[name]]
+    dataset = [str(config.dataset.resolve()), *config.endings]
+    wanted = {"settings": settings, "dataset": dataset}
+    finished = folder / "variant.json"
+    if finished.is_file():
+        kept: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
+        found = kept.pop("made_with")
+        if found != wanted:
+            raise DatasetError(
+                f"{finished}: expected the variant with {wanted}, found it with {found}. Choose "
+                "another --out."
+            )
+        return kept
+    for stage in SHARED:
+        if not (folder / stage).exists():
+            shutil.copytree(config.stages / stage, folder / stage)
+    train = ["rcod_train.main", "nano", "--data", *config.data, "--out", str(folder)]
+    train += ["--resume", *(part for s in settings for part in ("--set", s))]
+    _run(name, train)
+    bundle, scores = str(folder / "bundle"), folder / "quality.json"
+    _run(name, ["rcod_export.main", "bundle", str(folder / "checkpoint"), "-o", bundle])
+    quality = ["benchmarks.quality", "--dataset", str(config.dataset), "--bundle", bundle]
+    quality += ["--json", str(scores)]
+    if config.endings:
+        quality += ["--names-ending", *config.endings]
+    _run(name, quality)
+    methods = json.loads(scores.read_text(encoding="utf-8"))["methods"]
+    variant = {
+        "settings": list(VARIANTS[name]),
+        "card": asdict(report.machine_card()),
+        "levels": {m["name"]: m["mean"] for m in methods if m["kind"] == "model"},
+    }
+    write_whole(finished, json.dumps({"made_with": wanted, **variant}).encode())
+    return variant
 
 
 def _run(name: str, module: Sequence[str]) -> None:

@@ -32,9 +32,9 @@ def open_pytorch(task: dict[str, Any]) -> Callable[[Any], object]:
     from rcod_runtime.bundle import open_bundle
 
     bundle = None if task["bundle"] is None else Path(task["bundle"])
-    contract = open_bundle(bundle).manifest.image
+    manifest = open_bundle(bundle).manifest
     (mode,) = (mode for mode in MODES if mode.name == task["mode"])
-    return EagerPipeline(Path(task["checkpoint"]), contract, task["level"], task["threads"], mode)
+    return EagerPipeline(Path(task["checkpoint"]), manifest, task["level"], task["threads"], mode)
 
 
 def open_other(task: dict[str, Any]) -> Callable[[Any], object]:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from benchmarks.errors import BenchmarkError, MissingPackage
 from rcod_runtime import UsageError
 from rcod_runtime.colour import DEFAULT_COLOUR_MATCH, match_colour
-from rcod_runtime.manifest import ImageContract
+from rcod_runtime.manifest import Manifest
 from rcod_runtime.resample import resize_for_tokens, upsample
 
 Image = npt.NDArray[np.uint8]
@@ -73,8 +73,8 @@ class EagerPipeline:
 
     Args:
         checkpoint: folder of a merged checkpoint.
-        contract: image contract of the bundle it is compared with.
-        level: name of a level of the checkpoint.
+        manifest: of the bundle it is compared with, whose levels may be at other timesteps.
+        level: name of a level of that bundle.
         threads: compute threads of PyTorch, for the whole process.
         mode: how PyTorch runs it.
 
@@ -82,13 +82,13 @@ class EagerPipeline:
         MissingPackage: PyTorch is not installed.
         ModeMissing: this machine can't run that mode.
         BenchmarkError: the checkpoint can't be read.
-        UsageError: the checkpoint has no such level.
+        UsageError: the bundle has no such level.
     """
 
     def __init__(
         self,
         checkpoint: Path,
-        contract: ImageContract,
+        manifest: Manifest,
         level: str,
         threads: int,
         mode: Mode = MODES[0],
@@ -107,21 +107,19 @@ class EagerPipeline:
         check_mode(mode)
         torch.set_num_threads(threads)
         self._torch = torch
-        self._contract = contract
+        self._contract = manifest.image
         self._mode = mode
         self._order = torch.channels_last if mode.channels_last else torch.contiguous_format
         try:
-            self._parts, info = load_merged(checkpoint)
+            self._parts, _ = load_merged(checkpoint)
         except RcodTrainError as exc:
             raise BenchmarkError(str(exc)) from exc
         for module in (self._parts.vae, self._parts.unet, self._parts.vpim):
             module.to(memory_format=self._order)
-        names = [entry.name for entry in info.levels]
-        if level not in names:
-            raise UsageError(
-                f"level {level!r}: expected one of {', '.join(names)} of {checkpoint}."
-            )
-        self._level = info.levels[names.index(level)]
+        levels = {entry.name: entry for entry in manifest.levels}
+        if level not in levels:
+            raise UsageError(f"level {level!r}: expected one of {', '.join(levels)}.")
+        self._level = levels[level]
         as_it_is: Callable[[Any], Any] = lambda call: call  # noqa: E731
         self._adapt = torch.compile if mode.compiled else as_it_is
         self._tokens = self._adapt(self._parts.vpim)

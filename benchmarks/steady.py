@@ -111,7 +111,7 @@ def open_comparison(comparison: Comparison) -> Iterator[Opened]:
             assert comparison.checkpoint is not None
             try:
                 eager[mode.name] = EagerPipeline(
-                    comparison.checkpoint, contract, comparison.level, comparison.threads, mode
+                    comparison.checkpoint, manifest, comparison.level, comparison.threads, mode
                 )
             except ModeMissing as why:
                 missing[mode.name] = str(why)

@@ -39,6 +39,7 @@ from rcod_runtime.manifest import (
     sha256_file,
 )
 from rcod_runtime.manifest import Tensor as TensorSpec
+from rcod_runtime.selftest import MAX_SAMPLE_PIXELS
 from rcod_runtime.signature import SIGNATURE_FILE
 from rcod_train.adapter_files import are_adapters, load_adapters
 from rcod_train.checkpoint import CheckpointInfo, CheckpointLevel, load_merged
@@ -279,6 +280,12 @@ def _sample_photo(path: Path) -> Photo:
     pixels = read_image(path).pixels
     if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
         raise UsageError(f"{path}: expected an 8-bit RGB photo as the sample.")
+    height, width = pixels.shape[:2]
+    if height * width > MAX_SAMPLE_PIXELS:
+        raise UsageError(
+            f"{path}: expected at most {MAX_SAMPLE_PIXELS} pixels in the sample, which every "
+            f"self-test upscales, found {width} x {height}. Take a part of it."
+        )
     return cast(Photo, pixels)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,11 +82,15 @@ def test_variants_share_two_stages_and_are_trained_exported_and_scored(
     assert document["variants"]["no_vsd"]["levels"] == {
         "fidelity": {"psnr_y": 32.0, "ssim_y": 0.75, "niqe": 6.0}
     }
+    assert document["variants"]["no_vsd"]["card"]["cpus_available"] > 0
     assert document["benchmark"] == "ablation" and "rcod.steps=9" in document["budget"]
     shown = capsys.readouterr().out
     assert "no_vsd" in shown and "32.00" in shown and "bicubic" not in shown
     assert json.loads(ablation.measure(config))["variants"] == document["variants"]
     assert len(commands) == 6, "what is finished is not trained again"
+    for change in ({"settings": ("rcod.steps=10",)}, {"dataset": Path("other")}, {"endings": ()}):
+        with pytest.raises(DatasetError, match="rcod/variant.json: expected the variant with"):
+            ablation.measure(dataclasses.replace(config, **change))
 
 
 def test_a_command_that_fails_is_named_with_what_it_said(

@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.eager import EAGER
+from benchmarks.eager import EAGER, EagerPipeline
 from benchmarks.errors import CommandFailed
 from benchmarks.latency import main
+from benchmarks.picture import draw_picture
 from benchmarks.processes import measure_contestant, measure_peak_memory, write_photo
+from rcod_runtime import Upscaler
 from rcod_runtime.backends import precisions
 from rcod_train.checkpoint import save_merged
 from rcod_train.precision import resolve_precision
 from tests.tiny import tiny_info, tiny_parts
 
+CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "nano"
 FAST = ("--size", "16", "--runs", "2", "--warmup", "1", "--start-runs", "1", "--threads", "1")
 PYTORCH = {"pytorch eager fp32", "pytorch eager fp32, NHWC"}
 BF16 = {f"pytorch autocast bf16{order}" for order in ("", ", NHWC")}
@@ -107,6 +110,16 @@ def test_pytorch_begins_in_a_process_of_its_own_too(
     cost = measure_contestant(task, runs=1)
     assert cost["import_ms"] > 100, "importing torch was not in the time"
     assert cost["peak_bytes"] > 100e6
+
+
+def test_the_baseline_takes_the_levels_of_the_bundle() -> None:
+    """The shipped checkpoint was trained at other timesteps than its bundle's levels are at."""
+    lq = draw_picture(32, 32)
+    with Upscaler(backend="onnxruntime", precision="fp32") as upscaler:
+        for name in ("fidelity", "realism"):
+            eager = EagerPipeline(CHECKPOINT, upscaler.manifest, name, threads=1)
+            difference = eager(lq).astype(int) - upscaler(lq, name).astype(int)
+            assert abs(difference).max() <= 1
 
 
 def test_without_a_compiler_torch_compile_is_missing_and_says_why(

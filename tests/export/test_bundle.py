@@ -24,7 +24,7 @@ from rcod_export.parity import LIMITS, Limit, measure
 from rcod_runtime import Upscaler
 from rcod_runtime.colour import SAMPLE_COLOUR_MATCH
 from rcod_runtime.errors import ExportError, HashMismatch, OutputError, ParityError, UsageError
-from rcod_runtime.image_io import read_image
+from rcod_runtime.image_io import read_image, write_image
 from rcod_runtime.manifest import Precision, read_manifest, sha256_file
 from rcod_train.checkpoint import levels_of, save_merged
 from rcod_train.errors import CheckpointError
@@ -303,6 +303,15 @@ def test_a_level_that_is_not_there_cannot_be_folded(
 ) -> None:
     config = dataclasses.replace(tiny_config, fold_level="dream")
     with pytest.raises(UsageError, match="expected one of fidelity, neutral, realism"):
+        build_bundle(tiny_checkpoint, tmp_path / "out", config)
+
+
+def test_a_sample_that_the_self_test_would_not_take_is_refused_before_the_export(
+    tiny_checkpoint: Path, tiny_config: ExportConfig, tmp_path: Path
+) -> None:
+    write_image(tmp_path / "large.png", np.zeros((1040, 1040, 3), np.uint8))
+    config = dataclasses.replace(tiny_config, sample=tmp_path / "large.png")
+    with pytest.raises(UsageError, match="at most 1048576 pixels .* found 1040 x 1040"):
         build_bundle(tiny_checkpoint, tmp_path / "out", config)
 
 
