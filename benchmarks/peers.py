@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,11 +32,11 @@ from benchmarks.processes import measure_contestant
 from benchmarks.scores import Image, Method, bicubic, build_metrics, mean_of, score_pairs
 from benchmarks.timing import time_in_turns, times_as_fast
 from rcod_runtime import Upscaler, UsageError
-from rcod_runtime.backends import precisions
+from rcod_runtime.backends import BACKENDS, precisions
 from rcod_runtime.parallel import cpus_available
 from rcod_train.quality.pristine import load_pristine
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 METRICS = ("psnr_y", "ssim_y", "niqe")
 MEMORY_SIDE_PX = 128
 RATIO_TO = "Real-ESRGAN x4plus"
@@ -136,22 +136,16 @@ def open_contestants(
 ) -> tuple[list[Contestant], dict[str, str]]:
     """Bicubic, the embedded model at its levels, every peer on every engine; what is missing."""
     contestants = [Contestant("bicubic", _bicubic, 0, {"bicubic": 4})]
-    upscaler = stack.enter_context(Upscaler(None, "cpu", threads=threads))
-    folder = Path(str(upscaler._bundle.folder))
-    size = sum(path.stat().st_size for path in (folder / "onnx").iterdir())
-    has_bf16 = "bf16" in precisions("openvino")
-    for level in upscaler.manifest.levels:
-        task = {"bundle": None, "backend": "auto", "precision": "auto", "level": level.name}
-        contestants.append(
-            Contestant(f"nano {level.name}", _at_level(upscaler, level.name), size, task)
-        )
     missing: dict[str, str] = {}
-    for peer in PEERS:
-        for engine in engines:
+    for engine in engines:
+        backend, precision = engine.split()
+        if precision == "bf16" and "bf16" not in precisions("openvino"):
+            missing[engine] = "this CPU does not multiply bf16"
+            continue
+        if backend in BACKENDS:
+            contestants += _levels(backend, precision, threads, stack)
+        for peer in PEERS:
             name = f"{peer.name}, {engine}"
-            if engine.endswith("bf16") and not has_bf16:
-                missing[name] = "this CPU does not multiply bf16"
-                continue
             try:
                 upscale = open_peer(peer, engine, threads)
             except MissingPackage as why:
@@ -162,6 +156,18 @@ def open_contestants(
     for contestant in contestants:
         contestant.task.update(side_px=MEMORY_SIDE_PX, threads=threads)
     return contestants, missing
+
+
+def _levels(backend: str, precision: str, threads: int, stack: ExitStack) -> Iterator[Contestant]:
+    """The embedded model at each of its levels."""
+    upscaler = stack.enter_context(
+        Upscaler(None, "cpu", backend, precision=precision, threads=threads)
+    )
+    size = sum(graph.bytes for graph in upscaler.manifest.graphs.values())
+    for level in upscaler.manifest.levels:
+        name = f"nano {level.name}, {backend} {precision}"
+        task = {"bundle": None, "backend": backend, "precision": precision, "level": level.name}
+        yield Contestant(name, _at_level(upscaler, level.name), size, task)
 
 
 def _bicubic(lq: Image) -> Image:

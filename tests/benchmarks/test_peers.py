@@ -151,7 +151,7 @@ def test_table_has_time_memory_size_and_quality_of_everyone(
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {row["name"]: row for row in document["contestants"]}
     drawn = f"{PEER.name}, openvino fp32"
-    levels = [f"nano {level}" for level in ("fidelity", "neutral", "realism")]
+    levels = [f"nano {level}, openvino fp32" for level in ("fidelity", "neutral", "realism")]
     assert set(rows) - {f"{PEERS[0].name}, openvino fp32"} == {"bicubic", *levels, drawn}
     assert document["ratio_to"] == drawn and rows[drawn]["times_as_fast"] == 1.0
     assert rows[drawn]["weight_bytes"] == weight_bytes(PEER)
@@ -159,7 +159,7 @@ def test_table_has_time_memory_size_and_quality_of_everyone(
     for row in rows.values():
         assert row["latency"]["median_ms"] > 0 and row["peak_bytes"] == 2e6
         assert set(row["mean"]) == {"psnr_y", "ssim_y", "niqe"}
-    assert rows["nano fidelity"]["mean"]["psnr_y"] > rows[drawn]["mean"]["psnr_y"]
+    assert rows["nano fidelity, openvino fp32"]["mean"]["psnr_y"] > rows[drawn]["mean"]["psnr_y"]
 
 
 def test_bicubic_in_a_process_of_its_own_is_measured() -> None:
