@@ -154,8 +154,8 @@ class _Timed:
     def __init__(self, session: Session, spent: Counter[str]) -> None:
         self._session, self._spent = session, spent
 
-    def bind(self, shapes: Shapes) -> None:
-        self._session.bind(shapes)
+    def bind(self, shapes: Shapes, outputs: Shapes | None = None, common: bool = True) -> None:
+        self._session.bind(shapes, outputs, common)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         begin = time.perf_counter()

@@ -25,6 +25,7 @@ STAGES = ("encoder", "denoiser", "decoder")  # what runs for every tile
 class ImageFeed:
     """What the graphs need of one image besides its tiles.
 
+    ``common_tile``: the tile is of the size that all larger images have, and not the photo's own.
     ``thumbnail`` (1, 3, S, S) in [-1, 1] is what the tokens are made of; ``window`` (1, 3, h, w) in
     [0, 1] is what the guide of rcod-s sees. ``kept`` is the chain's: what it made of the two.
     """
@@ -33,6 +34,7 @@ class ImageFeed:
     tile_hw: tuple[int, int]
     thumbnail: Array
     window: Array | None = None
+    common_tile: bool = True
     kept: dict[str, Array] = field(default_factory=dict)
 
 
@@ -109,7 +111,7 @@ class HostChain:
             )
             for name in sorted(sizes, key=lambda name: -sizes[name])
         }
-        self._bound: dict[str, Shapes] = {}
+        self._bound: tuple[dict[str, Shapes], bool] | None = None
         self._lock = threading.Lock()
 
     def run(
@@ -178,15 +180,20 @@ class HostChain:
             feeds["vae_matrices"] = feed.kept["vae_matrices"]
         return self._sessions["encoder"].run(feeds)
 
+    def _bind(self, name: str, shapes: Shapes, feed: ImageFeed) -> None:
+        """The thumbnail has one size, and what the guide looks at is the photo's."""
+        common = name == "vpim" or (feed.common_tile and name != GUIDE)
+        self._sessions[name].bind(shapes, common=common)
+
     def _prepare(self, feed: ImageFeed) -> None:
         """Bind the graphs to this image's shapes, compute its tokens and matrices once."""
         if not self._sessions:
             raise UsageError("this Upscaler was closed while it ran.")
         shapes = input_shapes(self._manifest, feed)
-        if shapes != self._bound:
+        if (shapes, feed.common_tile) != self._bound:
             with ThreadPoolExecutor(len(shapes)) as pool:  # compiling releases the GIL
-                list(pool.map(lambda name: self._sessions[name].bind(shapes[name]), shapes))
-            self._bound = shapes
+                list(pool.map(lambda name: self._bind(name, shapes[name], feed), shapes))
+            self._bound = shapes, feed.common_tile
         if feed.kept:
             return
         tokens = self._sessions["vpim"].run({"image": feed.thumbnail})["tokens"]

@@ -21,8 +21,8 @@ class CheckedSession:
     def __init__(self, session: Session, path: Path, graph: Graph) -> None:
         self._session, self._path, self._graph = session, path, graph
 
-    def bind(self, shapes: Shapes, outputs: Shapes | None = None) -> None:
-        self._session.bind(shapes, self._output_shapes(shapes))
+    def bind(self, shapes: Shapes, outputs: Shapes | None = None, common: bool = True) -> None:
+        self._session.bind(shapes, self._output_shapes(shapes), common)
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         outputs = self._session.run(feeds)

@@ -185,7 +185,7 @@ class Upscaler:
         overlap_px = min(contract.overlap_px, tile_px // 2) if overlap_px is None else overlap_px
         multiple = self._chain.tile_px or contract.size_multiple
         y, x = (plan_axis(side, tile_px, overlap_px, multiple) for side in (height, width))
-        job = _Job(self._chain, self.manifest, prepared, TilePlan(y, x), batch)
+        job = _Job(self._chain, self.manifest, prepared, TilePlan(y, x), batch, tile_px)
         # A guide sees the whole image, and so does a single tile: there the graphs choose.
         if weights is None and job.plan.count > 1 and not self.manifest.is_guided:
             weights = job.adaptive_weights()
@@ -280,7 +280,7 @@ class Upscaler:
         batch = self._batch(batch)
         prepared = prepare_image(np.full((*self._tile_lq(), 3), 128, np.uint8))
         axis = plan_axis(side, side, 0, manifest.image.size_multiple)
-        job = _Job(chain, manifest, prepared, TilePlan(axis, axis), batch)
+        job = _Job(chain, manifest, prepared, TilePlan(axis, axis), batch, side)
         feed = dataclasses.replace(job.feed, batch=batch)
         return chain.profile(feed, np.zeros((batch, 3, side, side), np.float32), runs)
 
@@ -324,7 +324,13 @@ class _Job:
     """One image on its way through the graphs."""
 
     def __init__(
-        self, chain: Chain, manifest: Manifest, image: Prepared, plan: TilePlan, batch: int
+        self,
+        chain: Chain,
+        manifest: Manifest,
+        image: Prepared,
+        plan: TilePlan,
+        batch: int,
+        tile_px: int,
     ) -> None:
         self.chain, self.manifest, self.plan = chain, manifest, plan
         self.batch = max(chain.batches[0], min(batch, plan.count))
@@ -336,6 +342,7 @@ class _Job:
             (plan.y.tile_px, plan.x.tile_px),
             np.ascontiguousarray(small / 127.5 - 1.0, np.float32),
             guide_window(image.lq) if manifest.is_guided else None,
+            common_tile=plan.y.tile_px == plan.x.tile_px == tile_px,
         )
 
     def run(

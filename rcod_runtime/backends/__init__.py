@@ -22,12 +22,13 @@ PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 class Session(Protocol):
     """One loaded graph. Not thread-safe."""
 
-    def bind(self, shapes: Shapes, outputs: Shapes | None = None) -> None:
+    def bind(self, shapes: Shapes, outputs: Shapes | None = None, common: bool = True) -> None:
         """Make ready for inputs of these shapes; cheap if they are bound already.
 
         Args:
             outputs: the shapes that outputs must have then. A library that knows them before it
                 computes refuses others.
+            common: many images will have them, so they are worth compiling for.
         """
         ...
 

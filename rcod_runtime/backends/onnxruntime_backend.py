@@ -91,7 +91,7 @@ class OnnxRuntimeSession:
         self._session, self._path = session, path
         self._names = [output.name for output in session.get_outputs()]
 
-    def bind(self, shapes: Shapes, outputs: Shapes | None = None) -> None:
+    def bind(self, shapes: Shapes, outputs: Shapes | None = None, common: bool = True) -> None:
         """Nothing to do: the session takes any shape."""
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:

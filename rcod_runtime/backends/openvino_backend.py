@@ -15,7 +15,8 @@ from openvino.frontend import FrontEndManager
 from rcod_runtime.backends import Array, Shapes
 from rcod_runtime.errors import BackendError
 
-MAX_BOUND_SHAPES = 4  # compiled variants kept for each graph
+MAX_COMPILED = 4  # variants for one shape each that are kept of a graph
+MAX_CHECKED = 256  # shapes of which a graph keeps in mind that they are what the manifest says
 
 
 @functools.cache
@@ -68,29 +69,46 @@ class OpenVinoBackend:
 
 
 class OpenVinoSession:
-    """One graph, compiled for the shapes it was bound to."""
+    """One graph, compiled for each common shape it was bound to, and once for all others.
+
+    For a shape of its own it is a few per cent faster, but compiling takes as long as tens of small
+    images: photos smaller than a tile, each of another size, are better off with what takes any.
+    """
 
     def __init__(self, core: ov.Core, config: dict[str, Any], model: ov.Model, path: Path) -> None:
         self._core, self._config, self._model, self._path = core, config, model, path
         self._names = [output.get_any_name() for output in model.outputs]
         self._requests: OrderedDict[tuple[object, ...], Any] = OrderedDict()
+        self._any_shape: Any = None
+        self._checked: OrderedDict[tuple[object, ...], None] = OrderedDict()
         self._request: Any = None
 
-    def bind(self, shapes: Shapes, outputs: Shapes | None = None) -> None:
+    def bind(self, shapes: Shapes, outputs: Shapes | None = None, common: bool = True) -> None:
         key = tuple(sorted(shapes.items()))
-        if key not in self._requests:
-            try:
-                model = self._model.clone()
-                model.reshape({name: list(shape) for name, shape in shapes.items()})
-                self._check_outputs(model, outputs or {})
-                compiled = self._core.compile_model(model, "CPU", self._config)
-            except RuntimeError as exc:
-                raise BackendError(f"{self._path}: can't be compiled for {key}: {exc}") from exc
-            self._requests[key] = compiled.create_infer_request()
-            if len(self._requests) > MAX_BOUND_SHAPES:
-                self._requests.popitem(last=False)
-        self._requests.move_to_end(key)
-        self._request = self._requests[key]
+        try:
+            if common:
+                if key not in self._requests:
+                    self._requests[key] = self._compiled(self._reshaped(shapes, outputs or {}))
+                self._request = _latest(self._requests, key, MAX_COMPILED)
+                return
+            if key not in self._checked:
+                self._reshaped(shapes, outputs or {})
+                self._checked[key] = None
+            _latest(self._checked, key, MAX_CHECKED)
+            if self._any_shape is None:
+                self._any_shape = self._compiled(self._model)
+        except RuntimeError as exc:
+            raise BackendError(f"{self._path}: can't be compiled for {key}: {exc}") from exc
+        self._request = self._any_shape
+
+    def _compiled(self, model: ov.Model) -> Any:
+        return self._core.compile_model(model, "CPU", self._config).create_infer_request()
+
+    def _reshaped(self, shapes: Shapes, outputs: Shapes) -> ov.Model:
+        model = self._model.clone()
+        model.reshape({name: list(shape) for name, shape in shapes.items()})
+        self._check_outputs(model, outputs)
+        return model
 
     def _check_outputs(self, model: ov.Model, expected: Shapes) -> None:
         """Before anything is allocated or computed: hostile shapes made OpenVINO write beyond its
@@ -113,3 +131,11 @@ class OpenVinoSession:
         except RuntimeError as exc:
             raise BackendError(f"{self._path}: could not be run: {exc}") from exc
         return {name: results[index] for index, name in enumerate(self._names)}
+
+
+def _latest(kept: OrderedDict[tuple[object, ...], Any], key: tuple[object, ...], most: int) -> Any:
+    """The value of ``key``, which is the last one to be dropped now; the oldest go."""
+    kept.move_to_end(key)
+    while len(kept) > most:
+        kept.popitem(last=False)
+    return kept[key]

@@ -351,6 +351,31 @@ def test_no_thread_is_bound_to_a_processor(bundle: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_photos_smaller_than_a_tile_share_what_is_compiled(
+    bundle: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling takes longer than many of them; the tile of large images has its own."""
+    pytest.importorskip("openvino")
+    from rcod_runtime.backends.openvino_backend import OpenVinoSession
+
+    compiled: list[str] = []
+    real = OpenVinoSession._compiled
+    monkeypatch.setattr(
+        OpenVinoSession,
+        "_compiled",
+        lambda self, model: (compiled.append(self._path.stem), real(self, model))[1],
+    )
+    sizes = ((7, 8), (7, 12), (24, 8), (20, 20), (7, 40))  # the last one in two tiles
+    with Upscaler(bundle, backend="openvino", precision="fp32") as upscaler:
+        images = [upscaler(photo(*size), tile_px=128) for size in sizes]
+        assert sorted(compiled) == ["decoder", "denoiser", "encoder", "vpim"]
+        upscaler(photo(40, 40), tile_px=128)
+        assert sorted(compiled[4:]) == ["decoder", "denoiser", "encoder"]
+        for size, image in zip(sizes, images, strict=True):
+            assert np.array_equal(upscaler(photo(*size), tile_px=128), image)
+        assert len(compiled) == 7
+
+
 def test_ctrl_c_after_models_were_closed_does_not_crash_the_process(bundle: Path) -> None:
     """Two OpenVINO cores that ended in the order they began left a freed signal stack behind."""
     code = f"""
