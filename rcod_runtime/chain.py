@@ -75,8 +75,8 @@ class Chain(Protocol):
         """
         ...
 
-    def estimate(self, feed: ImageFeed, tiles: Iterable[Array]) -> list[float]:
-        """m_l of the first tile of every batch (Eq. 6, as the MEM sees it)."""
+    def estimate(self, feed: ImageFeed, tiles: Iterable[Array]) -> list[Array]:
+        """m_l (B,) of every tile batch (Eq. 6, as the MEM sees it)."""
         ...
 
     def profile(self, feed: ImageFeed, tile: Array, runs: int) -> dict[str, float]:
@@ -124,12 +124,12 @@ class HostChain:
                 outputs = TileOutputs(z_lq.copy(), z_sr.copy(), to_pixels(decoded))
             yield outputs
 
-    def estimate(self, feed: ImageFeed, tiles: Iterable[Array]) -> list[float]:
+    def estimate(self, feed: ImageFeed, tiles: Iterable[Array]) -> list[Array]:
         values = []
         for image in tiles:
             with self._lock:
                 self._prepare(feed)
-                values.append(float(self._encode(feed, image)["m_l"][0]))
+                values.append(self._encode(feed, image)["m_l"].copy())
         return values
 
     def profile(self, feed: ImageFeed, tile: Array, runs: int) -> dict[str, float]:

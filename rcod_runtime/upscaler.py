@@ -239,7 +239,8 @@ class Upscaler:
                 tokens_px.
             out: float32, shape of ``image``: receives the result in [-1, 1]. Without it an array is
                 made, which costs an allocation here and a wait for the GPU when it is dropped.
-            realism: as in a call.
+            realism: as in a call; but ``adaptive`` chooses for each tile by itself, where no guide
+                sees the photo: tiles that will lie side by side want one level.
             stream: CUDA's handle of the caller's stream: a number or what stands for one.
             window: for a bundle with a guide (rcod-s), float32 (1, 3, h, w) in [0, 1]: the photo
                 before upsampling, of a larger one the centre of 512 px a side. The guide runs on
@@ -353,7 +354,7 @@ class _Job:
         gain = np.iinfo(sr.dtype).max / 255.0
         blender = Blender(plan, 3)
         done = 0
-        tiles = (self._tiles(row, columns) for row, columns in self._chunks())
+        tiles = (self._tiles([(row, x) for x in columns]) for row, columns in self._chunks())
         with contextlib.closing(self.chain.run(self.feed, weights, tiles)) as results:
             for (row, columns), outputs in zip(self._chunks(), results, strict=True):
                 _check_tile(outputs, realism, row, columns[0])
@@ -371,8 +372,9 @@ class _Job:
         positions = self.plan.positions()
         count = min(ADAPTIVE_TILES, len(positions))
         chosen = [positions[i * len(positions) // count] for i in range(count)]
-        tiles = (self._tiles(row, [column]) for row, column in chosen)
-        m_l = float(np.mean(self.chain.estimate(self.feed, tiles)))
+        tiles = (self._tiles(chosen[i : i + self.batch]) for i in range(0, count, self.batch))
+        estimates = np.concatenate(self.chain.estimate(self.feed, tiles))
+        m_l = float(np.mean(estimates[:count]))
         manifest = self.manifest
         level = adaptive_level(m_l, manifest.metric, manifest.levels)
         log.info("adaptive: M is estimated at %.3f, level %s", m_l, level.name)
@@ -385,12 +387,13 @@ class _Job:
             for first in range(0, len(columns), self.batch):
                 yield row, columns[first : first + self.batch]
 
-    def _tiles(self, row: int, columns: list[int]) -> Array:
-        """Upsampled input of tiles, (batch, 3, h, w) in [-1, 1]; a short batch is filled up."""
+    def _tiles(self, positions: list[tuple[int, int]]) -> Array:
+        """Upsampled input of the tiles in these rows and columns, (batch, 3, h, w) in [-1, 1]; a
+        short batch is filled up."""
         y, x = self.plan.y, self.plan.x
         image = np.empty((self.batch, 3, y.tile_px, x.tile_px), np.float32)
         for i in range(self.batch):
-            column = columns[min(i, len(columns) - 1)]
+            row, column = positions[min(i, len(positions) - 1)]
             box = (y.starts[row], x.starts[column], y.valid(row), x.valid(column))
             tile = pad_to(self.resampler.box(*box), y.tile_px, x.tile_px)
             np.multiply(tile.transpose(2, 0, 1), 1 / 127.5, out=image[i])

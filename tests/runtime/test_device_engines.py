@@ -182,6 +182,20 @@ def test_what_rtx_compiled_is_kept_for_the_next_start(
             file.write_bytes(b"another machine's")
 
 
+def test_it_is_kept_of_all_engines_where_the_first_image_is_adaptive(
+    monkeypatch: pytest.MonkeyPatch, own_engines: Path, photo: Photo, tmp_path: Path
+) -> None:
+    """Its level comes first, of the encoder alone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    add_engines(own_engines, TILE_PX, target="tensorrt-rtx")
+    for compiled in (4, 0):
+        gpu = SimulatedGpu()
+        install(monkeypatch, gpu)
+        with Upscaler(own_engines) as upscaler:
+            upscaler(photo(40, 40), "adaptive")
+        assert len(gpu.compiled) == compiled
+
+
 def test_a_cache_that_cannot_be_written_stops_nothing(
     monkeypatch: pytest.MonkeyPatch, own_engines: Path, photo: Photo, tmp_path: Path
 ) -> None:

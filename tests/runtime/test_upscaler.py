@@ -92,6 +92,21 @@ def test_one_level_with_a_metric_estimator_has_nothing_to_choose(
         np.testing.assert_array_equal(upscaler(photo(8, 8), 0.7), upscaler(photo(8, 8), "adaptive"))
 
 
+def test_the_adaptive_level_of_a_large_image_looks_at_each_tile_once(
+    upscaler: Upscaler, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[np.ndarray] = []
+    real = upscaler._chain._encode
+    monkeypatch.setattr(
+        upscaler._chain,
+        "_encode",
+        lambda feed, image: (encoded.append(image.copy()), real(feed, image))[1],
+    )
+    upscaler(photo(40, 40), "adaptive", tile_px=64, overlap_px=16, batch=4)  # 3 x 3 tiles
+    assert len(encoded) == 6, "three batches for the level, one for each row of tiles"
+    assert len(np.unique(np.concatenate(encoded[:3]).reshape(12, -1), axis=0)) == 9
+
+
 def test_adaptive_without_a_metric_estimator_is_refused(tmp_path: Path, photo: Photo) -> None:
     make_bundle(tmp_path / "plain", mem=False)
     with (

@@ -118,18 +118,18 @@ class DeviceChain:
                     outputs = self._collect(pending.popleft())
                 yield outputs
 
-    def estimate(self, feed: ImageFeed, tiles: Iterable[Array]) -> list[float]:
+    def estimate(self, feed: ImageFeed, tiles: Iterable[Array]) -> list[Array]:
         memory, values = self._memory, []
-        with self._lock, self._whole_or_reset(), self._cuda.guard():
+        with self._lock, self._whole_or_reset(all_ran=False), self._cuda.guard():
             self._bind(feed)
             for image in tiles:
                 self._upload(memory.slots[0], image)
                 self._engines["encoder"].enqueue(memory.compute)
-                m_l, nbytes = memory.host["m_l"], float_bytes((feed.batch,))
-                source = memory.tensors["m_l"].address
+                m_l, shape = memory.host["m_l"], (feed.batch,)
+                source, nbytes = memory.tensors["m_l"].address, float_bytes(shape)
                 self._cuda.copy(m_l.address, source, nbytes, "DeviceToHost", memory.compute)
                 memory.compute.synchronize()
-                values.append(float(m_l.floats((1,))[0]))
+                values.append(m_l.floats(shape).copy())
         return values
 
     def enqueue_on(
@@ -399,8 +399,11 @@ class DeviceChain:
     # Afterwards.
 
     @contextlib.contextmanager
-    def _whole_or_reset(self) -> Iterator[None]:
-        """After an error, or an iterator left early: nothing in flight, and all bound anew."""
+    def _whole_or_reset(self, all_ran: bool = True) -> Iterator[None]:
+        """After an error, or an iterator left early: nothing in flight, and all bound anew.
+
+        Once all engines ran, what TensorRT-RTX compiled is kept: before, files would be without it.
+        """
         try:
             yield
         except BaseException:
@@ -411,7 +414,7 @@ class DeviceChain:
                 finally:
                     self._drop_captures()
             raise
-        caches, self._caches = self._caches, []
+        caches, self._caches = (self._caches, []) if all_ran else ([], self._caches)
         for path, cache in caches:  # compiled for this GPU now: the next start will be faster
             write_cache(path, cache)
 
