@@ -50,8 +50,9 @@ class LoraModel:
 
     def __init__(self, parts: Parts, config: RcodStageConfig, autocast: Autocast) -> None:
         self.parts, self.autocast = parts, autocast
-        self.unet = SwitchedUnet(parts.unet, config.rank_unet, config.rank_regulariser)
-        self.vae = SwitchedVae(parts.vae, config.rank_vae, config.train_decoder)
+        ranks, alpha = (config.rank_unet, config.rank_regulariser), config.lora_alpha
+        self.unet = SwitchedUnet(parts.unet, *ranks, alpha)
+        self.vae = SwitchedVae(parts.vae, config.rank_vae, config.train_decoder, alpha)
 
     def parameters(self) -> dict[str, Parameter]:
         named = {f"unet.{n}": p for n, p in self.unet.parameters_of("generator").items()}

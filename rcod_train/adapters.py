@@ -23,8 +23,10 @@ from rcod_train.models.vae import NanoVae
 Role = Literal["base", "generator", "regulariser"]
 
 
-def _lora(rank: int, targets: list[str] | str) -> LoraConfig:
-    return LoraConfig(r=rank, lora_alpha=rank, target_modules=targets, init_lora_weights="gaussian")
+def _lora(rank: int, alpha: int, targets: list[str] | str) -> LoraConfig:
+    return LoraConfig(
+        r=rank, lora_alpha=alpha or rank, target_modules=targets, init_lora_weights="gaussian"
+    )
 
 
 def _trained(network: nn.Module) -> None:
@@ -42,14 +44,20 @@ class SwitchedUnet:
 
     An adapter that is not in use gets no gradient: nothing is computed with it. Blocks that are
     computed again in a backward pass (gradient checkpointing) need the role of their forward pass.
+
+    Args:
+        alpha: PEFT's lora_alpha of both adapters, 0 for their ranks.
     """
 
-    def __init__(self, unet: UNet2DConditionModel, rank: int, rank_regulariser: int) -> None:
+    def __init__(
+        self, unet: UNet2DConditionModel, rank: int, rank_regulariser: int, alpha: int = 0
+    ) -> None:
         unet.requires_grad_(False)
-        unet.add_adapter(_lora(rank, UNET_TARGETS), adapter_name="generator")
+        unet.add_adapter(_lora(rank, alpha, UNET_TARGETS), adapter_name="generator")
         with warnings.catch_warnings():  # several adapters are what is wanted here
             warnings.filterwarnings("ignore", "Already found a `peft_config`")
-            unet.add_adapter(_lora(rank_regulariser, UNET_TARGETS), adapter_name="regulariser")
+            regulariser = _lora(rank_regulariser, alpha, UNET_TARGETS)
+            unet.add_adapter(regulariser, adapter_name="regulariser")
         self.unet = unet
         self.conv_in_base = unet.conv_in.base_layer
         _trained(unet)
@@ -98,9 +106,12 @@ class SwitchedUnet:
 
 class SwitchedVae:
     """The autoencoder with a LoRA on its encoder (every convolution and projection, and what
-    follows it up to the latent); the decoder is trained in full or not at all."""
+    follows it up to the latent); the decoder is trained in full or not at all. ``alpha`` is as
+    the U-Net's."""
 
-    def __init__(self, vae: NanoVae | SdVae, rank: int, train_decoder: bool) -> None:
+    def __init__(
+        self, vae: NanoVae | SdVae, rank: int, train_decoder: bool, alpha: int = 0
+    ) -> None:
         vae.requires_grad_(False)
         targets = [
             name
@@ -108,7 +119,7 @@ class SwitchedVae:
             if isinstance(module, (nn.Conv2d, nn.Linear))
             and (name.startswith("encoder.") or name == "quant_conv")
         ]
-        vae.add_adapter(_lora(rank, targets), adapter_name="generator")
+        vae.add_adapter(_lora(rank, alpha, targets), adapter_name="generator")
         _trained(vae)
         if train_decoder:
             vae.decoder.float().requires_grad_(True)

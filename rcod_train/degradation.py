@@ -153,7 +153,7 @@ def degrade(
         image = _jpeg(image, config.second, rng)
     image = _resize(image, (height // scale, width // scale), rng)
     if rng.random() < config.final_sinc_probability:
-        image = _filtered(image, random_sinc(21, rng))
+        image = _filtered(image, random_sinc(21, rng, final=True))
     if jpeg_last:
         image = _jpeg(image, config.second, rng)
     return np.round(np.clip(image, 0.0, 1.0) * 255.0).astype(np.uint8)

@@ -76,10 +76,11 @@ def random_size(limit: int, rng: np.random.Generator) -> int:
     return 7 + 2 * int(rng.integers(0, (limit - 7) // 2 + 1))
 
 
-def random_sinc(size_limit: int, rng: np.random.Generator) -> Kernel:
-    """A sinc filter; small kernels don't get cut-offs they can't represent."""
+def random_sinc(size_limit: int, rng: np.random.Generator, final: bool = False) -> Kernel:
+    """A sinc filter; small kernels don't get cut-offs they can't represent, and the ``final`` one
+    of a degradation, after both stages, cuts less in all sizes."""
     size = random_size(size_limit, rng)
-    low = math.pi / 3 if size < 13 else math.pi / 5
+    low = math.pi / 3 if size < 13 or final else math.pi / 5
     return sinc(size, rng.uniform(low, math.pi))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -74,6 +74,22 @@ def freeze(parts: Parts, device: torch.device) -> None:
     for module in (parts.vae, parts.unet, parts.vpim):
         module.eval().requires_grad_(False)
         module.to(device).to(memory_format=torch.channels_last)
+
+
+def restore_frozen(parts: Parts, base: Parts, trained: Iterable[Tensor]) -> None:
+    """Weights that were not trained become those of ``base`` again: while others were trained they
+    may have been rounded to bf16, which is not to ship."""
+    kept = {id(parameter) for parameter in trained}
+    for network, whole in (
+        (parts.vae, base.vae),
+        (parts.unet, base.unet),
+        (parts.vpim.encoder, base.vpim.encoder),
+    ):
+        values = whole.state_dict()
+        for name, parameter in network.named_parameters():
+            value = values.get(name.replace(".base_layer", ""))  # PEFT puts its layers around
+            if value is not None and id(parameter) not in kept:
+                parameter.data = value.to(parameter.device)
 
 
 def predict_eps(unet: UNet2DConditionModel, z_t: Tensor, t: Tensor, tokens: Tensor) -> Tensor:

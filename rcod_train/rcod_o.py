@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from rcod_train.adapted import LoraModel
 from rcod_train.adapter_files import save_adapters
 from rcod_train.bases import STABLE_DIFFUSION, load_base
@@ -12,7 +14,7 @@ from rcod_train.conditions import TextEmbeddings
 from rcod_train.config import LoopConfig, RcodOConfig
 from rcod_train.errors import ConfigError
 from rcod_train.models.mem import Mem
-from rcod_train.network import Parts, freeze, seeded
+from rcod_train.network import Parts, freeze, restore_frozen, seeded
 from rcod_train.run import Run
 from rcod_train.stages.mem import MemStage
 from rcod_train.stages.rcod import RcodStage
@@ -48,6 +50,8 @@ def train_rcod_o(
     mem = MemStage(rcod, config.mem)
     run.train(mem, run.batches_of(config.mem, "mem", tokens_px, degradations))
 
+    if run.autocast.dtype != torch.float32:
+        restore_frozen(parts, load_base(config.base_model, config.clip), rcod.trained())
     summary = "One-step diffusion upscaler with a realism control, x4, on Stable Diffusion."
     info = run.info(rcod, "rcod-o", name, summary, licence, sources)
     if run.ranks.writes:

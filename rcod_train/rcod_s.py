@@ -18,7 +18,7 @@ from rcod_train.grouping import Grouping
 from rcod_train.models.discriminator import BackboneDiscriminator
 from rcod_train.models.guide import Guide, GuidedMem
 from rcod_train.models.guided import unet_branches, vae_branches
-from rcod_train.network import Parts, freeze, seeded
+from rcod_train.network import Parts, freeze, restore_frozen, seeded
 from rcod_train.official.reading import load_exactly, read_state
 from rcod_train.rcod_o import check_crops
 from rcod_train.run import Run
@@ -72,6 +72,9 @@ def train_rcod_s(
     mem = MemStage(rcod, config.mem)
     run.train(mem, run.batches_of(config.mem, "mem", tokens_px, degradations))
 
+    if run.autocast.dtype != torch.float32:
+        base = load_base(config.base_model, config.clip, example=SD_TURBO)
+        restore_frozen(parts, base, rcod.trained())
     summary = (
         "One-step diffusion upscaler with a realism control, x4, guided by the photo's degradation."
     )

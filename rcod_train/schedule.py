@@ -9,7 +9,8 @@ from torch import Tensor
 
 TIMESTEPS = 1000
 BETA_START, BETA_END = 0.00085, 0.012  # "scaled_linear", as in Stable Diffusion
-OFFICIAL_ALPHA_BAR = 0.7537  # what the published RCOD_O code has in Eq. 3 for every t
+# What the published code has in Eq. 3 for every t: RCOD_O's, and RCOD_S's (that of t = 249).
+OFFICIAL_ALPHA_BAR, OFFICIAL_ALPHA_BAR_S = 0.7537, 0.6754
 
 
 @cache

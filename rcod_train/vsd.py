@@ -31,9 +31,10 @@ def vsd_gradient(
 
 
 def vsd_loss(z_sr: Tensor, gradient: Tensor) -> Tensor:
-    """A loss whose gradient with respect to z_sr is ``gradient`` / number of elements."""
+    """A mean squared error, as OSEDiff has it: its gradient with respect to z_sr is twice
+    ``gradient`` / number of elements."""
     target = (z_sr - gradient).detach()
-    return 0.5 * (z_sr.float() - target.float()).square().mean()
+    return (z_sr.float() - target.float()).square().mean()
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:

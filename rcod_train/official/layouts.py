@@ -15,7 +15,7 @@ from torch import Tensor
 from rcod_train.bases import SD_TURBO, STABLE_DIFFUSION
 from rcod_train.checkpoint import CheckpointInfo, CheckpointLevel
 from rcod_train.grouping import official_grouping
-from rcod_train.schedule import OFFICIAL_ALPHA_BAR, alpha_sigma
+from rcod_train.schedule import OFFICIAL_ALPHA_BAR, OFFICIAL_ALPHA_BAR_S, alpha_sigma
 
 LORA_ALPHA = 8  # PEFT's default, which the published training scripts leave alone
 TIMESTEPS = {"fidelity": 249, "neutral": 499, "realism": 749}  # of RCOD_O and RCOD_S
@@ -166,7 +166,7 @@ RCOD_S = Layout(
     },
     options=frozenset({"clip", "estimator"}),
     may=frozenset({"mem"}),
-    levels=_levels(0.6754),
+    levels=_levels(OFFICIAL_ALPHA_BAR_S),
     summary="Published RCOD_S weights: SD-Turbo, degradation-guided LoRA, one step, x4.",
     licence="LicenseRef-Stability-AI-SD-Turbo",
     sources=("LSDIR and FFHQ, as published by the authors of RCOD",),

@@ -41,7 +41,13 @@ from rcod_train.models.discriminator import (
 )
 from rcod_train.network import Parts, predict_eps
 from rcod_train.precision import Autocast
-from rcod_train.schedule import OFFICIAL_ALPHA_BAR, alpha_sigma_of, noise_like, one_step
+from rcod_train.schedule import (
+    OFFICIAL_ALPHA_BAR,
+    OFFICIAL_ALPHA_BAR_S,
+    alpha_sigma_of,
+    noise_like,
+    one_step,
+)
 from rcod_train.stages.base import eps_loss
 from rcod_train.stages.vae import gradient_loss
 from rcod_train.vsd import guided, vsd_gradient, vsd_loss
@@ -118,7 +124,8 @@ class RcodStage:
     ) -> None:
         self.parts, self.config, self.autocast = parts, config, autocast
         self.grouping, self.perceptual = grouping, perceptual
-        self.fixed_alpha_bar = OFFICIAL_ALPHA_BAR if config.constants == "official" else None
+        official = OFFICIAL_ALPHA_BAR if parts.guide is None else OFFICIAL_ALPHA_BAR_S
+        self.fixed_alpha_bar = official if config.constants == "official" else None
         self.base_fingerprint = fingerprint(parts)
         self.model: Adapted = (
             LoraModel(parts, config, autocast) if parts.guide is None else GuidedModel(parts)
@@ -155,6 +162,11 @@ class RcodStage:
             named |= {f"vpim.align.{n}": p for n, p in align.named_parameters()}
         decoder = self.model.decoder_parameters()
         return [(named, learning_rate)] + ([(decoder, decoder_learning_rate)] if decoder else [])
+
+    def trained(self) -> Iterator[Parameter]:
+        """The generator's trained parameters."""
+        for named, _ in self.groups["generator"]:
+            yield from named.values()
 
     def lora_unet(self) -> SwitchedUnet:
         """The U-Net whose base and regulariser give the VSD gradient."""

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import rcod_train.kernels
 from benchmarks.picture import draw_picture
 from rcod_train.config import LoopConfig, degradation_shares
 from rcod_train.data import PhotoBatches, batches, to_unit
@@ -215,6 +216,27 @@ def test_kernels_sum_to_one_and_have_odd_sizes_within_the_limit() -> None:
         assert kernel.sum() == pytest.approx(1.0, abs=1e-5)
         assert kernel.shape[0] == kernel.shape[1] <= 21 and kernel.shape[0] % 2
     assert {len(kernel) for kernel in kernels} == set(range(7, 22, 2))
+
+
+def test_only_sinc_filters_of_a_stage_go_down_to_a_fifth_of_pi(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Real-ESRGAN's final one begins at a third of it in all sizes."""
+    drawn: list[tuple[int, float]] = []
+    monkeypatch.setattr(
+        rcod_train.kernels,
+        "sinc",
+        lambda size, cutoff: (drawn.append((size, cutoff)), sinc(size, cutoff))[1],
+    )
+    lowest = []
+    for final in (False, True):
+        drawn.clear()
+        for seed in range(400):
+            random_sinc(21, np.random.default_rng(seed), final)
+        lowest.append(min(cutoff for _, cutoff in drawn) / np.pi)
+        assert all(cutoff >= np.pi / 3 for size, cutoff in drawn if size < 13)
+    assert lowest[0] == pytest.approx(1 / 5, abs=0.01)
+    assert lowest[1] == pytest.approx(1 / 3, abs=0.01)
 
 
 def test_the_gaussian_by_hand() -> None:

@@ -156,7 +156,7 @@ def test_the_vsd_loss_has_the_asked_gradient() -> None:
     z_sr = torch.randn(2, 3, 4, 4, requires_grad=True)
     gradient = torch.randn(2, 3, 4, 4)
     vsd_loss(z_sr, gradient).backward()
-    torch.testing.assert_close(z_sr.grad, gradient / z_sr.numel())
+    torch.testing.assert_close(z_sr.grad, 2 * gradient / z_sr.numel())
 
 
 def test_guidance_by_hand() -> None:

@@ -35,7 +35,7 @@ STEPS = 24
 SETTINGS = [
     f"rcod.steps={STEPS}", "rcod.metric_samples=4", "rcod.accumulate=2", "rcod.warmup_steps=1",
     "rcod.learning_rate=0.003", "rcod.regulariser_learning_rate=0.01", "rcod.ema_decay=0.5",
-    "rcod.vsd_weight=0.1", "rcod.checkpoint_steps=8",  # a random base has nothing to teach
+    "rcod.vsd_weight=0.05", "rcod.checkpoint_steps=8",  # a random base has nothing to teach
     "rcod.validation_steps=12", "validation_share=0.25", "mem.steps=3", "mem.photos_per_batch=1",
     *(f"{stage}.{field}" for stage in ("rcod", "mem") for field in ("crop_px=64", "context_px=64")),
 ]  # fmt: skip

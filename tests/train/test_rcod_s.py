@@ -213,6 +213,12 @@ def test_the_metric_is_that_of_the_base_encoder_and_the_published_one_is_not() -
     assert not torch.allclose(official.metric_and_latent(batch())[0], m)
 
 
+def test_the_published_constants_are_those_of_rcod_s() -> None:
+    rcod = stage(dataclasses.replace(CONFIG, constants="official"))
+    alpha, sigma = rcod.alpha_sigma(torch.tensor([249, 749]))
+    assert alpha == pytest.approx(0.6754**0.5) and sigma == pytest.approx(0.3246**0.5)
+
+
 def test_the_mem_starts_alive_and_learns_from_the_estimators_features() -> None:
     rcod = stage()
     rcod.parts.mem = started_mem(rcod.parts, Grouping(0.2, 0.9))

@@ -17,7 +17,7 @@ from rcod_train.config import RCOD_O, RcodStageConfig
 from rcod_train.data import Batch
 from rcod_train.grouping import Grouping
 from rcod_train.models.sd import ClipVpim, SdVae
-from rcod_train.network import Parts, freeze
+from rcod_train.network import Parts, freeze, restore_frozen
 from rcod_train.precision import DTYPES, Autocast
 from rcod_train.stages.rcod import RcodStage
 from tests.tiny_sd import save_base, tiny_clip, tiny_unet, tiny_vae
@@ -74,7 +74,8 @@ def plain(rcod: RcodStage, role: str) -> UNet2DConditionModel:
         if "lora_A" in name:
             b = lora[name.replace("lora_A", "lora_B")]
             weight = state[name.split(".lora_A")[0] + ".weight"]
-            weight += (b.flatten(1) @ a.flatten(1)).view_as(weight)
+            scale = CONFIG.lora_alpha / len(a)  # as the published adapters
+            weight += scale * (b.flatten(1) @ a.flatten(1)).view_as(weight)
     network.load_state_dict(state)
     return network.requires_grad_(False).eval()
 
@@ -201,6 +202,26 @@ def test_the_published_metric_follows_the_trained_encoder_and_the_papers_does_no
             parameter.mul_(3.0)
     assert torch.equal(fresh.metric_and_latent(batch())[0], m)
     assert not m.requires_grad and not z_hq.requires_grad
+
+
+def test_frozen_weights_rounded_for_the_training_do_not_ship(base: Path) -> None:
+    """What was trained stays; all else is the base's, bit for bit."""
+    rcod = stage(base, precision="bf16")
+    whole = load_base(str(base / "sd"), str(base / "clip"))
+    with torch.no_grad():
+        for parameter in rcod.trained():
+            parameter.fill_(0.1)
+    restore_frozen(rcod.parts, whole, rcod.trained())
+    assert all((parameter == 0.1).all() for parameter in rcod.trained())
+    for name in ("vae", "unet", "vpim"):
+        found = {
+            key.replace(".base_layer", ""): value
+            for key, value in getattr(rcod.parts, name).state_dict().items()
+        }
+        for key, value in getattr(whole, name).state_dict().items():
+            trained = key.startswith(("conv_in.", "align.")) and name != "vae"
+            assert trained or torch.equal(found[key], value), f"{name}.{key}"
+            assert found[key].dtype == torch.float32
 
 
 def test_fixed_constants_of_eq_3_do_not_depend_on_t(base: Path) -> None:
