@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from rcod_runtime.errors import ImageError, OutputError
 from rcod_runtime.files import read_bounded, write_whole
+from rcod_runtime.parallel import row_bands
 from rcod_runtime.png import encode_png
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ _DECODER_ERRORS = (
 )  # fmt: skip
 
 _ORIENTATION = 0x0112  # EXIF
+_EXTRA_SAMPLES, _ASSOCIATED_ALPHA = 338, 1  # TIFF 6.0, section 18
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # not what stands among a JPEG's values
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
@@ -105,8 +107,7 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
                 log.warning("%s: has several frames; only the first is used", source)
             deep = _deep_colour(data, image)
             if deep is not None:
-                orientation = image.getexif().get(_ORIENTATION, 1)
-                return Photo(_upright(deep, orientation), _profile(image))
+                return Photo(deep, _profile(image))
             if _is_deep_colour(image, data):
                 log.warning(
                     '%s: 16-bit colour is read at 8 bits. To keep it: pip install "rcod[opencv]"',
@@ -150,7 +151,8 @@ def _is_deep_colour(image: Image, data: bytes) -> bool:
 
 
 def _deep_colour(data: bytes, image: Image) -> Pixels | None:
-    """16-bit colour through OpenCV; None where it isn't that, or OpenCV isn't installed."""
+    """16-bit colour through OpenCV, upright and with straight alpha, as Pillow gives 8 bits; None
+    where it isn't that, or OpenCV isn't installed."""
     if not _is_deep_colour(image, data):
         return None
     try:
@@ -167,8 +169,15 @@ def _deep_colour(data: bytes, image: Image) -> Pixels | None:
         return None
     if decoded.shape[1::-1] != image.size:
         raise ValueError(f"{image.size} px by one decoder, {decoded.shape[1::-1]} by another")
-    order = [2, 1, 0, 3][: decoded.shape[2]]
-    return cast(Pixels, np.ascontiguousarray(decoded[:, :, order]))
+    # A fourth channel that a TIFF doesn't call alpha is none: Pillow's mode knows.
+    order = [2, 1, 0, 3][: min(decoded.shape[2], len(image.getbands()))]
+    pixels: npt.NDArray[np.uint16] = np.ascontiguousarray(decoded[:, :, order], np.uint16)
+    if image.format == "PNG":
+        return _upright(pixels, image.getexif().get(_ORIENTATION, 1))
+    # OpenCV has turned a TIFF upright already, whatever flags it gets.
+    if getattr(image, "tag_v2", {}).get(_EXTRA_SAMPLES) == (_ASSOCIATED_ALPHA,):
+        _divide_by_alpha(pixels)
+    return pixels
 
 
 def _needed_chunks(data: bytes) -> bytes:
@@ -197,6 +206,14 @@ def _upright(pixels: Pixels, orientation: object) -> Pixels:
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     return cast(Pixels, np.ascontiguousarray(pixels))
+
+
+def _divide_by_alpha(pixels: npt.NDArray[np.uint16]) -> None:
+    """Associated alpha (colours times alpha) to straight alpha, in place; black under 0."""
+    for rows in row_bands(pixels.shape[0]):
+        colours, alpha = pixels[rows, :, :3], pixels[rows, :, 3:]
+        straight = colours * (np.float32(65535) * (alpha > 0) / np.maximum(alpha, 1))
+        colours[:] = np.rint(np.minimum(straight, 65535))
 
 
 def _converted(image: Image, source: str) -> Photo:

@@ -42,6 +42,25 @@ def deep_png(pixels: np.ndarray, size: tuple[int, int] | None = None) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + body
 
 
+def deep_tiff(pixels: np.ndarray, orientation: int = 1, extra: int | None = None) -> bytes:
+    """A TIFF of RGB and perhaps a fourth channel, by hand: Pillow can't write 16 bits. ``extra``
+    is what its ExtraSamples say that the channel is."""
+    height, width, channels = pixels.shape
+    bits, data = 8 * pixels.itemsize, pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
+    strip = 8 + 2 * channels
+    fields = [
+        (256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, 8), (259, 3, 1, 1),
+        (262, 3, 1, 2), (273, 4, 1, strip), (274, 3, 1, orientation), (277, 3, 1, channels),
+        (278, 4, 1, height), (279, 4, 1, len(data)), (284, 3, 1, 1),
+    ]  # fmt: skip
+    if extra is not None:
+        fields.append((338, 3, 1, extra))
+    file = struct.pack("<2sHI", b"II", 42, strip + len(data))
+    file += struct.pack(f"<{channels}H", *[bits] * channels) + data
+    file += struct.pack("<H", len(fields))
+    return file + b"".join(struct.pack("<HHII", *field) for field in fields) + bytes(4)
+
+
 def test_modes_come_as_arrays_that_keep_what_they_hold(photo: Photo) -> None:
     rgb = Image.fromarray(photo())
     alpha = Image.fromarray(photo(channels=1)[:, :, 0])
@@ -173,19 +192,45 @@ def test_a_chunk_that_claims_gigabytes_is_refused_at_once(kind: bytes) -> None:
     assert time.perf_counter() - begin < 2
 
 
-def test_16_bit_colour_is_turned_upright_too(photo: Photo) -> None:
+def with_orientation(png: bytes, exif: Image.Exif) -> bytes:
+    body = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(body)) + b"eXIf" + body
+    chunk += struct.pack(">I", zlib.crc32(b"eXIf" + body))
+    return png[:33] + chunk + png[33:]  # after IHDR
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_colour_is_turned_upright_as_8_bits_are(
+    photo: Photo, kind: str, orientation: int
+) -> None:
+    """OpenCV turns a TIFF by itself, and it was turned twice."""
     pytest.importorskip("cv2")
     values = photo(6, 9).astype(np.uint16) * 257
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        body = exif.tobytes().removeprefix(b"Exif\0\0")
-        chunk = struct.pack(">I", len(body)) + b"eXIf" + body
-        chunk += struct.pack(">I", zlib.crc32(b"eXIf" + body))
-        data = deep_png(values)
-        data = data[:33] + chunk + data[33:]  # after IHDR
-        eight = decode_image(encoded(Image.fromarray(photo(6, 9)), "PNG", exif=exif), "e").pixels
-        np.testing.assert_array_equal(decode_image(data, "d").pixels // 257, eight)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    eight = encoded(Image.fromarray(photo(6, 9)), kind, exif=exif)
+    deep = with_orientation(deep_png(values), exif)
+    if kind == "TIFF":
+        deep = deep_tiff(values, orientation=orientation)
+    expected = decode_image(eight, "e").pixels
+    assert expected.shape == ((6, 9, 3) if orientation < 5 else (9, 6, 3))
+    np.testing.assert_array_equal(decode_image(deep, "d").pixels, expected * np.uint16(257))
+
+
+@pytest.mark.parametrize(
+    ("extra", "channels"), [(0, 3), (1, 4), (2, 4)], ids=["unspecified", "associated", "straight"]
+)
+def test_a_fourth_channel_at_16_bits_is_what_it_is_at_8(extra: int, channels: int) -> None:
+    pytest.importorskip("cv2")
+    values = np.random.default_rng(0).integers(0, 256, (9, 7, 4)).astype(np.uint16) * 257
+    values[0, :, 3], values[1, :, 3] = 0, 65535
+    values[2:, :, :3] = np.minimum(values[2:, :, :3], values[2:, :, 3:])
+    deep = decode_image(deep_tiff(values, extra=extra), "d").pixels
+    eight = decode_image(deep_tiff((values >> 8).astype(np.uint8), extra=extra), "e").pixels
+    assert deep.dtype == np.uint16 and eight.dtype == np.uint8
+    assert deep.shape == eight.shape == (9, 7, channels)
+    assert np.abs(deep / 257 - eight).max() < 1  # Pillow rounds down
 
 
 def test_formats_that_run_programs_are_not_opened(photo: Photo) -> None:
