@@ -18,6 +18,7 @@ from rcod_runtime.errors import ImageError, OutputError
 from rcod_runtime.files import read_bounded, write_whole
 from rcod_runtime.parallel import row_bands
 from rcod_runtime.png import encode_png
+from rcod_runtime.tiff import with_profile
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -305,7 +306,7 @@ def encode_image(pixels: Pixels, format_name: str, target: str, icc: bytes | Non
     if format_name == "PNG":
         return encode_png(pixels, icc)
     if pixels.dtype == np.uint16 and pixels.ndim == 3:
-        return _encoded_deep_tiff(pixels, target)
+        return _encoded_deep_tiff(pixels, target, icc)
     options = dict(SAVE_OPTIONS.get(format_name, {}))
     if icc and format_name != "BMP":
         options["icc_profile"] = icc
@@ -317,7 +318,7 @@ def encode_image(pixels: Pixels, format_name: str, target: str, icc: bytes | Non
     return buffer.getvalue()
 
 
-def _encoded_deep_tiff(pixels: Pixels, target: str) -> bytes:
+def _encoded_deep_tiff(pixels: Pixels, target: str, icc: bytes | None) -> bytes:
     """16-bit colour, which Pillow can't write."""
     try:
         import cv2
@@ -332,4 +333,4 @@ def _encoded_deep_tiff(pixels: Pixels, target: str) -> bytes:
     good, data = cv2.imencode(".tiff", np.ascontiguousarray(pixels[:, :, order]))
     if not good:
         raise OutputError(f"{target}: can't be encoded.")
-    return bytes(data)
+    return with_profile(data.tobytes(), icc) if icc else data.tobytes()

@@ -126,12 +126,27 @@ def test_16_bit_colour_without_opencv_is_read_at_8_bits_and_says_so(
     assert 'pip install "rcod[opencv]"' in caplog.text
 
 
-def test_a_colour_profile_survives(tmp_path: Path, photo: Photo) -> None:
+@pytest.mark.parametrize("name", ["o.png", "o.jpg", "o.webp", "o.tif"])
+def test_a_colour_profile_survives(tmp_path: Path, photo: Photo, name: str) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     photo_in = decode_image(encoded(Image.fromarray(photo()), "PNG", icc_profile=profile), "i")
     assert photo_in.icc == profile
-    write_image(tmp_path / "o.jpg", photo_in.pixels, photo_in.icc)
-    assert read_image(tmp_path / "o.jpg").icc == profile
+    write_image(tmp_path / name, photo_in.pixels, photo_in.icc)
+    assert read_image(tmp_path / name).icc == profile
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("name", ["o.png", "o.tif"])
+def test_a_colour_profile_survives_at_16_bits(
+    tmp_path: Path, photo: Photo, name: str, channels: int
+) -> None:
+    pytest.importorskip("cv2")
+    values = np.squeeze(photo(channels=channels).astype(np.uint16) * 257)
+    for profile in (b"even" * 50, b"odd" * 51):  # a TIFF's parts begin at even places
+        write_image(tmp_path / name, values, profile)
+        written = read_image(tmp_path / name)
+        assert written.icc == profile
+        np.testing.assert_array_equal(written.pixels, values)
 
 
 def test_of_an_animation_the_first_frame_is_taken_and_said(
