@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rcod_runtime.arrays import Prepared, guide_window, host_array, prepare_image, restore_layout
+from rcod_runtime.arrays import (
+    Prepared,
+    guide_window,
+    host_array,
+    prepare_image,
+    restore_layout,
+    with_hidden_filled,
+)
 from rcod_runtime.backends import Array
 from rcod_runtime.backends.choice import open_chain
 from rcod_runtime.bundle import Bundle, open_bundle
@@ -141,8 +148,8 @@ class Upscaler:
 
         Args:
             image: uint8 or uint16, (H, W) or (H, W, 1) grey, (H, W, 2) grey and alpha, (H, W, 3)
-                RGB or (H, W, 4) RGBA; sRGB values. A numpy array, or one of the host's memory by
-                DLPack (a torch tensor on the CPU).
+                RGB or (H, W, 4) RGBA; sRGB values, alpha straight. A numpy array, or one of the
+                host's memory by DLPack (a torch tensor on the CPU).
             realism: a level's name, ``adaptive`` (the level is chosen from the image, Eq. 5), or a
                 number from 0 (fidelity) to 1 (realism).
             scale: 1 to 4, fractions too; None is the bundle's own (4). The result has exactly
@@ -185,6 +192,7 @@ class Upscaler:
         overlap_px = min(contract.overlap_px, tile_px // 2) if overlap_px is None else overlap_px
         multiple = self._chain.tile_px or contract.size_multiple
         y, x = (plan_axis(side, tile_px, overlap_px, multiple) for side in (height, width))
+        prepared = with_hidden_filled(prepared)
         job = _Job(self._chain, self.manifest, prepared, TilePlan(y, x), batch)
         # A guide sees the whole image, and so does a single tile: there the graphs choose.
         if weights is None and job.plan.count > 1 and not self.manifest.is_guided:
