@@ -40,6 +40,7 @@ SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "WEBP": {"quality": 95},
     "TIFF": {"compression": "tiff_deflate"},
 }
+MAX_SIDE_PX = {"JPEG": 65_500, "WEBP": 16_383}  # libjpeg's; 14 bits in the file
 # What Pillow's decoders raise on damaged files.
 _DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError,
@@ -287,6 +288,48 @@ def write_image(path: Path | str, pixels: Pixels, icc: bytes | None = None) -> N
     write_whole(path, encode_image(pixels, format_of(path), str(path), icc))
 
 
+def check_format(
+    shape: tuple[int, ...], dtype: npt.DTypeLike, format_name: str, target: str
+) -> None:
+    """Whether a format can hold an image, which need not be there yet: whoever would compute it
+    asks before.
+
+    Args:
+        shape, dtype: of the image; its pixels as in Photo.
+        format_name: a value of FORMATS.
+        target: names the file in messages.
+
+    Raises:
+        OutputError: the format can't hold the image's alpha, depth or size.
+    """
+    height, width, channels = (*shape, 1)[:3]
+    if channels in (2, 4) and format_name in ("JPEG", "BMP"):
+        raise OutputError(f"{target}: {format_name} can't hold transparency. Write PNG or WebP.")
+    if dtype == np.uint16 and format_name not in ("PNG", "TIFF"):
+        raise OutputError(f"{target}: {format_name} can't hold 16 bits. Write PNG or TIFF.")
+    limit = MAX_SIDE_PX.get(format_name)
+    if limit is not None and max(height, width) > limit:
+        raise OutputError(
+            f"{target}: the result would have {width} x {height} px; {format_name} holds at most "
+            f"{limit} px a side. Write PNG or TIFF, or choose a smaller scale."
+        )
+    if dtype == np.uint16 and channels > 1 and format_name == "TIFF":
+        _check_deep_tiff(channels, target)
+
+
+def _check_deep_tiff(channels: int, target: str) -> None:
+    """16-bit colour in a TIFF, which Pillow can't write."""
+    if channels == 2:
+        raise OutputError(f"{target}: TIFF can't hold 16-bit grey with alpha. Write PNG.")
+    try:
+        import cv2  # noqa: F401
+    except ImportError as exc:
+        raise OutputError(
+            f"{target}: a TIFF of 16-bit colour needs OpenCV, a PNG doesn't. "
+            'pip install "rcod[opencv]"'
+        ) from exc
+
+
 def encode_image(pixels: Pixels, format_name: str, target: str, icc: bytes | None = None) -> bytes:
     """The content of an image file; ``target`` names it in messages.
 
@@ -295,14 +338,11 @@ def encode_image(pixels: Pixels, format_name: str, target: str, icc: bytes | Non
         format_name: a value of FORMATS.
 
     Raises:
-        OutputError: the format can't hold the image's alpha, depth or size.
+        OutputError: as check_format.
     """
     from PIL import Image
 
-    if pixels.ndim == 3 and pixels.shape[2] in (2, 4) and format_name in ("JPEG", "BMP"):
-        raise OutputError(f"{target}: {format_name} can't hold transparency. Write PNG or WebP.")
-    if pixels.dtype == np.uint16 and format_name not in ("PNG", "TIFF"):
-        raise OutputError(f"{target}: {format_name} can't hold 16 bits. Write PNG or TIFF.")
+    check_format(pixels.shape, pixels.dtype, format_name, target)
     if format_name == "PNG":
         return encode_png(pixels, icc)
     if pixels.dtype == np.uint16 and pixels.ndim == 3:
@@ -319,16 +359,8 @@ def encode_image(pixels: Pixels, format_name: str, target: str, icc: bytes | Non
 
 
 def _encoded_deep_tiff(pixels: Pixels, target: str, icc: bytes | None) -> bytes:
-    """16-bit colour, which Pillow can't write."""
-    try:
-        import cv2
-    except ImportError as exc:
-        raise OutputError(
-            f"{target}: a TIFF of 16-bit colour needs OpenCV, a PNG doesn't. "
-            'pip install "rcod[opencv]"'
-        ) from exc
-    if pixels.shape[2] == 2:
-        raise OutputError(f"{target}: TIFF can't hold 16-bit grey with alpha. Write PNG.")
+    import cv2
+
     order = [2, 1, 0, 3][: pixels.shape[2]]
     good, data = cv2.imencode(".tiff", np.ascontiguousarray(pixels[:, :, order]))
     if not good:

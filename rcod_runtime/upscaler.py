@@ -169,7 +169,6 @@ class Upscaler:
         """
         self._check_usable()
         contract = self.manifest.image
-        scale = float(contract.scale) if scale is None else _checked_scale(scale)
         if colour_match not in COLOUR_MATCHES:
             raise UsageError(
                 f"colour_match {colour_match!r}: expected one of {', '.join(COLOUR_MATCHES)}."
@@ -179,15 +178,11 @@ class Upscaler:
 
         image = host_array(image)
         prepared = prepare_image(image)
-        height, width = (max(1, round(side * scale)) for side in prepared.lq.shape[:2])
-        if height * width > MAX_OUTPUT_PIXELS:
-            raise UsageError(
-                f"the result would have {width} x {height} px; the limit is "
-                f"{MAX_OUTPUT_PIXELS / 1e6:g} million pixels. Cut the image into parts."
-            )
+        shape = self.output_shape(image.shape, scale)
+        height, width = shape[:2]
         if out is not None and np.may_share_memory(image, out):  # at scale 1: still to be read
             prepared = prepare_image(image.copy())
-        out = _checked_out(out, (height, width, *image.shape[2:]), image.dtype)
+        out = _checked_out(out, shape, image.dtype)
         tile_px = self._tile_px(tile_px)
         overlap_px = min(contract.overlap_px, tile_px // 2) if overlap_px is None else overlap_px
         multiple = self._chain.tile_px or contract.size_multiple
@@ -204,6 +199,23 @@ class Upscaler:
         if not direct:
             restore_layout(sr, prepared, out)
         return out
+
+    def output_shape(
+        self, image_shape: tuple[int, ...], scale: float | None = None
+    ) -> tuple[int, ...]:
+        """The shape of the result for an image of a shape (H, W) or (H, W, C); nothing is computed.
+
+        Raises:
+            UsageError: ``scale`` is not in 1..4, or the result would be too large.
+        """
+        scale = float(self.manifest.image.scale) if scale is None else _checked_scale(scale)
+        height, width = (max(1, round(side * scale)) for side in image_shape[:2])
+        if height * width > MAX_OUTPUT_PIXELS:
+            raise UsageError(
+                f"the result would have {width} x {height} px; the limit is "
+                f"{MAX_OUTPUT_PIXELS / 1e6:g} million pixels. Cut the image into parts."
+            )
+        return height, width, *image_shape[2:]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as what it was made from: graphs and threads stay in this process."""

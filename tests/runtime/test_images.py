@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from rcod_runtime.errors import ImageError, OutputError
-from rcod_runtime.image_io import decode_image, read_image, write_image
+from rcod_runtime.image_io import MAX_SIDE_PX, decode_image, read_image, write_image
 from tests.faults import full_disk
 
 Photo = Callable[..., np.ndarray]
@@ -304,6 +304,8 @@ def test_32_bit_and_float_images_are_refused() -> None:
         ("a", (4, 4, 3), np.uint8, "no suffix"),
         ("a.jpg", (4, 4, 4), np.uint8, "can't hold transparency"),
         ("a.jpg", (4, 4), np.uint16, "can't hold 16 bits"),
+        ("a.tif", (4, 4, 2), np.uint16, "can't hold 16-bit grey with alpha"),
+        ("a.webp", (4, 16384, 3), np.uint8, "16384 x 4 px; WEBP holds at most 16383"),
         ("none/a.png", (4, 4, 3), np.uint8, "can't be written"),
     ],
 )
@@ -313,6 +315,14 @@ def test_results_that_cannot_be_written_leave_nothing(
     with pytest.raises(OutputError, match=message):
         write_image(tmp_path / name, np.zeros(shape, dtype))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_largest_side_of_a_format_is_written(tmp_path: Path) -> None:
+    for kind, limit in MAX_SIDE_PX.items():
+        pixels = np.zeros((2, limit, 3), np.uint8)
+        write_image(tmp_path / f"o.{kind.lower()}", pixels)
+        with pytest.raises(OutputError, match=f"{limit} px a side. Write PNG"):
+            write_image(tmp_path / f"o.{kind.lower()}", np.zeros((2, limit + 1, 3), np.uint8))
 
 
 def test_a_disk_that_runs_full_in_a_write_leaves_the_old_file_and_the_next_write_works(

@@ -121,6 +121,7 @@ def test_sizes_are_exact(
 ) -> None:
     sr = upscaler(photo(height, width), scale=scale)
     assert sr.shape == (round(height * scale), round(width * scale), 3)
+    assert upscaler.output_shape((height, width, 3), scale) == sr.shape
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
