@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from rcod_runtime.errors import UsageError
+from rcod_runtime.hidden import fill_hidden
 from rcod_runtime.manifest import MAX_GUIDE_PX
 from rcod_runtime.parallel import row_bands
 from rcod_runtime.resample import Resampler
@@ -80,6 +81,15 @@ def prepare_image(image: npt.NDArray[Any]) -> Prepared:
     lq = np.broadcast_to(planes[:, :, :1], (*image.shape[:2], 3)) if grey else planes[:, :, :3]
     alpha = planes[:, :, -1:] if channels in (2, 4) else None
     return Prepared(lq, alpha, grey, image.dtype)
+
+
+def with_hidden_filled(image: Prepared) -> Prepared:
+    """Colours under alpha 0 replaced by those around: network and colour match look at all pixels,
+    and editors leave black there, which would come out as a dark fringe."""
+    if image.alpha is None:
+        return image
+    filled = fill_hidden(image.lq[:, :, :1] if image.grey else image.lq, image.alpha)
+    return replace(image, lq=cast(Pixels, np.broadcast_to(filled, image.lq.shape)))
 
 
 def restore_layout(sr: Pixels, source: Prepared, out: Pixels) -> None:

@@ -16,7 +16,9 @@ import numpy.typing as npt
 
 from rcod_runtime.errors import ImageError, OutputError
 from rcod_runtime.files import read_bounded, write_whole
+from rcod_runtime.parallel import row_bands
 from rcod_runtime.png import encode_png
+from rcod_runtime.tiff import with_profile
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,6 +40,7 @@ SAVE_OPTIONS: dict[str, dict[str, Any]] = {
     "WEBP": {"quality": 95},
     "TIFF": {"compression": "tiff_deflate"},
 }
+MAX_SIDE_PX = {"JPEG": 65_500, "WEBP": 16_383}  # libjpeg's; 14 bits in the file
 # What Pillow's decoders raise on damaged files.
 _DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError,
@@ -45,6 +48,7 @@ _DECODER_ERRORS = (
 )  # fmt: skip
 
 _ORIENTATION = 0x0112  # EXIF
+_EXTRA_SAMPLES, _ASSOCIATED_ALPHA = 338, 1  # TIFF 6.0, section 18
 _MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # not what stands among a JPEG's values
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
@@ -105,8 +109,7 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
                 log.warning("%s: has several frames; only the first is used", source)
             deep = _deep_colour(data, image)
             if deep is not None:
-                orientation = image.getexif().get(_ORIENTATION, 1)
-                return Photo(_upright(deep, orientation), _profile(image))
+                return Photo(deep, _profile(image))
             if _is_deep_colour(image, data):
                 log.warning(
                     '%s: 16-bit colour is read at 8 bits. To keep it: pip install "rcod[opencv]"',
@@ -150,7 +153,8 @@ def _is_deep_colour(image: Image, data: bytes) -> bool:
 
 
 def _deep_colour(data: bytes, image: Image) -> Pixels | None:
-    """16-bit colour through OpenCV; None where it isn't that, or OpenCV isn't installed."""
+    """16-bit colour through OpenCV, upright and with straight alpha, as Pillow gives 8 bits; None
+    where it isn't that, or OpenCV isn't installed."""
     if not _is_deep_colour(image, data):
         return None
     try:
@@ -167,8 +171,15 @@ def _deep_colour(data: bytes, image: Image) -> Pixels | None:
         return None
     if decoded.shape[1::-1] != image.size:
         raise ValueError(f"{image.size} px by one decoder, {decoded.shape[1::-1]} by another")
-    order = [2, 1, 0, 3][: decoded.shape[2]]
-    return cast(Pixels, np.ascontiguousarray(decoded[:, :, order]))
+    # A fourth channel that a TIFF doesn't call alpha is none: Pillow's mode knows.
+    order = [2, 1, 0, 3][: min(decoded.shape[2], len(image.getbands()))]
+    pixels: npt.NDArray[np.uint16] = np.ascontiguousarray(decoded[:, :, order], np.uint16)
+    if image.format == "PNG":
+        return _upright(pixels, image.getexif().get(_ORIENTATION, 1))
+    # OpenCV has turned a TIFF upright already, whatever flags it gets.
+    if getattr(image, "tag_v2", {}).get(_EXTRA_SAMPLES) == (_ASSOCIATED_ALPHA,):
+        _divide_by_alpha(pixels)
+    return pixels
 
 
 def _needed_chunks(data: bytes) -> bytes:
@@ -197,6 +208,14 @@ def _upright(pixels: Pixels, orientation: object) -> Pixels:
     if orientation in (2, 3, 6, 7):
         pixels = pixels[:, ::-1]
     return cast(Pixels, np.ascontiguousarray(pixels))
+
+
+def _divide_by_alpha(pixels: npt.NDArray[np.uint16]) -> None:
+    """Associated alpha (colours times alpha) to straight alpha, in place; black under 0."""
+    for rows in row_bands(pixels.shape[0]):
+        colours, alpha = pixels[rows, :, :3], pixels[rows, :, 3:]
+        straight = colours * (np.float32(65535) * (alpha > 0) / np.maximum(alpha, 1))
+        colours[:] = np.rint(np.minimum(straight, 65535))
 
 
 def _converted(image: Image, source: str) -> Photo:
@@ -269,6 +288,48 @@ def write_image(path: Path | str, pixels: Pixels, icc: bytes | None = None) -> N
     write_whole(path, encode_image(pixels, format_of(path), str(path), icc))
 
 
+def check_format(
+    shape: tuple[int, ...], dtype: npt.DTypeLike, format_name: str, target: str
+) -> None:
+    """Whether a format can hold an image, which need not be there yet: whoever would compute it
+    asks before.
+
+    Args:
+        shape, dtype: of the image; its pixels as in Photo.
+        format_name: a value of FORMATS.
+        target: names the file in messages.
+
+    Raises:
+        OutputError: the format can't hold the image's alpha, depth or size.
+    """
+    height, width, channels = (*shape, 1)[:3]
+    if channels in (2, 4) and format_name in ("JPEG", "BMP"):
+        raise OutputError(f"{target}: {format_name} can't hold transparency. Write PNG or WebP.")
+    if dtype == np.uint16 and format_name not in ("PNG", "TIFF"):
+        raise OutputError(f"{target}: {format_name} can't hold 16 bits. Write PNG or TIFF.")
+    limit = MAX_SIDE_PX.get(format_name)
+    if limit is not None and max(height, width) > limit:
+        raise OutputError(
+            f"{target}: the result would have {width} x {height} px; {format_name} holds at most "
+            f"{limit} px a side. Write PNG or TIFF, or choose a smaller scale."
+        )
+    if dtype == np.uint16 and channels > 1 and format_name == "TIFF":
+        _check_deep_tiff(channels, target)
+
+
+def _check_deep_tiff(channels: int, target: str) -> None:
+    """16-bit colour in a TIFF, which Pillow can't write."""
+    if channels == 2:
+        raise OutputError(f"{target}: TIFF can't hold 16-bit grey with alpha. Write PNG.")
+    try:
+        import cv2  # noqa: F401
+    except ImportError as exc:
+        raise OutputError(
+            f"{target}: a TIFF of 16-bit colour needs OpenCV, a PNG doesn't. "
+            'pip install "rcod[opencv]"'
+        ) from exc
+
+
 def encode_image(pixels: Pixels, format_name: str, target: str, icc: bytes | None = None) -> bytes:
     """The content of an image file; ``target`` names it in messages.
 
@@ -277,18 +338,15 @@ def encode_image(pixels: Pixels, format_name: str, target: str, icc: bytes | Non
         format_name: a value of FORMATS.
 
     Raises:
-        OutputError: the format can't hold the image's alpha, depth or size.
+        OutputError: as check_format.
     """
     from PIL import Image
 
-    if pixels.ndim == 3 and pixels.shape[2] in (2, 4) and format_name in ("JPEG", "BMP"):
-        raise OutputError(f"{target}: {format_name} can't hold transparency. Write PNG or WebP.")
-    if pixels.dtype == np.uint16 and format_name not in ("PNG", "TIFF"):
-        raise OutputError(f"{target}: {format_name} can't hold 16 bits. Write PNG or TIFF.")
+    check_format(pixels.shape, pixels.dtype, format_name, target)
     if format_name == "PNG":
         return encode_png(pixels, icc)
     if pixels.dtype == np.uint16 and pixels.ndim == 3:
-        return _encoded_deep_tiff(pixels, target)
+        return _encoded_deep_tiff(pixels, target, icc)
     options = dict(SAVE_OPTIONS.get(format_name, {}))
     if icc and format_name != "BMP":
         options["icc_profile"] = icc
@@ -300,19 +358,11 @@ def encode_image(pixels: Pixels, format_name: str, target: str, icc: bytes | Non
     return buffer.getvalue()
 
 
-def _encoded_deep_tiff(pixels: Pixels, target: str) -> bytes:
-    """16-bit colour, which Pillow can't write."""
-    try:
-        import cv2
-    except ImportError as exc:
-        raise OutputError(
-            f"{target}: a TIFF of 16-bit colour needs OpenCV, a PNG doesn't. "
-            'pip install "rcod[opencv]"'
-        ) from exc
-    if pixels.shape[2] == 2:
-        raise OutputError(f"{target}: TIFF can't hold 16-bit grey with alpha. Write PNG.")
+def _encoded_deep_tiff(pixels: Pixels, target: str, icc: bytes | None) -> bytes:
+    import cv2
+
     order = [2, 1, 0, 3][: pixels.shape[2]]
     good, data = cv2.imencode(".tiff", np.ascontiguousarray(pixels[:, :, order]))
     if not good:
         raise OutputError(f"{target}: can't be encoded.")
-    return bytes(data)
+    return with_profile(data.tobytes(), icc) if icc else data.tobytes()

@@ -15,7 +15,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rcod_runtime.arrays import Prepared, guide_window, host_array, prepare_image, restore_layout
+from rcod_runtime.arrays import (
+    Prepared,
+    guide_window,
+    host_array,
+    prepare_image,
+    restore_layout,
+    with_hidden_filled,
+)
 from rcod_runtime.backends import Array
 from rcod_runtime.backends.choice import open_chain
 from rcod_runtime.bundle import Bundle, open_bundle
@@ -141,8 +148,8 @@ class Upscaler:
 
         Args:
             image: uint8 or uint16, (H, W) or (H, W, 1) grey, (H, W, 2) grey and alpha, (H, W, 3)
-                RGB or (H, W, 4) RGBA; sRGB values. A numpy array, or one of the host's memory by
-                DLPack (a torch tensor on the CPU).
+                RGB or (H, W, 4) RGBA; sRGB values, alpha straight. A numpy array, or one of the
+                host's memory by DLPack (a torch tensor on the CPU).
             realism: a level's name, ``adaptive`` (the level is chosen from the image, Eq. 5), or a
                 number from 0 (fidelity) to 1 (realism).
             scale: 1 to 4, fractions too; None is the bundle's own (4). The result has exactly
@@ -162,7 +169,6 @@ class Upscaler:
         """
         self._check_usable()
         contract = self.manifest.image
-        scale = float(contract.scale) if scale is None else _checked_scale(scale)
         if colour_match not in COLOUR_MATCHES:
             raise UsageError(
                 f"colour_match {colour_match!r}: expected one of {', '.join(COLOUR_MATCHES)}."
@@ -172,19 +178,16 @@ class Upscaler:
 
         image = host_array(image)
         prepared = prepare_image(image)
-        height, width = (max(1, round(side * scale)) for side in prepared.lq.shape[:2])
-        if height * width > MAX_OUTPUT_PIXELS:
-            raise UsageError(
-                f"the result would have {width} x {height} px; the limit is "
-                f"{MAX_OUTPUT_PIXELS / 1e6:g} million pixels. Cut the image into parts."
-            )
+        shape = self.output_shape(image.shape, scale)
+        height, width = shape[:2]
         if out is not None and np.may_share_memory(image, out):  # at scale 1: still to be read
             prepared = prepare_image(image.copy())
-        out = _checked_out(out, (height, width, *image.shape[2:]), image.dtype)
+        out = _checked_out(out, shape, image.dtype)
         tile_px = self._tile_px(tile_px)
         overlap_px = min(contract.overlap_px, tile_px // 2) if overlap_px is None else overlap_px
         multiple = self._chain.tile_px or contract.size_multiple
         y, x = (plan_axis(side, tile_px, overlap_px, multiple) for side in (height, width))
+        prepared = with_hidden_filled(prepared)
         job = _Job(self._chain, self.manifest, prepared, TilePlan(y, x), batch, tile_px)
         # A guide sees the whole image, and so does a single tile: there the graphs choose.
         if weights is None and job.plan.count > 1 and not self.manifest.is_guided:
@@ -196,6 +199,23 @@ class Upscaler:
         if not direct:
             restore_layout(sr, prepared, out)
         return out
+
+    def output_shape(
+        self, image_shape: tuple[int, ...], scale: float | None = None
+    ) -> tuple[int, ...]:
+        """The shape of the result for an image of a shape (H, W) or (H, W, C); nothing is computed.
+
+        Raises:
+            UsageError: ``scale`` is not in 1..4, or the result would be too large.
+        """
+        scale = float(self.manifest.image.scale) if scale is None else _checked_scale(scale)
+        height, width = (max(1, round(side * scale)) for side in image_shape[:2])
+        if height * width > MAX_OUTPUT_PIXELS:
+            raise UsageError(
+                f"the result would have {width} x {height} px; the limit is "
+                f"{MAX_OUTPUT_PIXELS / 1e6:g} million pixels. Cut the image into parts."
+            )
+        return height, width, *image_shape[2:]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled as what it was made from: graphs and threads stay in this process."""

@@ -106,7 +106,7 @@ def upscale_tables(
 
     Args:
         inputs: files, or URIs that pyarrow reads (s3://, gs://).
-        suffix: of the results; None: each one's own, PNG where that can't be written.
+        suffix: of the results; None: each one's own, PNG for kinds that are not written.
 
     Raises: as upscale_files, and ImageError where an input is missing or no such file.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,7 +41,7 @@ def plan_tasks(
         inputs: files, folders, patterns (``*``, ``?``, ``[a-z]``, ``**``) or ``-``, stdin.
         out: a file for one image, a folder, or ``-``, stdout.
         format_choice: a key of SUFFIXES for results in a folder or on stdout; None keeps each
-            input's format where it can be written and is PNG otherwise.
+            input's format, but for GIF and other kinds that are not written: those become PNG.
         recursive: folders with their subfolders, whose structure the results keep.
 
     Raises:
@@ -94,6 +94,20 @@ def make_folders(tasks: Sequence[Task]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as exc:
             raise OutputError(f"{folder}: can't be made ({exc.strerror or exc}).") from exc
+
+
+def check_folders(tasks: Iterable[Task]) -> None:
+    """Whether files can be put into the folders of all outputs, which are made.
+
+    Raises:
+        OutputError: into one they can't.
+    """
+    for folder in dict.fromkeys(task.target.parent for task in tasks if task.target is not None):
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise OutputError(
+                f"{folder}: expected a folder that you may write into, found one that you may not. "
+                "Change its permissions, or choose another -o."
+            )
 
 
 def _file_format(target: Path, format_choice: str | None) -> str:

@@ -7,10 +7,16 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rcod_runtime.cli.files import STREAM, Task
+from rcod_runtime.cli.files import STREAM, Task, check_folders
 from rcod_runtime.cli.report import Record
 from rcod_runtime.errors import ImageError, OutputError, RcodError
-from rcod_runtime.image_io import decode_image, encode_image, read_image, write_image
+from rcod_runtime.image_io import (
+    check_format,
+    decode_image,
+    encode_image,
+    read_image,
+    write_image,
+)
 
 if TYPE_CHECKING:
     from rcod_runtime.upscaler import Progress, Upscaler
@@ -80,6 +86,11 @@ def _upscale(
     else:
         photo = read_image(task.source)
     sizes["input_height_px"], sizes["input_width_px"] = photo.pixels.shape[:2]
+    # Before the work: what can't be written is not computed.
+    check_folders([task])
+    shape = upscaler.output_shape(photo.pixels.shape, options.scale)
+    target = "stdout" if task.target is None else str(task.target)
+    check_format(shape, photo.pixels.dtype, task.format_name, target)
     sr = upscaler(
         photo.pixels,
         options.realism,
@@ -93,7 +104,7 @@ def _upscale(
     if task.target is not None:
         write_image(task.target, sr, photo.icc)
     else:
-        content = encode_image(sr, task.format_name, "stdout", photo.icc)
+        content = encode_image(sr, task.format_name, target, photo.icc)
         try:
             sys.stdout.buffer.write(content)
             sys.stdout.buffer.flush()

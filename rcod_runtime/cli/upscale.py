@@ -28,7 +28,14 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from rcod_runtime.cli.files import SUFFIXES, Task, is_table, make_folders, plan_tasks
+from rcod_runtime.cli.files import (
+    SUFFIXES,
+    Task,
+    check_folders,
+    is_table,
+    make_folders,
+    plan_tasks,
+)
 from rcod_runtime.cli.opening import add_opening_options, opening
 from rcod_runtime.cli.report import Record, Report
 from rcod_runtime.errors import RcodError, UsageError
@@ -74,8 +81,8 @@ def build_parser() -> argparse.ArgumentParser:
     add(
         "--format",
         choices=tuple(SUFFIXES),
-        help="of results in a folder (default: the input's, PNG where it can't be written) or on "
-        "stdout (default: png)",
+        help="of results in a folder (default: the input's, PNG for GIF) or on stdout (default: "
+        "png)",
     )
     add("--report", type=Path, metavar="FILE", help="what became of each image, as JSON Lines")
     add("--tile", type=int, metavar="PX", help="side of a tile in the result (default: bundle's)")
@@ -175,6 +182,7 @@ def _run(arguments: argparse.Namespace) -> None:
     with Report(arguments.report) as report:
         skips = arguments.skip_existing or arguments.ray is not None
         pending = _pending(tasks, report) if skips else tasks
+        check_folders(pending)  # where all is there, nothing need be written
         if pending:
             _upscale(arguments, pending, report, several=len(tasks) > 1)
 

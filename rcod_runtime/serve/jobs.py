@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from rcod_runtime import Upscaler
 from rcod_runtime.colour import ColourMatch
-from rcod_runtime.image_io import FORMATS, decode_image, encode_image
+from rcod_runtime.image_io import FORMATS, check_format, decode_image, encode_image
 from rcod_runtime.serve.limits import Limits, Refused
 
 MEDIA_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -109,7 +109,9 @@ class Jobs:
         job.data = b""
         job.pixels = photo.pixels.shape[0] * photo.pixels.shape[1]
         now = lap("decode", now)
-        choice = job.choice
+        choice, format_name = job.choice, job.choice.format.upper()
+        shape = self.upscaler.output_shape(photo.pixels.shape, choice.scale)
+        check_format(shape, photo.pixels.dtype, format_name, "the result")
         sr = self.upscaler(
             photo.pixels,
             choice.realism,
@@ -118,6 +120,6 @@ class Jobs:
             progress=progress,
         )
         now = lap("upscale", now)
-        result = encode_image(sr, choice.format.upper(), "the result", photo.icc)
+        result = encode_image(sr, format_name, "the result", photo.icc)
         lap("encode", now)
         return result

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import rcod_runtime
+from rcod_runtime import Upscaler
 from rcod_runtime.cli import doctor, upscale
 from rcod_runtime.image_io import read_image, write_image
 
@@ -100,11 +102,81 @@ def test_every_bad_run_has_its_exit_code_a_message_and_leaves_nothing(
     assert not list(tmp_path.glob("**/.*"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder_is_an_output_error(bundle: Path, photos: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("computed, and for nothing")
+
+    monkeypatch.setattr(Upscaler, "__call__", never)
+
+
+def lock(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read-only; said to be so to root, too, who may write everywhere."""
+    folder.chmod(0o500)
+    access = os.access
+    monkeypatch.setattr(
+        os, "access", lambda path, mode: Path(path) != folder and access(path, mode)
+    )
+
+
+@pytest.mark.usefixtures("computes_nothing")
+@pytest.mark.parametrize("several", [False, True])
+def test_a_read_only_folder_is_an_output_error_before_the_work(
+    bundle: Path,
+    photos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+    several: bool,
+) -> None:
     locked = tmp_path / "locked"
-    locked.mkdir(mode=0o500)
-    assert run(bundle, photos / "0.png", "-o", locked / "o.png") == 6
+    locked.mkdir()
+    (locked / "0.png").touch()
+    lock(locked, monkeypatch)
+    assert run(bundle, *([photos] if several else [photos / "0.png"]), "-o", locked) == 6
+    assert f"OutputError: {locked}: expected a folder that you may" in capsys.readouterr().err
+    # Where all is there already, there is nothing to refuse.
+    assert run(bundle, photos / "0.png", "-o", locked, "--skip-existing") == 0
+
+
+@pytest.mark.usefixtures("computes_nothing")
+@pytest.mark.parametrize(
+    ("shape", "dtype", "name", "message"),
+    [
+        ((8, 8, 4), np.uint8, "o.jpg", "JPEG can't hold transparency. Write PNG or WebP."),
+        ((8, 8), np.uint16, "o.webp", "WEBP can't hold 16 bits"),
+        ((2, 4200, 3), np.uint8, "o.webp", "16800 x 8 px; WEBP holds at most 16383 px a side"),
+        ((16400, 2), np.uint8, "o.jpg", "8 x 65600 px; JPEG holds at most 65500 px a side"),
+    ],
+)
+def test_what_the_format_cannot_hold_is_refused_before_the_work(
+    bundle: Path,
+    tmp_path: Path,
+    capsys: Capture,
+    shape: tuple[int, ...],
+    dtype: type,
+    name: str,
+    message: str,
+) -> None:
+    write_image(tmp_path / "i.png", np.ones(shape, dtype))
+    assert run(bundle, tmp_path / "i.png", "-o", tmp_path / name) == 6
+    assert f"OutputError: {tmp_path / name}: " in (said := capsys.readouterr().err)
+    assert message in said
+
+
+def test_in_a_folder_run_each_result_keeps_its_format_or_fails_and_a_gif_becomes_png(
+    bundle: Path, tmp_path: Path, photo: Photo, capsys: Capture
+) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    Image.fromarray(photo()).save(folder / "a.gif")
+    write_image(folder / "b.webp", photo())
+    write_image(folder / "c.webp", photo(4, 4200))
+    assert run(bundle, folder, "-o", out) == 10
+    assert sorted(p.name for p in out.iterdir()) == ["a.png", "b.webp"]
+    assert "c.webp: the result would have 16800 x 16 px" in capsys.readouterr().err
+    assert run(bundle, folder, "-o", out, "--format", "png", "--skip-existing") == 0
+    assert sorted(p.name for p in out.iterdir()) == ["a.png", "b.png", "b.webp", "c.png"]
 
 
 def test_doctor_reports_backends_and_fails_on_a_damaged_bundle(

@@ -16,7 +16,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from rcod_runtime.errors import ImageError, OutputError
-from rcod_runtime.image_io import decode_image, read_image, write_image
+from rcod_runtime.image_io import MAX_SIDE_PX, decode_image, read_image, write_image
 from tests.faults import full_disk
 
 Photo = Callable[..., np.ndarray]
@@ -40,6 +40,25 @@ def deep_png(pixels: np.ndarray, size: tuple[int, int] | None = None) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
     return b"\x89PNG\r\n\x1a\n" + body
+
+
+def deep_tiff(pixels: np.ndarray, orientation: int = 1, extra: int | None = None) -> bytes:
+    """A TIFF of RGB and perhaps a fourth channel, by hand: Pillow can't write 16 bits. ``extra``
+    is what its ExtraSamples say that the channel is."""
+    height, width, channels = pixels.shape
+    bits, data = 8 * pixels.itemsize, pixels.astype(pixels.dtype.newbyteorder("<")).tobytes()
+    strip = 8 + 2 * channels
+    fields = [
+        (256, 4, 1, width), (257, 4, 1, height), (258, 3, channels, 8), (259, 3, 1, 1),
+        (262, 3, 1, 2), (273, 4, 1, strip), (274, 3, 1, orientation), (277, 3, 1, channels),
+        (278, 4, 1, height), (279, 4, 1, len(data)), (284, 3, 1, 1),
+    ]  # fmt: skip
+    if extra is not None:
+        fields.append((338, 3, 1, extra))
+    file = struct.pack("<2sHI", b"II", 42, strip + len(data))
+    file += struct.pack(f"<{channels}H", *[bits] * channels) + data
+    file += struct.pack("<H", len(fields))
+    return file + b"".join(struct.pack("<HHII", *field) for field in fields) + bytes(4)
 
 
 def test_modes_come_as_arrays_that_keep_what_they_hold(photo: Photo) -> None:
@@ -107,12 +126,27 @@ def test_16_bit_colour_without_opencv_is_read_at_8_bits_and_says_so(
     assert 'pip install "rcod[opencv]"' in caplog.text
 
 
-def test_a_colour_profile_survives(tmp_path: Path, photo: Photo) -> None:
+@pytest.mark.parametrize("name", ["o.png", "o.jpg", "o.webp", "o.tif"])
+def test_a_colour_profile_survives(tmp_path: Path, photo: Photo, name: str) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     photo_in = decode_image(encoded(Image.fromarray(photo()), "PNG", icc_profile=profile), "i")
     assert photo_in.icc == profile
-    write_image(tmp_path / "o.jpg", photo_in.pixels, photo_in.icc)
-    assert read_image(tmp_path / "o.jpg").icc == profile
+    write_image(tmp_path / name, photo_in.pixels, photo_in.icc)
+    assert read_image(tmp_path / name).icc == profile
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+@pytest.mark.parametrize("name", ["o.png", "o.tif"])
+def test_a_colour_profile_survives_at_16_bits(
+    tmp_path: Path, photo: Photo, name: str, channels: int
+) -> None:
+    pytest.importorskip("cv2")
+    values = np.squeeze(photo(channels=channels).astype(np.uint16) * 257)
+    for profile in (b"even" * 50, b"odd" * 51):  # a TIFF's parts begin at even places
+        write_image(tmp_path / name, values, profile)
+        written = read_image(tmp_path / name)
+        assert written.icc == profile
+        np.testing.assert_array_equal(written.pixels, values)
 
 
 def test_of_an_animation_the_first_frame_is_taken_and_said(
@@ -173,19 +207,45 @@ def test_a_chunk_that_claims_gigabytes_is_refused_at_once(kind: bytes) -> None:
     assert time.perf_counter() - begin < 2
 
 
-def test_16_bit_colour_is_turned_upright_too(photo: Photo) -> None:
+def with_orientation(png: bytes, exif: Image.Exif) -> bytes:
+    body = exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(body)) + b"eXIf" + body
+    chunk += struct.pack(">I", zlib.crc32(b"eXIf" + body))
+    return png[:33] + chunk + png[33:]  # after IHDR
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_colour_is_turned_upright_as_8_bits_are(
+    photo: Photo, kind: str, orientation: int
+) -> None:
+    """OpenCV turns a TIFF by itself, and it was turned twice."""
     pytest.importorskip("cv2")
     values = photo(6, 9).astype(np.uint16) * 257
-    for orientation in range(1, 9):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        body = exif.tobytes().removeprefix(b"Exif\0\0")
-        chunk = struct.pack(">I", len(body)) + b"eXIf" + body
-        chunk += struct.pack(">I", zlib.crc32(b"eXIf" + body))
-        data = deep_png(values)
-        data = data[:33] + chunk + data[33:]  # after IHDR
-        eight = decode_image(encoded(Image.fromarray(photo(6, 9)), "PNG", exif=exif), "e").pixels
-        np.testing.assert_array_equal(decode_image(data, "d").pixels // 257, eight)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    eight = encoded(Image.fromarray(photo(6, 9)), kind, exif=exif)
+    deep = with_orientation(deep_png(values), exif)
+    if kind == "TIFF":
+        deep = deep_tiff(values, orientation=orientation)
+    expected = decode_image(eight, "e").pixels
+    assert expected.shape == ((6, 9, 3) if orientation < 5 else (9, 6, 3))
+    np.testing.assert_array_equal(decode_image(deep, "d").pixels, expected * np.uint16(257))
+
+
+@pytest.mark.parametrize(
+    ("extra", "channels"), [(0, 3), (1, 4), (2, 4)], ids=["unspecified", "associated", "straight"]
+)
+def test_a_fourth_channel_at_16_bits_is_what_it_is_at_8(extra: int, channels: int) -> None:
+    pytest.importorskip("cv2")
+    values = np.random.default_rng(0).integers(0, 256, (9, 7, 4)).astype(np.uint16) * 257
+    values[0, :, 3], values[1, :, 3] = 0, 65535
+    values[2:, :, :3] = np.minimum(values[2:, :, :3], values[2:, :, 3:])
+    deep = decode_image(deep_tiff(values, extra=extra), "d").pixels
+    eight = decode_image(deep_tiff((values >> 8).astype(np.uint8), extra=extra), "e").pixels
+    assert deep.dtype == np.uint16 and eight.dtype == np.uint8
+    assert deep.shape == eight.shape == (9, 7, channels)
+    assert np.abs(deep / 257 - eight).max() < 1  # Pillow rounds down
 
 
 def test_formats_that_run_programs_are_not_opened(photo: Photo) -> None:
@@ -244,6 +304,8 @@ def test_32_bit_and_float_images_are_refused() -> None:
         ("a", (4, 4, 3), np.uint8, "no suffix"),
         ("a.jpg", (4, 4, 4), np.uint8, "can't hold transparency"),
         ("a.jpg", (4, 4), np.uint16, "can't hold 16 bits"),
+        ("a.tif", (4, 4, 2), np.uint16, "can't hold 16-bit grey with alpha"),
+        ("a.webp", (4, 16384, 3), np.uint8, "16384 x 4 px; WEBP holds at most 16383"),
         ("none/a.png", (4, 4, 3), np.uint8, "can't be written"),
     ],
 )
@@ -253,6 +315,14 @@ def test_results_that_cannot_be_written_leave_nothing(
     with pytest.raises(OutputError, match=message):
         write_image(tmp_path / name, np.zeros(shape, dtype))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_largest_side_of_a_format_is_written(tmp_path: Path) -> None:
+    for kind, limit in MAX_SIDE_PX.items():
+        pixels = np.zeros((2, limit, 3), np.uint8)
+        write_image(tmp_path / f"o.{kind.lower()}", pixels)
+        with pytest.raises(OutputError, match=f"{limit} px a side. Write PNG"):
+            write_image(tmp_path / f"o.{kind.lower()}", np.zeros((2, limit + 1, 3), np.uint8))
 
 
 def test_a_disk_that_runs_full_in_a_write_leaves_the_old_file_and_the_next_write_works(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import http.client
 import io
@@ -21,7 +22,7 @@ import pytest
 from PIL import Image
 
 from benchmarks.corpus import image_corpus
-from rcod_runtime import Upscaler
+from rcod_runtime import OutputError, Upscaler
 
 pytest.importorskip("uvicorn")
 
@@ -160,6 +161,36 @@ def test_the_metrics_count_answers_photos_and_stages(
 
 
 # -- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("width", "channels", "kind", "message"),
+    [(40, 4, "jpeg", "JPEG can't hold transparency"), (4200, 3, "webp", "16800 x 96 px; WEBP")],
+)
+def test_what_the_format_cannot_hold_is_refused_before_the_work(
+    server: Server,
+    host: Upscaler,
+    photo: Callable[..., np.ndarray],
+    width: int,
+    channels: int,
+    kind: str,
+    message: str,
+) -> None:
+    from rcod_runtime.serve.jobs import Choice, Job, Jobs
+    from rcod_runtime.serve.limits import Limits
+
+    body = png(photo(24, width, channels))
+    status, _, answer = server.ask(f"/v1/upscale?format={kind}", body)
+    assert (status, error_of(answer)["type"]) == (400, "OutputError")
+    assert message in error_of(answer)["message"]
+
+    async def work(job: Job) -> None:
+        await Jobs(host, Limits()).start(job)
+
+    job = Job(body, Choice("neutral", None, "none", kind))
+    with pytest.raises(OutputError, match=message):
+        asyncio.run(work(job))
+    assert job.seconds.keys() == {"queue", "decode"}
 
 
 @pytest.mark.parametrize(

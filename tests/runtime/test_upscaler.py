@@ -136,6 +136,7 @@ def test_sizes_are_exact(
 ) -> None:
     sr = upscaler(photo(height, width), scale=scale)
     assert sr.shape == (round(height * scale), round(width * scale), 3)
+    assert upscaler.output_shape((height, width, 3), scale) == sr.shape
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -149,6 +150,26 @@ def test_layout_and_depth_are_kept(upscaler: Upscaler, dtype: type, shape: tuple
         alpha = Image.fromarray(image[:, :, -1].astype(np.float32))
         up = np.asarray(alpha.resize((44, 36), Image.Resampling.BICUBIC))
         np.testing.assert_array_equal(sr[:, :, -1], np.rint(np.clip(up, 0, top)).astype(dtype))
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("channels", [2, 4])
+@pytest.mark.parametrize("hidden", [0, 255])
+def test_a_cut_out_gets_no_fringe_of_what_it_hides(
+    upscaler: Upscaler, dtype: type, channels: int, hidden: int
+) -> None:
+    """A grey disc over its own grey was ringed by the black that editors leave under alpha 0."""
+    y, x = np.mgrid[-60:61, -60:61]
+    alpha = np.clip((48.5 - np.hypot(y, x)) * 255, 0, 255)
+    disc = np.full((121, 121, channels), 240, np.uint8)
+    disc[alpha == 0] = hidden
+    disc[:, :, -1] = alpha
+    unit = np.iinfo(dtype).max // 255
+    sr = upscaler(disc.astype(dtype) * dtype(unit), 1.0).astype(np.float64) / unit
+    share = sr[:, :, -1:] / 255
+    composite = share * sr[:, :, :-1] + (1 - share) * 240
+    print("from", composite.min(), "to", composite.max())
+    assert np.abs(composite - 240).max() <= 2
 
 
 def test_grey_stays_grey(upscaler: Upscaler, photo: Photo) -> None:
