@@ -71,10 +71,11 @@ def make_app(upscaler: Upscaler, limits: Limits) -> FastAPI:
                 raise Refused(400, "UsageError", "X-Request-Id: letters, digits and - only, 1..64.")
             if request_id in in_work:
                 raise Refused(409, "UsageError", f"X-Request-Id {request_id}: already in work.")
-            job = Job(await _body(request, limits), choice)
-            if request_id:
+            job = Job(choice)
+            if request_id:  # no await since it was looked up: of two equal ids one is refused
                 in_work[request_id] = job
             try:
+                job.data = await _body(request, limits)
                 result = await _wait(request, jobs.start(job), job, limits)
             finally:
                 in_work.pop(request_id, None)

@@ -31,8 +31,8 @@ class Choice:
 class Job:
     """One photo. ``done`` and ``total`` count tiles; ``seconds`` is what each stage took."""
 
-    data: bytes
     choice: Choice
+    data: bytes = b""
     done: int = 0
     total: int = 0
     seconds: dict[str, float] = field(default_factory=dict)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +64,15 @@ class Server:
                 pass
             return b"".join(parts)
 
+    def begin(self, sent: bytes, headers: dict[str, str]) -> http.client.HTTPConnection:
+        """A photo of which only this much is sent so far."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        connection.putrequest("POST", "/v1/upscale")
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        connection.endheaders(sent)
+        return connection
+
     def measure(self, name: str) -> float:
         text = self.ask("/metrics")[2].decode()
         found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
@@ -96,6 +106,13 @@ def error_of(body: bytes) -> dict[str, str]:
     error = json.loads(body)["error"]
     assert error.keys() == {"type", "message"}
     return error  # type: ignore[no-any-return]
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 # -- answers ---------------------------------------------------------------------------------------
@@ -261,6 +278,20 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error_of_the_serve
     while server.measure(name) == before:
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_of_two_requests_at_once_with_one_id_one_is_refused(
+    server: Server, photo: Callable[..., np.ndarray]
+) -> None:
+    body = png(photo())
+    headers = {"X-Request-Id": "twin", "Content-Length": str(len(body))}
+    with closing(server.begin(body[:9], headers)) as first:
+        wait_for(lambda: server.ask("/v1/progress/twin")[0] == 200)
+        status, _, answer = server.ask("/v1/upscale", body, headers)
+        assert status == 409 and "twin: already in work" in error_of(answer)["message"]
+        first.send(body[9:])
+        assert first.getresponse().status == 200
+    assert server.ask("/v1/upscale", body, headers)[0] == 200, "the id is free again"
 
 
 def test_nothing_is_left_behind(server: Server, photo: Callable[..., np.ndarray]) -> None:
