@@ -73,6 +73,13 @@ class Server:
         connection.endheaders(sent)
         return connection
 
+    def memory_mib(self, name: str) -> float:
+        """VmRSS: now; VmHWM: at its highest."""
+        status = Path(f"/proc/{self.process.pid}/status")
+        if not status.exists():
+            pytest.skip("no /proc")
+        return int(re.findall(rf"{name}:\s+(\d+) kB", status.read_text("ascii"))[0]) / 1024
+
     def measure(self, name: str) -> float:
         text = self.ask("/metrics")[2].decode()
         found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
@@ -339,6 +346,70 @@ def test_an_overloaded_server_says_503_at_once_and_recovers(bundle: Path) -> Non
         assert server.ask("/readyz")[0] == 200
     finally:
         server.stop()
+
+
+def test_a_photo_that_has_no_place_is_refused_before_it_is_read(
+    bundle: Path, photo: Callable[..., np.ndarray]
+) -> None:
+    server = Server(bundle, "--queue", "1", "--body-timeout", "10")
+    whole = bytes(30 * 2**20)
+    large = {"Content-Length": str(len(whole))}
+    try:
+        assert server.ask("/v1/upscale", png(photo()))[0] == 200
+        with closing(server.begin(b"some", large)) as slow:
+            wait_for(lambda: server.measure("rcod_jobs_arriving") == 1)
+            assert server.measure("rcod_jobs_waiting") == server.measure("rcod_jobs_running") == 0
+            assert server.ask("/readyz")[0] == 503
+            before, began = server.memory_mib("VmHWM"), time.monotonic()
+            with closing(server.begin(bytes(2**20), large)) as partly:
+                answer = partly.getresponse()
+                assert answer.status == 503 and answer.headers["Retry-After"] == "1"
+                assert error_of(answer.read())["type"] == "Overloaded"
+                assert time.monotonic() - began < 2, "not at once"
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                # whole before they look for an answer: what they send is thrown away, not reset
+                asked = [pool.submit(server.ask, "/v1/upscale", whole) for _ in range(8)]
+                assert [answer.result()[0] for answer in asked] == [503] * 8
+            assert server.memory_mib("VmHWM") - before < 60, "the bodies were kept"
+            assert server.measure("rcod_jobs_arriving") == 1
+            assert slow.getresponse().status == 408, "a place is held no longer than this"
+        assert server.measure("rcod_jobs_arriving") == 0
+        assert server.ask("/v1/upscale", png(photo()))[0] == 200
+    finally:
+        server.stop()
+    assert "Traceback" not in server.said
+
+
+def test_a_place_is_free_again_however_its_photo_ends(
+    bundle: Path, photo: Callable[..., np.ndarray]
+) -> None:
+    server = Server(bundle, "--queue", "1", "--body-timeout", "2", "--max-mib", "1")
+    chunked = {"Content-Length": "9", "Transfer-Encoding": "chunked"}  # chunks count, not the 9
+    begun: list[tuple[bytes, dict[str, str], bytes, int]] = [
+        (b"ab", {"Content-Length": "99"}, b"", 408),
+        (b"ab", {"Content-Length": "4"}, b"cd", 422),
+        (b"2\r\nab\r\n", chunked, b"200000\r\n" + bytes(2**21), 413),
+    ]
+    try:
+        for sent, headers, rest, status in begun:
+            with closing(server.begin(sent, headers)) as connection:
+                wait_for(lambda: server.measure("rcod_jobs_arriving") == 1)
+                connection.send(rest)
+                assert connection.getresponse().status == status
+            assert server.ask("/v1/upscale", png(photo()))[0] == 200, status
+        with closing(server.begin(b"ab", {"Content-Length": "99"})):
+            wait_for(lambda: server.measure("rcod_jobs_arriving") == 1)
+        wait_for(lambda: server.measure("rcod_jobs_arriving") == 0)
+        assert server.ask("/v1/upscale", png(photo()))[0] == 200, "its client left"
+        assert server.ask("/readyz")[0] == 200
+        with closing(server.begin(b"ab", {"Content-Length": "99"})) as connection:
+            wait_for(lambda: server.measure("rcod_jobs_arriving") == 1)
+            assert server.stop() == 0
+            assert connection.getresponse().status == 408
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+    assert "Traceback" not in server.said
 
 
 def test_a_client_that_leaves_frees_its_place(bundle: Path) -> None:
