@@ -243,6 +243,7 @@ async def _wait(request: Request, result: asyncio.Future[bytes], job: Job, limit
         raise Refused(500, type(exc).__name__, "the server could not upscale the image.") from exc
     finally:
         gone.cancel()
+        del result, either  # else a cycle: its error holds this frame, and the photo
 
 
 async def _disconnected(request: Request) -> None:

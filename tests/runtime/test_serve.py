@@ -412,6 +412,19 @@ def test_a_place_is_free_again_however_its_photo_ends(
     assert "Traceback" not in server.said
 
 
+def test_a_photo_that_cannot_be_decoded_is_not_kept(bundle: Path) -> None:
+    """Not until the collector of cycles comes by either."""
+    server = Server(bundle, "--queue", "1")
+    try:
+        memory = []
+        for _ in range(8):
+            assert server.ask("/v1/upscale", bytes(30 * 2**20))[0] == 422
+            memory.append(server.memory_mib("VmRSS"))
+        assert max(memory) - min(memory) < 50, memory
+    finally:
+        server.stop()
+
+
 def test_a_client_that_leaves_frees_its_place(bundle: Path) -> None:
     """And one that waits longer than it may is told so; the work stops at the next tiles."""
     server = Server(bundle, "--queue", "1", "--job-timeout", "1")
