@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--port", type=int, default=8000, help="0: one that is free (default: %(default)s)")
     add("--jobs", type=int, default=limits.jobs, help="photos in work at once (%(default)s)")
     add("--queue", type=int, default=limits.queue,
-        help="photos in work and waiting; more get 503 (default: %(default)s)")  # fmt: skip
+        help="photos in work, waiting, arriving; more get 503 (default: %(default)s)")  # fmt: skip
     add("--connections", type=int, default=limits.connections, help="default: %(default)s")
     add("--max-mib", type=float, default=limits.body_bytes / 2**20, metavar="MIB",
         help="largest body (default: %(default)g)")  # fmt: skip

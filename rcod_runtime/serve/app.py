@@ -28,6 +28,7 @@ from typing import Any, get_args
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from starlette.requests import ClientDisconnect
+from starlette.types import Message, Receive, Scope, Send
 
 from rcod_runtime import ImageError, OutputError, Upscaler, UsageError
 from rcod_runtime.colour import COLOUR_MATCHES, DEFAULT_COLOUR_MATCH, ColourMatch
@@ -69,17 +70,22 @@ def make_app(upscaler: Upscaler, limits: Limits) -> FastAPI:
             choice = _choice(request, upscaler)
             if request_id and not ID.fullmatch(request_id):
                 raise Refused(400, "UsageError", "X-Request-Id: letters, digits and - only, 1..64.")
+            _check_length(request, limits)
             if request_id in in_work:
                 raise Refused(409, "UsageError", f"X-Request-Id {request_id}: already in work.")
-            job = Job(await _body(request, limits), choice)
-            if request_id:
+            job = Job(choice)
+            if request_id:  # no await since it was looked up: of two equal ids one is refused
                 in_work[request_id] = job
             try:
+                with jobs.arrival():
+                    job.data = await _body(request, limits)
                 result = await _wait(request, jobs.start(job), job, limits)
             finally:
                 in_work.pop(request_id, None)
         except Refused as refused:
             measures.answers.labels(refused.status).inc()
+            if refused.status == 503:
+                return Unread(refused, limits.body_s)
             return _error(refused)
         measures.answers.labels(200).inc()
         measures.add(job)
@@ -167,27 +173,38 @@ def _choice(request: Request, upscaler: Upscaler) -> Choice:
     return Choice(realism, scale, colour_match, kind)
 
 
-async def _body(request: Request, limits: Limits) -> bytes:
-    """The body, read no further than it is allowed to be long.
+def _check_length(request: Request, limits: Limits) -> None:
+    """What the head says of the body.
 
     Raises:
-        Refused: 408, 411, 413, 415 or 499.
+        Refused: 411, 413 or 415.
     """
     if request.headers.get("content-encoding", "identity") != "identity":
         raise Refused(415, "UsageError", "Content-Encoding: send the image as it is.")
     length = request.headers.get("content-length")
     if length is None:
         raise Refused(411, "UsageError", "Content-Length is missing.")
-    too_large = Refused(413, "ImageError", f"the image has over {limits.body_bytes / 2**20:g} MiB.")
     if not length.isdigit() or int(length) > limits.body_bytes:
-        raise too_large
+        raise _too_large(limits)
+
+
+def _too_large(limits: Limits) -> Refused:
+    return Refused(413, "ImageError", f"the image has over {limits.body_bytes / 2**20:g} MiB.")
+
+
+async def _body(request: Request, limits: Limits) -> bytes:
+    """The body, read no further than it is allowed to be long, whatever its head says.
+
+    Raises:
+        Refused: 408, 413 or 499.
+    """
     chunks, size = [], 0
     try:
         async with asyncio.timeout(limits.body_s):
             async for chunk in request.stream():
                 size += len(chunk)
                 if size > limits.body_bytes:
-                    raise too_large
+                    raise _too_large(limits)
                 chunks.append(chunk)
     except TimeoutError as exc:
         raise Refused(408, "UsageError", f"no whole body in {limits.body_s:g} s.") from exc
@@ -226,6 +243,7 @@ async def _wait(request: Request, result: asyncio.Future[bytes], job: Job, limit
         raise Refused(500, type(exc).__name__, "the server could not upscale the image.") from exc
     finally:
         gone.cancel()
+        del result, either  # else a cycle: its error holds this frame, and the photo
 
 
 async def _disconnected(request: Request) -> None:
@@ -234,8 +252,35 @@ async def _disconnected(request: Request) -> None:
 
 
 def _error(refused: Refused) -> Response:
-    headers = {} if refused.retry_s is None else {"Retry-After": str(refused.retry_s)}
+    headers = {}
     if refused.status in (408, 413):
         headers["Connection"] = "close"  # what is still to come is not read
-    body = {"error": {"type": refused.kind, "message": refused.message}}
-    return JSONResponse(body, refused.status, headers=headers)
+    return JSONResponse(_said(refused), refused.status, headers=headers)
+
+
+def _said(refused: Refused) -> dict[str, Any]:
+    return {"error": {"type": refused.kind, "message": refused.message}}
+
+
+class Unread(JSONResponse):
+    """A refusal that is sent at once, before the body is there. What comes of the body is thrown
+    away for ``body_s``: if the connection were closed at once, it would be reset, and a client that
+    sends its whole photo before it looks for an answer would never see this one."""
+
+    def __init__(self, refused: Refused, body_s: float) -> None:
+        headers = {"Connection": "close", "Retry-After": str(refused.retry_s)}
+        super().__init__(_said(refused), refused.status, headers=headers)
+        self.body_s = body_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_open(message: Message) -> None:
+            # whole for the client, by its length; not yet for the server, which closes at its end
+            more = {"more_body": True} if message["type"] == "http.response.body" else {}
+            await send({**message, **more})
+
+        await super().__call__(scope, receive, send_open)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(self.body_s):
+                while (await receive()).get("more_body"):
+                    pass
+        await send({"type": "http.response.body"})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -31,8 +33,8 @@ class Choice:
 class Job:
     """One photo. ``done`` and ``total`` count tiles; ``seconds`` is what each stage took."""
 
-    data: bytes
     choice: Choice
+    data: bytes = b""
     done: int = 0
     total: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
@@ -50,31 +52,49 @@ class Jobs:
     def __init__(self, upscaler: Upscaler, limits: Limits) -> None:
         self.upscaler, self.limits = upscaler, limits
         self.pool = ThreadPoolExecutor(limits.jobs, thread_name_prefix="rcod-job")
-        self.accepted = 0
+        self.arriving = 0
+        self.started = 0
         self.running = 0
 
     @property
-    def waiting(self) -> int:
-        return self.accepted - self.running
+    def accepted(self) -> int:
+        return self.arriving + self.started
 
-    def start(self, job: Job) -> asyncio.Future[bytes]:
-        """The encoded result, later. A place in the queue is taken until the thread is done with
-        the job, even if nobody waits for it.
+    @property
+    def waiting(self) -> int:
+        return self.started - self.running
+
+    @contextlib.contextmanager
+    def arrival(self) -> Iterator[None]:
+        """A place in the queue while the body of a photo is read: it takes memory from then on.
 
         Raises:
             Refused: the queue is full.
         """
         if self.accepted >= self.limits.queue:
-            raise Refused(503, "Overloaded", f"{self.accepted} photos are waiting.", retry_s=1)
+            message = f"the queue is full ({self.accepted} photos): try again soon."
+            raise Refused(503, "Overloaded", message, retry_s=1)
+        self.arriving += 1
+        try:
+            yield
+        finally:
+            self.arriving -= 1
+
+    def start(self, job: Job) -> asyncio.Future[bytes]:
+        """The encoded result, later. The place in the queue is taken until the thread is done with
+        the job, even if nobody waits for it.
+
+        To be called when ``arrival`` has ended, with no await between: the place is still free.
+        """
         loop = asyncio.get_running_loop()
-        self.accepted += 1
         queued = time.perf_counter()
         future = loop.run_in_executor(self.pool, self._work, job, queued, loop)
+        self.started += 1
         future.add_done_callback(self._left)
         return future
 
     def _left(self, future: asyncio.Future[bytes]) -> None:
-        self.accepted -= 1
+        self.started -= 1
         if not future.cancelled():
             future.exception()  # taken note of, also where nobody waits
 

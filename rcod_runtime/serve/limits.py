@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Limits:
-    """jobs: photos in work at once; queue: in work and waiting, more are answered 503.
+    """jobs: photos in work at once; queue: in work, waiting and arriving, more are answered 503.
 
     body_s: from the head of a request to the end of its body; job_s: from there to the answer,
     waiting included. A job over it stops at its next tile batch.

@@ -25,6 +25,8 @@ class Measures:
             buckets=SECONDS,
             registry=to,
         )
+        arriving = Gauge("rcod_jobs_arriving", "Photos whose body is being read", registry=to)
+        arriving.set_function(lambda: jobs.arriving)
         running = Gauge("rcod_jobs_running", "Photos in work", registry=to)
         running.set_function(lambda: jobs.running)
         waiting = Gauge("rcod_jobs_waiting", "Photos that wait for their turn", registry=to)

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +65,22 @@ class Server:
                 pass
             return b"".join(parts)
 
+    def begin(self, sent: bytes, headers: dict[str, str]) -> http.client.HTTPConnection:
+        """A photo of which only this much is sent so far."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
+        connection.putrequest("POST", "/v1/upscale")
+        for name, value in headers.items():
+            connection.putheader(name, value)
+        connection.endheaders(sent)
+        return connection
+
+    def memory_mib(self, name: str) -> float:
+        """VmRSS: now; VmHWM: at its highest."""
+        status = Path(f"/proc/{self.process.pid}/status")
+        if not status.exists():
+            pytest.skip("no /proc")
+        return int(re.findall(rf"{name}:\s+(\d+) kB", status.read_text("ascii"))[0]) / 1024
+
     def measure(self, name: str) -> float:
         text = self.ask("/metrics")[2].decode()
         found = re.search(rf"^{re.escape(name)} (\S+)$", text, re.MULTILINE)
@@ -97,6 +114,13 @@ def error_of(body: bytes) -> dict[str, str]:
     error = json.loads(body)["error"]
     assert error.keys() == {"type", "message"}
     return error  # type: ignore[no-any-return]
+
+
+def wait_for(what: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 # -- answers ---------------------------------------------------------------------------------------
@@ -294,6 +318,20 @@ def test_a_client_that_leaves_in_the_middle_of_its_body_is_no_error_of_the_serve
         time.sleep(0.02)
 
 
+def test_of_two_requests_at_once_with_one_id_one_is_refused(
+    server: Server, photo: Callable[..., np.ndarray]
+) -> None:
+    body = png(photo())
+    headers = {"X-Request-Id": "twin", "Content-Length": str(len(body))}
+    with closing(server.begin(body[:9], headers)) as first:
+        wait_for(lambda: server.ask("/v1/progress/twin")[0] == 200)
+        status, _, answer = server.ask("/v1/upscale", body, headers)
+        assert status == 409 and "twin: already in work" in error_of(answer)["message"]
+        first.send(body[9:])
+        assert first.getresponse().status == 200
+    assert server.ask("/v1/upscale", body, headers)[0] == 200, "the id is free again"
+
+
 def test_nothing_is_left_behind(server: Server, photo: Callable[..., np.ndarray]) -> None:
     """No file, no handle, no thread, after answers and refusals of every kind."""
     folder = Path(f"/proc/{server.process.pid}")
@@ -337,6 +375,83 @@ def test_an_overloaded_server_says_503_at_once_and_recovers(bundle: Path) -> Non
         assert refused[1]["retry-after"] == "1"
         assert error_of(refused[2])["type"] == "Overloaded"
         assert server.ask("/readyz")[0] == 200
+    finally:
+        server.stop()
+
+
+def test_a_photo_that_has_no_place_is_refused_before_it_is_read(
+    bundle: Path, photo: Callable[..., np.ndarray]
+) -> None:
+    server = Server(bundle, "--queue", "1", "--body-timeout", "10")
+    whole = bytes(30 * 2**20)
+    large = {"Content-Length": str(len(whole))}
+    try:
+        assert server.ask("/v1/upscale", png(photo()))[0] == 200
+        with closing(server.begin(b"some", large)) as slow:
+            wait_for(lambda: server.measure("rcod_jobs_arriving") == 1)
+            assert server.measure("rcod_jobs_waiting") == server.measure("rcod_jobs_running") == 0
+            assert server.ask("/readyz")[0] == 503
+            before, began = server.memory_mib("VmHWM"), time.monotonic()
+            with closing(server.begin(bytes(2**20), large)) as partly:
+                answer = partly.getresponse()
+                assert answer.status == 503 and answer.headers["Retry-After"] == "1"
+                assert error_of(answer.read())["type"] == "Overloaded"
+                assert time.monotonic() - began < 2, "not at once"
+            with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                # whole before they look for an answer: what they send is thrown away, not reset
+                asked = [pool.submit(server.ask, "/v1/upscale", whole) for _ in range(8)]
+                assert [answer.result()[0] for answer in asked] == [503] * 8
+            assert server.memory_mib("VmHWM") - before < 60, "the bodies were kept"
+            assert server.measure("rcod_jobs_arriving") == 1
+            assert slow.getresponse().status == 408, "a place is held no longer than this"
+        assert server.measure("rcod_jobs_arriving") == 0
+        assert server.ask("/v1/upscale", png(photo()))[0] == 200
+    finally:
+        server.stop()
+    assert "Traceback" not in server.said
+
+
+def test_a_place_is_free_again_however_its_photo_ends(
+    bundle: Path, photo: Callable[..., np.ndarray]
+) -> None:
+    server = Server(bundle, "--queue", "1", "--body-timeout", "2", "--max-mib", "1")
+    chunked = {"Content-Length": "9", "Transfer-Encoding": "chunked"}  # chunks count, not the 9
+    begun: list[tuple[bytes, dict[str, str], bytes, int]] = [
+        (b"ab", {"Content-Length": "99"}, b"", 408),
+        (b"ab", {"Content-Length": "4"}, b"cd", 422),
+        (b"2\r\nab\r\n", chunked, b"200000\r\n" + bytes(2**21), 413),
+    ]
+    try:
+        for sent, headers, rest, status in begun:
+            with closing(server.begin(sent, headers)) as connection:
+                wait_for(lambda: server.measure("rcod_jobs_arriving") == 1)
+                connection.send(rest)
+                assert connection.getresponse().status == status
+            assert server.ask("/v1/upscale", png(photo()))[0] == 200, status
+        with closing(server.begin(b"ab", {"Content-Length": "99"})):
+            wait_for(lambda: server.measure("rcod_jobs_arriving") == 1)
+        wait_for(lambda: server.measure("rcod_jobs_arriving") == 0)
+        assert server.ask("/v1/upscale", png(photo()))[0] == 200, "its client left"
+        assert server.ask("/readyz")[0] == 200
+        with closing(server.begin(b"ab", {"Content-Length": "99"})) as connection:
+            wait_for(lambda: server.measure("rcod_jobs_arriving") == 1)
+            assert server.stop() == 0
+            assert connection.getresponse().status == 408
+    finally:
+        if server.process.poll() is None:
+            server.stop()
+    assert "Traceback" not in server.said
+
+
+def test_a_photo_that_cannot_be_decoded_is_not_kept(bundle: Path) -> None:
+    """Not until the collector of cycles comes by either."""
+    server = Server(bundle, "--queue", "1")
+    try:
+        memory = []
+        for _ in range(8):
+            assert server.ask("/v1/upscale", bytes(30 * 2**20))[0] == 422
+            memory.append(server.memory_mib("VmRSS"))
+        assert max(memory) - min(memory) < 50, memory
     finally:
         server.stop()
 
