@@ -211,7 +211,7 @@ def test_what_the_format_cannot_hold_is_refused_before_the_work(
     async def work(job: Job) -> None:
         await Jobs(host, Limits()).start(job)
 
-    job = Job(body, Choice("neutral", None, "none", kind))
+    job = Job(Choice("neutral", None, "none", kind), body)
     with pytest.raises(OutputError, match=message):
         asyncio.run(work(job))
     assert job.seconds.keys() == {"queue", "decode"}
