@@ -51,6 +51,11 @@ class Photo:
     def __str__(self) -> str:
         return str(self.path) if self.span is None else f"{self.path}: {self.name}"
 
+    @property
+    def file(self) -> tuple[Path, tuple[int, int] | None]:
+        """Tells whether two photos are one file, whatever folder or link they were found by."""
+        return self.path.resolve(), self.span
+
     def open(self) -> Image.Image:
         """The image, not decoded yet.
 
@@ -81,21 +86,27 @@ def find_photos(sources: tuple[str, ...], min_side_px: int) -> list[Photo]:
     are large enough; sorted by path. Shards are plain tar files, as webdataset has them; their
     members are read at random by their place, so a batch depends on nothing but its number.
 
-    The others are counted and named in a warning.
+    A file that lies below several of the sources counts once, named by the first. Files that don't
+    open or are too small are counted and named in a warning.
 
     Raises:
         DataError: a source is missing, a shard is damaged, a photo's white can't be known, or no
             photo is left.
     """
-    candidates: list[Photo] = []
+    found: list[Photo] = []
     for source in map(Path, sources):
         if not (source.is_dir() or source.suffix == ".tar" and source.is_file()):
             raise DataError(
                 f"{source}: expected a folder of photos or a .tar shard, found none. Check --data."
             )
-        candidates += _below(source) if source.is_dir() else _in_shard(source)
+        below = _below(source) if source.is_dir() else _in_shard(source)
+        found += sorted(below, key=_order)
+    candidates = {photo.file: photo for photo in reversed(found)}.values()
+    if len(candidates) < len(found):
+        log.warning("%d files were found more than once; each counts once",
+                    len(found) - len(candidates))  # fmt: skip
     photos, skipped = [], []
-    for photo in sorted(candidates, key=lambda p: (p.path, p.name)):
+    for photo in sorted(candidates, key=_order):
         try:
             with photo.open() as image:
                 large_enough = min(image.size) >= min_side_px
@@ -228,6 +239,10 @@ def _by_stem(folder: Path) -> dict[str, Path]:
                 )
             images[path.stem] = path
     return images
+
+
+def _order(photo: Photo) -> tuple[Path, str]:
+    return photo.path, photo.name
 
 
 def _below(folder: Path) -> Iterator[Photo]:

@@ -90,6 +90,8 @@ class Run:
         if config.validation:
             self.held_out = find_photos((config.validation,), side)
             self.photos = _without(self.photos, self.held_out)
+            if not self.photos:
+                raise ConfigError("--validation holds all photos of --data. Choose another folder.")
         elif config.validation_share:
             self.photos, self.held_out = _split(self.photos, config.validation_share)
         if self.held_out:
@@ -238,24 +240,23 @@ class Run:
 
 
 def _without(photos: list[Photo], held_out: list[Photo]) -> list[Photo]:
-    """The photos that are not in the validation folder, which may lie below a data folder."""
-    there = {(photo.path.resolve(), photo.span) for photo in held_out}
-    left = [photo for photo in photos if (photo.path.resolve(), photo.span) not in there]
-    if not left:
-        raise ConfigError("--validation holds all photos of --data. Choose another folder.")
-    return left
+    """The photos of other files: the validation folder may lie below a data folder, and a pair's HR
+    image may be among the photos."""
+    there = {photo.file for photo in held_out}
+    return [photo for photo in photos if photo.file not in there]
 
 
 def _split(photos: list[Photo], share: float) -> tuple[list[Photo], list[Photo]]:
     """Every n-th photo is held out: at least one, and at least one is left."""
     count = max(1, round(len(photos) * share))
-    if not 0 < share < 1 or count >= len(photos):
+    held_out = [photos[i * len(photos) // count] for i in range(count)]
+    left = _without(photos, held_out)
+    if not 0 < share < 1 or not left:
         raise ConfigError(
             f"validation_share: expected a share of {len(photos)} photos that leaves one to train "
             f"on, found {share}. Add photos, or give a folder with --validation."
         )
-    held_out = [photos[i * len(photos) // count] for i in range(count)]
-    return [photo for photo in photos if photo not in set(held_out)], held_out
+    return left, held_out
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
 import struct
 import tarfile
@@ -17,11 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
-from rcod_train.config import LoopConfig, degradation_shares
+from rcod_train.config import LoopConfig, TrainConfig, degradation_shares
 from rcod_train.data import Batch, PhotoBatches, batches, worker_deaths
-from rcod_train.errors import DataError, TrainError
+from rcod_train.errors import ConfigError, DataError, TrainError
 from rcod_train.main import main
 from rcod_train.photos import Photo, find_pairs, find_photos, first_readable
+from rcod_train.run import Run
 
 CONFIG = LoopConfig(photos_per_batch=4, crops_per_photo=2, crop_px=64, context_px=96)
 SHARES = degradation_shares(0.5)
@@ -97,6 +100,42 @@ def test_a_photo_whose_white_cannot_be_known_is_refused_by_name(
     deep.save(folder / "LR" / "2.tif")
     with pytest.raises(DataError, match=words.replace("a", "2", 1)):
         find_pairs(str(folder), 96)
+
+
+# -- one file, found twice -------------------------------------------------------------------------
+
+
+def test_a_file_below_two_folders_or_linked_counts_once(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(photos, tmp_path / "a")
+    (tmp_path / "link.png").symlink_to(tmp_path / "a" / "0.png")
+    tar = shard(tmp_path / "a" / "b.tar", photos)
+    with caplog.at_level(logging.WARNING):
+        found = find_photos((str(tmp_path), str(tmp_path / "a"), str(tar)), 96)
+    names = {photo.name for photo in found}
+    assert names == {f"{folder}{n}.png" for folder in ("", "a/") for n in range(4)}
+    assert len(found) == 8
+    assert [str(p) for p in found] == sorted(str(p) for p in found)
+    assert "13 files were found more than once" in caplog.text
+
+
+def test_no_file_is_both_held_out_and_trained_on(photos: Path, tmp_path: Path) -> None:
+    """Neither by a folder inside another one, nor as a photo that is a pair's HR image too."""
+    shutil.copytree(photos, tmp_path / "two" / "a")
+    folder = pairs(tmp_path / "pairs", photos)
+    for data, paired in (
+        ((tmp_path / "two", tmp_path / "two" / "a"), ()),
+        ((folder / "HR",), (folder,)),
+    ):
+        config = TrainConfig(
+            tuple(map(str, data)), "", tuple(map(str, paired)), validation_share=0.4
+        )
+        run = Run(config, (CONFIG,), resume=False)
+        held_out = {photo.file for photo in run.held_out}
+        assert held_out and run.photos and not held_out & {photo.file for photo in run.photos}
+    with pytest.raises(ConfigError, match="validation_share: expected a share of 8 photos that"):
+        Run(dataclasses.replace(config, validation_share=0.9), (CONFIG,), resume=False)
 
 
 # -- shards ----------------------------------------------------------------------------------------
