@@ -116,10 +116,6 @@ class Run:
                 f"{self.out}: can't be written ({exc.strerror or exc}). Choose another --out."
             ) from exc
 
-    def photo_names(self) -> list[str]:
-        """Every photo's path below its --data folder, in the order of ``Batch.photo``."""
-        return [photo.name for photo in self.photos]
-
     def batches_of(
         self,
         stage: LoopConfig,
