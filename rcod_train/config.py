@@ -206,7 +206,7 @@ class MemStageConfig(LoopConfig):
 class EstimatorStageConfig(LoopConfig):
     """Degradation estimator: it sees crop_px / 4 of what was degraded."""
 
-    _LIMITS = LoopConfig._LIMITS | {"heavy_share": SHARE}
+    _LIMITS = LoopConfig._LIMITS | {"heavy_share": SHARE, "crop_px": (4, math.inf)}
     steps: int = 20_000
     learning_rate: float = 2e-4
     photos_per_batch: int = 8
@@ -308,6 +308,12 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_numbers(self, self._LIMITS)
+
+    @property
+    def stages(self) -> dict[str, LoopConfig]:
+        """By the names of their fields."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, LoopConfig)}
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"

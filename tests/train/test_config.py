@@ -87,6 +87,32 @@ def test_missing_lpips_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
         ([], 9, "DataError: .*expected a folder of photos"),
         (["--set", "rcod.stepz=1"], 2, "ConfigError: .*unknown field"),
         (["--seed", "-1"], 2, "ConfigError: seed: expected at least 0, found -1"),
+        (
+            ["--set", "vae.crop_px=60"],
+            2,
+            "vae.crop_px: expected a multiple of 8 from 24 on, found 60",
+        ),
+        (
+            ["--set", "mem.crop_px=16"],
+            2,
+            "mem.crop_px: expected a multiple of 8 from 24 on, found 16",
+        ),
+        (
+            ["--set", "mem.crop_px=128", "--set", "mem.context_px=64"],
+            2,
+            r"ConfigError: mem.crop_px: expected 1 to context_px \(64\), found 128",
+        ),
+        (
+            ["--set", "mem.context_px=390"],
+            2,
+            "mem.context_px: expected a multiple of 4, .* found 390",
+        ),
+        (["--set", "vae.context_px=258"], 9, "DataError"),  # it degrades nothing
+        (
+            ["--set", "rcod.heavy_share=0.8", "--set", "rcod.mild_share=0.4"],
+            2,
+            "ConfigError: rcod.heavy_share and mild_share: .* together, found 0.8 and 0.4",
+        ),
         (["--set", "rcod.n=5"], 2, "ConfigError: rcod.n: expected 1 to 4 groups, found 5"),
         (["--set", "rcod.n=4"], 2, "rcod.k: expected 1 to 249 with 4 groups, found 250"),
         (["--set", "rcod.n=4", "--set", "rcod.k=249"], 9, "DataError: .*expected a folder"),
