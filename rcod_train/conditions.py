@@ -18,6 +18,7 @@ from rcod_train.data import Batch, to_unit
 from rcod_train.errors import DataError
 from rcod_train.models.sd import ClipVpim
 from rcod_train.models.vpim import Vpim
+from rcod_train.photos import Photo
 
 Condition = Callable[[Batch], tuple[Tensor, Tensor]]
 NEGATIVE, PROMPT = "negative", "prompt"
@@ -47,14 +48,15 @@ class TextEmbeddings:
 
     Args:
         path: of the file, see ``LAYOUT``.
-        photos: the photos' paths below their folders, in the order of ``Batch.photo``.
+        photos: in the order of ``Batch.photo``; the text of one lies under its name.
         cross_attention_dim: D, the width of the U-Net's cross-attention.
 
     Raises:
-        DataError: the file can't be read, has tensors of other shapes, or lacks a photo.
+        DataError: the file can't be read, has tensors of other shapes, lacks a photo, or two photos
+            would share the text of one.
     """
 
-    def __init__(self, path: Path, photos: Sequence[str], cross_attention_dim: int) -> None:
+    def __init__(self, path: Path, photos: Sequence[Photo], cross_attention_dim: int) -> None:
         try:
             self.file = safe_open(path, framework="pt")
         except (OSError, SafetensorError) as exc:
@@ -62,13 +64,22 @@ class TextEmbeddings:
         keys = set(self.file.keys())
         if NEGATIVE not in keys:
             raise DataError(f'{path}: no "{NEGATIVE}". Expected {LAYOUT}.')
-        missing = [photo for photo in photos if photo not in keys]
+        missing = [photo.name for photo in photos if photo.name not in keys]
         if missing and PROMPT not in keys:
             raise DataError(
                 f'{path}: {len(missing)} of {len(photos)} photos have no embedding ("{missing[0]}"'
                 f' is the first) and there is no "{PROMPT}". Expected {LAYOUT}.'
             )
-        self.keys = [photo if photo in keys else PROMPT for photo in photos]
+        named: dict[str, Photo] = {}
+        for photo in photos:
+            other = named.setdefault(photo.name, photo)
+            if photo.name in keys and photo.file != other.file:
+                raise DataError(
+                    f'{path}: "{photo.name}" is the name of two photos, {other} and {photo}, and '
+                    "an embedding belongs to one. Give the folder that holds both as --data, or "
+                    "rename one."
+                )
+        self.keys = [photo.name if photo.name in keys else PROMPT for photo in photos]
         shape = tuple(self.file.get_slice(NEGATIVE).get_shape())
         for key in (NEGATIVE, *sorted(set(self.keys))):
             found = tuple(self.file.get_slice(key).get_shape())

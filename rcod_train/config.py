@@ -7,11 +7,31 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from rcod_train.errors import ConfigError
+
+Limits = dict[str, tuple[float, float]]  # field -> lowest and highest value
+AT_LEAST_1, SHARE = (1, math.inf), (0, 1)
+
+
+def check_numbers(config: Any, limits: Limits) -> None:
+    """Every number of a configuration is at least 0, or within its ``limits``.
+
+    Raises:
+        ConfigError: one is not; NaN never is.
+    """
+    for name in (f.name for f in dataclasses.fields(config)):
+        value = getattr(config, name)
+        if not isinstance(value, (int, float)):
+            continue
+        lowest, highest = limits.get(name, (0, math.inf))
+        if not lowest <= value <= highest:
+            expected = f"at least {lowest}" if highest == math.inf else f"{lowest} to {highest}"
+            raise ConfigError(f"{name}: expected {expected}, found {value}.")
 
 
 @dataclass(frozen=True)
@@ -19,6 +39,18 @@ class LoopConfig:
     """What every stage has. Steps count optimiser updates of the generator or model."""
 
     _CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {"optimizer": ("adamw", "adamw8bit")}
+    _LIMITS: ClassVar[Limits] = {
+        "steps": AT_LEAST_1,
+        "beta2": (0, 0.99999),
+        "final_rate": SHARE,
+        "ema_decay": SHARE,
+        "accumulate": AT_LEAST_1,
+        "photos_per_batch": AT_LEAST_1,
+        "crops_per_photo": AT_LEAST_1,
+        "crop_px": AT_LEAST_1,
+        "context_px": AT_LEAST_1,
+        "checkpoint_steps": AT_LEAST_1,
+    }
 
     steps: int = 1000
     optimizer: str = "adamw"
@@ -38,9 +70,7 @@ class LoopConfig:
     validation_steps: int = 0  # 0: no validation
 
     def __post_init__(self) -> None:
-        for name in ("steps", "accumulate", "photos_per_batch", "crops_per_photo"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: expected at least 1, found {getattr(self, name)}.")
+        check_numbers(self, self._LIMITS)
         for name, choices in self._CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(
@@ -79,6 +109,7 @@ class VaeStageConfig(LoopConfig):
 class BaseStageConfig(LoopConfig):
     """Base denoiser: eps-prediction on latents of HQ photos, visual tokens dropped at random."""
 
+    _LIMITS = LoopConfig._LIMITS | {"drop_tokens": SHARE}
     steps: int = 1000
     learning_rate: float = 5e-4
     ema_decay: float = 0.998
@@ -101,6 +132,18 @@ class RcodStageConfig(LoopConfig):
         "metric": ("cosine", "l1"),
         "das": ("paper", "official", "uniform"),
         "constants": ("paper", "official"),
+    }
+    _LIMITS = LoopConfig._LIMITS | {
+        "rank_unet": AT_LEAST_1,
+        "rank_vae": AT_LEAST_1,
+        "rank_regulariser": AT_LEAST_1,
+        "n": AT_LEAST_1,
+        "k": AT_LEAST_1,
+        "metric_samples": (2, math.inf),  # M_min is less than M_max
+        "metric_quantile": (0, 0.49),
+        "any_level": SHARE,
+        "heavy_share": SHARE,
+        "mild_share": SHARE,
     }
     steps: int = 1300
     learning_rate: float = 3e-4
@@ -164,6 +207,7 @@ class MemStageConfig(LoopConfig):
 class EstimatorStageConfig(LoopConfig):
     """Degradation estimator: it sees crop_px / 4 of what was degraded."""
 
+    _LIMITS = LoopConfig._LIMITS | {"heavy_share": SHARE, "crop_px": (4, math.inf)}
     steps: int = 20_000
     learning_rate: float = 2e-4
     photos_per_batch: int = 8
@@ -244,6 +288,12 @@ class RunConfig:
     tensorboard: events too, in ``out``/tensorboard.
     """
 
+    _LIMITS: ClassVar[Limits] = {
+        "pairs_share": SHARE,
+        "validation_share": SHARE,
+        "validation_photos": AT_LEAST_1,
+    }
+
     data: tuple[str, ...]
     out: str
     pairs: tuple[str, ...] = ()
@@ -258,6 +308,15 @@ class RunConfig:
     validation_share: float = 0.0
     validation_photos: int = 8
     tensorboard: bool = False
+
+    def __post_init__(self) -> None:
+        check_numbers(self, self._LIMITS)
+
+    @property
+    def stages(self) -> dict[str, LoopConfig]:
+        """By the names of their fields."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, LoopConfig)}
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=1) + "\n"
@@ -309,6 +368,8 @@ class RcodSConfig(RunConfig):
 class EstimatorConfig(RunConfig):
     """One run of ``rcod-train estimator``; the sizes are S3Diff's."""
 
+    _LIMITS = RunConfig._LIMITS | dict.fromkeys(("width", "features", "hidden"), AT_LEAST_1)
+
     width: int = 64
     features: int = 128
     hidden: int = 512
@@ -322,7 +383,8 @@ def with_overrides(config: Config, assignments: list[str]) -> Config:
     """Apply ``stage.field=value`` assignments; the field's type decides how a value is read.
 
     Raises:
-        ConfigError: unknown field, or a value that is not of the field's type.
+        ConfigError: unknown field, a list, or a value that is not of the field's type or beyond its
+            limits.
     """
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
@@ -347,7 +409,16 @@ def _replaced(node: Any, path: list[str], text: str, assignment: str) -> Any:
         )
     if len(path) > 1:
         raise ConfigError(f"--set {assignment!r}: {path[0]!r} has no field {path[1]!r}.")
-    return dataclasses.replace(node, **{path[0]: _parsed(current, text, assignment)})
+    if isinstance(current, tuple):
+        raise ConfigError(
+            f"--set {assignment!r}: {path[0]!r} is a list, which --set can't give; expected "
+            f"--{path[0]} with its parts one after another."
+        )
+    value = _parsed(current, text, assignment)
+    try:
+        return dataclasses.replace(node, **{path[0]: value})
+    except ConfigError as exc:
+        raise ConfigError(f"--set {assignment!r}: {exc}") from exc
 
 
 def _parsed(current: Any, text: str, assignment: str) -> Any:

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from rcod_train.config import LoopConfig
 from rcod_train.degradation import PRESETS, Strength, degrade, upsample_lq
-from rcod_train.errors import ConfigError, DataError, RcodTrainError, TrainError
+from rcod_train.errors import DataError, RcodTrainError, TrainError
 from rcod_train.photos import SCALE, UNREADABLE, Photo, Pixels
 
 log = logging.getLogger(__name__)
@@ -71,10 +71,6 @@ class PhotoBatches(Dataset[Batch]):
         degradations: Mapping[str, float] | None,
         pairs_share: float = 0.5,
     ) -> None:
-        if not 0 < config.crop_px <= config.context_px:
-            raise ConfigError(
-                f"crop_px: expected 1 to context_px ({config.context_px}), found {config.crop_px}."
-            )
         # Before OpenCV's first call: threads of its pool don't live on in a forked worker, which
         # waits for them for ever.
         cv2.setNumThreads(1)

@@ -12,6 +12,7 @@ from rcod_train.checkpoint import CheckpointInfo, load_merged
 from rcod_train.config import TrainConfig
 from rcod_train.errors import CheckpointError, ConfigError
 from rcod_train.models.mem import Mem
+from rcod_train.models.vae import NanoVae
 from rcod_train.network import NANO_LATENT_CHANNELS, Parts, build_nano, freeze, seeded
 from rcod_train.run import Run
 from rcod_train.stages.base import BaseStage, measure_scaling_factor
@@ -23,6 +24,7 @@ from rcod_train.stages.vae import VaeStage
 log = logging.getLogger(__name__)
 
 SCALING_BATCHES = 8
+SMALLEST_CROP_PX = 3 * NanoVae.factor  # the MEM takes second differences of the latent
 
 
 def train_nano(
@@ -37,8 +39,9 @@ def train_nano(
     The result depends on the configuration, the photos and the number of threads alone.
 
     Raises:
-        ConfigError, DataError: see ``Run``. CheckpointError: see ``load_start``.
+        ConfigError, DataError: see ``check_crops``, ``Run``. CheckpointError: see ``load_start``.
     """
+    check_crops(config)
     run = Run(config, (config.vae, config.base, config.regression, config.rcod, config.mem), resume)
     parts, start = load_start(config) if config.start else (build_nano(config.seed), None)
     run.start()
@@ -64,6 +67,20 @@ def train_nano(
             del info.training[unused]
         info.training["from"] = {"name": start.name, "training": start.training}
     return run.save(rcod.merge(), info)
+
+
+def check_crops(config: TrainConfig) -> None:
+    """Before a run begins: a latent is whole.
+
+    Raises:
+        ConfigError: a stage's crops can't be.
+    """
+    for name, stage in config.stages.items():
+        if stage.crop_px % NanoVae.factor or stage.crop_px < SMALLEST_CROP_PX:
+            raise ConfigError(
+                f"{name}.crop_px: expected a multiple of {NanoVae.factor} from {SMALLEST_CROP_PX} "
+                f"on, found {stage.crop_px}."
+            )
 
 
 def load_start(config: TrainConfig) -> tuple[Parts, CheckpointInfo]:

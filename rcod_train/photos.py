@@ -23,6 +23,7 @@ Pixels = NDArray[np.uint8]
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"})
 SCALE = 4  # of HQ to LQ
+_BITS_PER_SAMPLE = 258  # TIFF's tag
 # What Pillow's decoders raise on damaged files.
 UNREADABLE = (
     OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError,
@@ -50,6 +51,11 @@ class Photo:
     def __str__(self) -> str:
         return str(self.path) if self.span is None else f"{self.path}: {self.name}"
 
+    @property
+    def file(self) -> tuple[Path, tuple[int, int] | None]:
+        """Tells whether two photos are one file, whatever folder or link they were found by."""
+        return self.path.resolve(), self.span
+
     def open(self) -> Image.Image:
         """The image, not decoded yet.
 
@@ -64,15 +70,15 @@ class Photo:
             return Image.open(io.BytesIO(shard.read(count)))
 
     def read(self) -> Pixels:
-        """(H, W, 3) uint8 RGB; raises like ``open``."""
+        """(H, W, 3) uint8 RGB; raises like ``open``, and DataError like ``find_photos``."""
         with self.open() as image:
-            return np.asarray(image.convert("RGB"))
+            return _rgb(image, str(self))
 
     def read_lq(self) -> Pixels:
-        """The partner, (H/4, W/4, 3); raises like ``open``."""
+        """The partner, (H/4, W/4, 3); raises like ``read``."""
         assert self.lq is not None
         with Image.open(self.lq) as image:
-            return np.asarray(image.convert("RGB"))
+            return _rgb(image, str(self.lq))
 
 
 def find_photos(sources: tuple[str, ...], min_side_px: int) -> list[Photo]:
@@ -80,23 +86,32 @@ def find_photos(sources: tuple[str, ...], min_side_px: int) -> list[Photo]:
     are large enough; sorted by path. Shards are plain tar files, as webdataset has them; their
     members are read at random by their place, so a batch depends on nothing but its number.
 
-    The others are counted and named in a warning.
+    A file that lies below several of the sources counts once, named by the first. Files that don't
+    open or are too small are counted and named in a warning.
 
     Raises:
-        DataError: a source is missing, a shard is damaged, or no photo is left.
+        DataError: a source is missing, a shard is damaged, a photo's white can't be known, or no
+            photo is left.
     """
-    candidates: list[Photo] = []
+    found: list[Photo] = []
     for source in map(Path, sources):
         if not (source.is_dir() or source.suffix == ".tar" and source.is_file()):
             raise DataError(
                 f"{source}: expected a folder of photos or a .tar shard, found none. Check --data."
             )
-        candidates += _below(source) if source.is_dir() else _in_shard(source)
+        below = _below(source) if source.is_dir() else _in_shard(source)
+        found += sorted(below, key=_order)
+    candidates = {photo.file: photo for photo in reversed(found)}.values()
+    if len(candidates) < len(found):
+        log.warning("%d files were found more than once; each counts once",
+                    len(found) - len(candidates))  # fmt: skip
     photos, skipped = [], []
-    for photo in sorted(candidates, key=lambda p: (p.path, p.name)):
+    for photo in sorted(candidates, key=_order):
         try:
             with photo.open() as image:
                 large_enough = min(image.size) >= min_side_px
+                if large_enough:
+                    _white(image, str(photo))
         except UNREADABLE:
             large_enough = False
         (photos if large_enough else skipped).append(photo)
@@ -123,8 +138,8 @@ def find_pairs(folder: str, min_side_px: int) -> list[Photo]:
     LR's. Pairs whose HR is smaller than ``min_side_px`` are skipped, counted and named.
 
     Raises:
-        DataError: a folder is missing, an image has no partner or does not open, sides don't fit,
-            or no pair is left.
+        DataError: a folder is missing, an image has no partner or does not open, its white can't
+            be known, sides don't fit, or no pair is left.
     """
     root = Path(folder)
     for part in ("LR", "HR"):
@@ -145,6 +160,7 @@ def find_pairs(folder: str, min_side_px: int) -> list[Photo]:
             try:
                 with Image.open(path) as image:
                     sizes.append(image.size)
+                    _white(image, str(path))
             except UNREADABLE as exc:
                 raise DataError(f"{path}: not a readable image ({exc}). Remove the pair.") from exc
         if sizes[0] != (sizes[1][0] * SCALE, sizes[1][1] * SCALE):
@@ -185,6 +201,33 @@ def first_readable(photos: list[Photo], count: int) -> list[Photo]:
     return found
 
 
+def _white(image: Image.Image, source: str) -> int:
+    """The value that is white, told without decoding.
+
+    Raises:
+        DataError: none is: integers of 32 bits or with a sign, or floating point.
+    """
+    if image.mode in ("I", "F"):
+        raise DataError(
+            f"{source}: expected 8 or 16 bits a channel, found Pillow's mode {image.mode} (signed, "
+            "32 bits or floating point): which value is white can't be known. Save it with 8 or "
+            "16 bits, or remove it."
+        )
+    if not image.mode.startswith("I;16"):
+        return 255
+    bits = getattr(image, "tag_v2", {}).get(_BITS_PER_SAMPLE, (16,))  # 12 in some TIFF files
+    return int(2 ** bits[0] - 1)
+
+
+def _rgb(image: Image.Image, source: str) -> Pixels:
+    """(H, W, 3) uint8. Pillow's conversion would cut deeper grey off at 255."""
+    white = _white(image, source)
+    if white == 255:
+        return np.asarray(image.convert("RGB"))
+    grey = np.asarray(image, np.float32) * (255 / white)
+    return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
+
+
 def _by_stem(folder: Path) -> dict[str, Path]:
     images: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):
@@ -196,6 +239,10 @@ def _by_stem(folder: Path) -> dict[str, Path]:
                 )
             images[path.stem] = path
     return images
+
+
+def _order(photo: Photo) -> tuple[Path, str]:
+    return photo.path, photo.name
 
 
 def _below(folder: Path) -> Iterator[Photo]:

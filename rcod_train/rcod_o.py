@@ -36,7 +36,7 @@ def train_rcod_o(
     condition = None
     if config.text:
         width = int(parts.unet.config.cross_attention_dim)
-        condition = TextEmbeddings(Path(config.text), run.photo_names(), width)
+        condition = TextEmbeddings(Path(config.text), run.photos, width)
     run.start()
     freeze(parts, run.device)
 

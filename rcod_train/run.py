@@ -14,7 +14,14 @@ import torch
 
 from rcod_train.board import Board
 from rcod_train.checkpoint import CheckpointInfo, levels_of, save_merged
-from rcod_train.config import LoopConfig, RcodStageConfig, RunConfig
+from rcod_train.config import (
+    BaseStageConfig,
+    EstimatorStageConfig,
+    LoopConfig,
+    RcodStageConfig,
+    RunConfig,
+    VaeStageConfig,
+)
 from rcod_train.data import Batch, PhotoBatches, batches, worker_deaths
 from rcod_train.errors import ConfigError, MetricError, MissingPackage, TrainError
 from rcod_train.files import file_written_whole
@@ -22,7 +29,7 @@ from rcod_train.grouping import Grouping, check_groups, official_grouping
 from rcod_train.loop import Stage, run_stage
 from rcod_train.network import Parts
 from rcod_train.perceptual import load_lpips
-from rcod_train.photos import Photo, find_pairs, find_photos, first_readable
+from rcod_train.photos import SCALE, Photo, find_pairs, find_photos, first_readable
 from rcod_train.precision import Autocast, resolve_device, resolve_precision
 from rcod_train.quality.pristine import Pristine, load_pristine
 from rcod_train.ranks import join
@@ -64,15 +71,13 @@ class Run:
     """Checks the arguments and finds the photos first; nothing is written before ``start``.
 
     Raises:
-        ConfigError, DataError: see ``check_groups``, ``find_photos``, ``resolve_device``,
+        ConfigError, DataError: see ``check_stages``, ``find_photos``, ``resolve_device``,
             ``resolve_precision``.
     """
 
     def __init__(self, config: RunConfig, stages: tuple[LoopConfig, ...], resume: bool) -> None:
         self.config, self.resume, self.out = config, resume, Path(config.out)
-        for stage in stages:
-            if isinstance(stage, RcodStageConfig):
-                check_groups(stage)
+        check_stages(config)
         if config.threads:
             torch.set_num_threads(config.threads)
         self.ranks = join(on_cpu=config.device == "cpu")
@@ -90,6 +95,8 @@ class Run:
         if config.validation:
             self.held_out = find_photos((config.validation,), side)
             self.photos = _without(self.photos, self.held_out)
+            if not self.photos:
+                raise ConfigError("--validation holds all photos of --data. Choose another folder.")
         elif config.validation_share:
             self.photos, self.held_out = _split(self.photos, config.validation_share)
         if self.held_out:
@@ -98,9 +105,7 @@ class Run:
         self.perceptual = load_lpips(self.device) if config.use_lpips else None
         self._boards: dict[str, Board] = {}
         if config.tensorboard and self.ranks.writes:
-            names = (f.name for f in dataclasses.fields(config))
-            stages = [n for n in names if isinstance(getattr(config, n), LoopConfig)]
-            self._boards = {n: Board(self.out / "tensorboard" / n) for n in stages}
+            self._boards = {n: Board(self.out / "tensorboard" / n) for n in config.stages}
 
     def start(self) -> None:
         """The folder of the run, with its resolved configuration."""
@@ -113,10 +118,6 @@ class Run:
             raise TrainError(
                 f"{self.out}: can't be written ({exc.strerror or exc}). Choose another --out."
             ) from exc
-
-    def photo_names(self) -> list[str]:
-        """Every photo's path below its --data folder, in the order of ``Batch.photo``."""
-        return [photo.name for photo in self.photos]
 
     def batches_of(
         self,
@@ -237,25 +238,52 @@ class Run:
         return record | {"photos": len(self.photos)}
 
 
+def check_stages(config: RunConfig) -> None:
+    """What several settings of a stage have to do with each other: a configuration can't tell while
+    they are set one by one, and a late stage would only after hours.
+
+    Raises:
+        ConfigError: crops larger than their context, a context that can't be degraded, shares of
+            more than all samples, groups that there can't be.
+    """
+    for name, stage in config.stages.items():
+        if stage.crop_px > stage.context_px:
+            raise ConfigError(
+                f"{name}.crop_px: expected 1 to context_px ({stage.context_px}), found "
+                f"{stage.crop_px}."
+            )
+        if not isinstance(stage, (VaeStageConfig, BaseStageConfig)) and stage.context_px % SCALE:
+            raise ConfigError(
+                f"{name}.context_px: expected a multiple of {SCALE}, by which photos are made "
+                f"smaller, found {stage.context_px}."
+            )
+        if isinstance(stage, (RcodStageConfig, EstimatorStageConfig)):
+            try:
+                stage.degradations  # noqa: B018
+            except ConfigError as exc:
+                raise ConfigError(f"{name}.{exc}") from exc
+        if isinstance(stage, RcodStageConfig):
+            check_groups(stage)
+
+
 def _without(photos: list[Photo], held_out: list[Photo]) -> list[Photo]:
-    """The photos that are not in the validation folder, which may lie below a data folder."""
-    there = {(photo.path.resolve(), photo.span) for photo in held_out}
-    left = [photo for photo in photos if (photo.path.resolve(), photo.span) not in there]
-    if not left:
-        raise ConfigError("--validation holds all photos of --data. Choose another folder.")
-    return left
+    """The photos of other files: the validation folder may lie below a data folder, and a pair's HR
+    image may be among the photos."""
+    there = {photo.file for photo in held_out}
+    return [photo for photo in photos if photo.file not in there]
 
 
 def _split(photos: list[Photo], share: float) -> tuple[list[Photo], list[Photo]]:
     """Every n-th photo is held out: at least one, and at least one is left."""
     count = max(1, round(len(photos) * share))
-    if not 0 < share < 1 or count >= len(photos):
+    held_out = [photos[i * len(photos) // count] for i in range(count)]
+    left = _without(photos, held_out)
+    if not 0 < share < 1 or not left:
         raise ConfigError(
             f"validation_share: expected a share of {len(photos)} photos that leaves one to train "
             f"on, found {share}. Add photos, or give a folder with --validation."
         )
-    held_out = [photos[i * len(photos) // count] for i in range(count)]
-    return [photo for photo in photos if photo not in set(held_out)], held_out
+    return left, held_out
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

@@ -11,9 +11,10 @@ from safetensors.torch import save_file
 from rcod_train.conditions import HqTokens, TextEmbeddings
 from rcod_train.data import Batch
 from rcod_train.errors import DataError
+from rcod_train.photos import Photo
 from tests.tiny import tiny_parts
 
-PHOTOS = ["a/1.png", "2.png", "3.png"]
+PHOTOS = [Photo(Path("photos", name), name) for name in ("a/1.png", "2.png", "3.png")]
 TEXT = {"negative": torch.zeros(5, 8), "prompt": torch.ones(5, 8), "a/1.png": torch.full((5, 8), 7)}
 
 
@@ -38,6 +39,16 @@ def test_a_photo_without_text_is_named(tmp_path: Path) -> None:
     save_file({"negative": TEXT["negative"], "2.png": TEXT["prompt"]}, tmp_path / "t")
     with pytest.raises(DataError, match=r'2 of 3 photos have no embedding \("a/1.png"'):
         TextEmbeddings(tmp_path / "t", PHOTOS, 8)
+
+
+def test_one_text_is_not_shared_by_two_photos_of_a_name(tmp_path: Path) -> None:
+    """The files below two --data folders may have the same names; the common text is for all."""
+    file = saved(tmp_path / "t")
+    others = [Photo(Path("more", name), name) for name in ("2.png", "a/1.png")]
+    keys = TextEmbeddings(file, [*PHOTOS, PHOTOS[0], others[0]], 8).keys
+    assert keys == ["a/1.png", "prompt", "prompt", "a/1.png", "prompt"]
+    with pytest.raises(DataError, match="two photos, photos/a/1.png and more/a/1.png, and an"):
+        TextEmbeddings(file, [*PHOTOS, *others], 8)
 
 
 def test_files_of_another_layout_are_named(tmp_path: Path) -> None:

@@ -39,6 +39,22 @@ def test_a_value_is_read_by_the_type_of_its_field() -> None:
         ("rcod.steps=many", "expected a value of type int"),
         ("rcod.vsd_weight=x", "expected a value of type float"),
         ("rcod.train_decoder=1", "expected a value of type bool"),
+        ("data=foo", "'data' is a list, which --set can't give; expected --data with its parts"),
+        (
+            "vae.checkpoint_steps=0",
+            "vae.checkpoint_steps=0': checkpoint_steps: expected at least 1",
+        ),
+        ("vae.crop_px=0", "crop_px: expected at least 1, found 0"),
+        ("vae.beta2=1", "beta2: expected 0 to 0.99999, found 1.0"),
+        ("base.learning_rate=-1", "learning_rate: expected at least 0, found -1.0"),
+        ("base.learning_rate=nan", "learning_rate: expected at least 0, found nan"),
+        ("base.drop_tokens=2", "drop_tokens: expected 0 to 1, found 2.0"),
+        ("rcod.rank_unet=0", "rank_unet: expected at least 1, found 0"),
+        ("rcod.metric_samples=0", "metric_samples: expected at least 2, found 0"),
+        ("rcod.metric_quantile=0.6", "metric_quantile: expected 0 to 0.49, found 0.6"),
+        ("rcod.heavy_share=1.5", "heavy_share: expected 0 to 1, found 1.5"),
+        ("workers=-1", "workers: expected at least 0, found -1"),
+        ("pairs_share=-1", "pairs_share: expected 0 to 1, found -1.0"),
     ],
 )
 def test_a_wrong_assignment_is_named(assignment: str, words: str) -> None:
@@ -70,6 +86,33 @@ def test_missing_lpips_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ([], 9, "DataError: .*expected a folder of photos"),
         (["--set", "rcod.stepz=1"], 2, "ConfigError: .*unknown field"),
+        (["--seed", "-1"], 2, "ConfigError: seed: expected at least 0, found -1"),
+        (
+            ["--set", "vae.crop_px=60"],
+            2,
+            "vae.crop_px: expected a multiple of 8 from 24 on, found 60",
+        ),
+        (
+            ["--set", "mem.crop_px=16"],
+            2,
+            "mem.crop_px: expected a multiple of 8 from 24 on, found 16",
+        ),
+        (
+            ["--set", "mem.crop_px=128", "--set", "mem.context_px=64"],
+            2,
+            r"ConfigError: mem.crop_px: expected 1 to context_px \(64\), found 128",
+        ),
+        (
+            ["--set", "mem.context_px=390"],
+            2,
+            "mem.context_px: expected a multiple of 4, .* found 390",
+        ),
+        (["--set", "vae.context_px=258"], 9, "DataError"),  # it degrades nothing
+        (
+            ["--set", "rcod.heavy_share=0.8", "--set", "rcod.mild_share=0.4"],
+            2,
+            "ConfigError: rcod.heavy_share and mild_share: .* together, found 0.8 and 0.4",
+        ),
         (["--set", "rcod.n=5"], 2, "ConfigError: rcod.n: expected 1 to 4 groups, found 5"),
         (["--set", "rcod.n=4"], 2, "rcod.k: expected 1 to 249 with 4 groups, found 250"),
         (["--set", "rcod.n=4", "--set", "rcod.k=249"], 9, "DataError: .*expected a folder"),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import multiprocessing
 import os
+import shutil
 import signal
+import struct
 import tarfile
 import time
 from pathlib import Path
@@ -16,11 +19,12 @@ import pytest
 import torch
 from PIL import Image
 
-from rcod_train.config import LoopConfig, degradation_shares
+from rcod_train.config import LoopConfig, TrainConfig, degradation_shares
 from rcod_train.data import Batch, PhotoBatches, batches, worker_deaths
-from rcod_train.errors import DataError, TrainError
+from rcod_train.errors import ConfigError, DataError, TrainError
 from rcod_train.main import main
-from rcod_train.photos import find_pairs, find_photos, first_readable
+from rcod_train.photos import Photo, find_pairs, find_photos, first_readable
+from rcod_train.run import Run
 
 CONFIG = LoopConfig(photos_per_batch=4, crops_per_photo=2, crop_px=64, context_px=96)
 SHARES = degradation_shares(0.5)
@@ -52,6 +56,86 @@ def made(
     photos: list, presets: dict[str, float] | None = SHARES, share: float = 0.5, i: int = 0
 ) -> Batch:
     return PhotoBatches(photos, CONFIG, 0, 32, presets, share)[i]
+
+
+# -- depths ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("a.png", "<u2"), ("a.tif", "<u2"), ("a.tif", ">u2")])
+def test_16_bit_grey_keeps_its_tones(tmp_path: Path, name: str, dtype: str) -> None:
+    """Pillow's own conversion makes white of all above 255, which are 99.6 % of a ramp."""
+    ramp = np.arange(2**16, dtype=dtype).reshape(256, 256)
+    Image.fromarray(ramp).save(tmp_path / name)
+    (photo,) = find_photos((str(tmp_path),), 96)
+    expected = np.round(ramp / 257).astype(np.uint8)
+    assert np.array_equal(photo.read(), np.dstack([expected] * 3))
+    assert np.array_equal(Photo(Path(), "", lq=tmp_path / name).read_lq(), photo.read())
+
+
+def test_12_bit_grey_is_white_at_4095(tmp_path: Path) -> None:
+    """0x888 of 0xfff; bytes of 0x88 are that in 12 bits, and what the file is written from."""
+    file = tmp_path / "a.tif"
+    Image.fromarray(np.full((96, 96), 0x8888, np.uint16)).save(file)
+    bits = [struct.pack("<HHIHH", 258, 3, 1, n, 0) for n in (16, 12)]  # TIFF's BitsPerSample
+    assert file.read_bytes().count(bits[0]) == 1
+    file.write_bytes(file.read_bytes().replace(*bits))
+    with Image.open(file) as image:
+        assert np.asarray(image).max() == 0x888
+    (photo,) = find_photos((str(tmp_path),), 96)
+    assert np.unique(photo.read()).tolist() == [0x88]
+
+
+@pytest.mark.parametrize(("dtype", "mode"), [(np.float32, "F"), (np.int32, "I")])
+def test_a_photo_whose_white_cannot_be_known_is_refused_by_name(
+    photos: Path, tmp_path: Path, dtype: type, mode: str
+) -> None:
+    words = rf"a\.tif: expected 8 or 16 bits a channel, found Pillow's mode {mode} "
+    deep = Image.fromarray(np.zeros((32, 40), dtype))
+    deep.save(tmp_path / "a.tif")
+    assert len(find_photos((str(photos), str(tmp_path)), 96)) == 4  # skipped anyway: it is small
+    with pytest.raises(DataError, match=words):
+        find_photos((str(tmp_path),), 32)
+    folder = pairs(tmp_path / "pairs", photos)
+    (folder / "LR" / "2.png").unlink()
+    deep.save(folder / "LR" / "2.tif")
+    with pytest.raises(DataError, match=words.replace("a", "2", 1)):
+        find_pairs(str(folder), 96)
+
+
+# -- one file, found twice -------------------------------------------------------------------------
+
+
+def test_a_file_below_two_folders_or_linked_counts_once(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(photos, tmp_path / "a")
+    (tmp_path / "link.png").symlink_to(tmp_path / "a" / "0.png")
+    tar = shard(tmp_path / "a" / "b.tar", photos)
+    with caplog.at_level(logging.WARNING):
+        found = find_photos((str(tmp_path), str(tmp_path / "a"), str(tar)), 96)
+    names = {photo.name for photo in found}
+    assert names == {f"{folder}{n}.png" for folder in ("", "a/") for n in range(4)}
+    assert len(found) == 8
+    assert [str(p) for p in found] == sorted(str(p) for p in found)
+    assert "13 files were found more than once" in caplog.text
+
+
+def test_no_file_is_both_held_out_and_trained_on(photos: Path, tmp_path: Path) -> None:
+    """Neither by a folder inside another one, nor as a photo that is a pair's HR image too."""
+    shutil.copytree(photos, tmp_path / "two" / "a")
+    folder = pairs(tmp_path / "pairs", photos)
+    for data, paired in (
+        ((tmp_path / "two", tmp_path / "two" / "a"), ()),
+        ((folder / "HR",), (folder,)),
+    ):
+        config = TrainConfig(
+            tuple(map(str, data)), "", tuple(map(str, paired)), validation_share=0.4
+        )
+        run = Run(config, (CONFIG,), resume=False)
+        held_out = {photo.file for photo in run.held_out}
+        assert held_out and run.photos and not held_out & {photo.file for photo in run.photos}
+    with pytest.raises(ConfigError, match="validation_share: expected a share of 8 photos that"):
+        Run(dataclasses.replace(config, validation_share=0.9), (CONFIG,), resume=False)
 
 
 # -- shards ----------------------------------------------------------------------------------------

@@ -253,7 +253,8 @@ def test_photos_smaller_than_the_crop_are_named(
     ("extra", "code", "words"),
     [
         (("--set", "rcod.crop_px=32"), 2, "rcod.crop_px: expected a multiple of 64"),
-        (("--set", "rcod.crop_px=128"), 2, r"crop_px: expected 1 to context_px \(64\), found 128"),
+        (("--set", "rcod.crop_px=128"), 2, r"rcod.crop_px: expected 1 to context_px \(64\), found"),
+        (("--set", "mem.crop_px=128"), 2, r"mem.crop_px: expected 1 to context_px \(64\), found"),
         (("--set", "rcod.das=ours"), 2, "das: expected paper or official or uniform, found"),
         (("--set", "validation_share=0.9"), 2, "validation_share: expected a share of 4 photos"),
         (
