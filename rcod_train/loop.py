@@ -403,18 +403,20 @@ def _train(
             )
             progress.update()
             last = trainer.step == steps
-            stop = ranks.any(bool(stopped), trainer.device)
             every = stage.config.validation_steps
             if validate is not None and every and (last or trainer.step % every == 0):
                 if ranks.writes:
                     with trainer.averaged():
                         validate(trainer.step)
                 ranks.wait()
+            stop = ranks.any(bool(stopped), trainer.device)
             if last or stop or trainer.step % stage.config.checkpoint_steps == 0:
                 log_file.flush()
                 if ranks.writes:
                     trainer.save()
-            if stop and not last:
+            if last:  # no later step would see a signal that came while the state was written
+                stop = ranks.any(bool(stopped), trainer.device)
+            if stop:  # also after the last step: a stage may follow
                 raise Interrupted(
                     f"stage {stage.name}: stopped at step {trainer.step} of {steps}, state saved "
                     f"in {trainer.folder}. Continue with --resume."

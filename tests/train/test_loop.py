@@ -105,6 +105,33 @@ def test_a_signal_saves_and_the_resumed_run_ends_bit_for_bit_equal(
     assert torch.equal(resumed.w, expected.w) and resumed.seen == expected.seen
 
 
+@pytest.mark.parametrize("moment", ["step", "validation", "save"])
+def test_a_signal_in_the_last_step_stops_the_run_before_the_next_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    stage = Line(dataclasses.replace(CONFIG, validation_steps=6, checkpoint_steps=6))
+    real = torch.save
+
+    def signalled(when: str) -> None:
+        if when == moment:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def batches(first: int) -> Iterator[int]:
+        for i in numbers(first):
+            if i == 5:
+                signalled("step")
+            yield i
+
+    def saved(state: Any, file: Any) -> None:
+        signalled("save")
+        real(state, file)
+
+    monkeypatch.setattr(rcod_train.loop.torch, "save", saved)
+    with pytest.raises(Interrupted, match="stopped at step 6 of 6, state saved.*--resume"):
+        run_stage(stage, batches, tmp_path, 5, False, validate=lambda _: signalled("validation"))
+    run_stage(Line(stage.config), numbers, tmp_path, seed=5, resume=True)  # the next stage's turn
+
+
 def test_a_killed_run_resumes_from_its_last_checkpoint_and_the_log_has_no_step_twice(
     tmp_path: Path,
 ) -> None:
