@@ -314,7 +314,7 @@ class RunConfig:
 
     @property
     def stages(self) -> dict[str, LoopConfig]:
-        """By the names of their fields."""
+        """By the names of their fields, in the order that they are trained in."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, LoopConfig)}
 

@@ -14,7 +14,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,13 +28,15 @@ from tqdm import tqdm
 from rcod_train.config import LoopConfig
 from rcod_train.data import Batch
 from rcod_train.errors import CheckpointError, Interrupted, TrainError
+from rcod_train.fingerprint import fingerprint
 from rcod_train.precision import Autocast
 from rcod_train.ranks import Ranks
 
 log = logging.getLogger(__name__)
 
 KEPT_CHECKPOINTS = 2
-# Settings that a run may be continued with other values of: the weights don't depend on them.
+# Settings that a stage may be continued with other values of. A stage that later ones were built on
+# is not trained on, whatever its steps: see ``run_stage``.
 FREE = ("steps", "checkpoint_steps", "validation_steps", "gradient_checkpointing")
 
 
@@ -100,9 +102,16 @@ def make_optimizer(config: LoopConfig, members: Members) -> torch.optim.Optimize
 
 class _Trainer:
     def __init__(
-        self, stage: Stage, folder: Path, seed: int, autocast: Autocast, ranks: Ranks
+        self,
+        stage: Stage,
+        folder: Path,
+        seed: int,
+        autocast: Autocast,
+        ranks: Ranks,
+        inherited: Mapping[str, str],
     ) -> None:
         self.stage, self.folder, self.seed, self.step = stage, folder, seed, 0
+        self.inherited = dict(inherited)
         self.ranks, self.device = ranks, autocast.device
         self.parameters = {
             f"{group}.{name}": parameter
@@ -218,6 +227,7 @@ class _Trainer:
             "step": self.step,
             "seed": self.seed,
             "config": dataclasses.asdict(self.stage.config),
+            "inherited": self.inherited,
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "ema": self.ema,
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
@@ -258,6 +268,15 @@ class _Trainer:
             raise CheckpointError(
                 f"{path}: made with another configuration ({found or 'another seed'}). "
                 "Use the same settings, or another --out."
+            )
+        inherited = state.get("inherited", self.inherited)  # older checkpoints don't say
+        names = self.inherited | inherited
+        changed = [n for n in names if inherited.get(n) != self.inherited.get(n)]
+        if changed:
+            raise CheckpointError(
+                f"{path}: was built on other weights of {', '.join(changed)} than are there now: "
+                f"trained on or again since. Delete {self.folder} and the later stages' folders "
+                "and add --resume to train them again, or use another --out."
             )
         missing = self.parameters.keys() ^ state["parameters"].keys()
         if missing:
@@ -324,8 +343,11 @@ def run_stage(
     validate: Callable[[int], None] | None = None,
     ranks: Ranks | None = None,
     log_row: Callable[[dict[str, float]], None] | None = None,
-) -> None:
-    """Train a stage to its last step and leave its modules with the averaged (EMA) weights.
+    inherited: Mapping[str, str] | None = None,
+    later: Sequence[Path] = (),
+) -> str:
+    """Train a stage to its last step and leave its modules with the averaged (EMA) weights; returns
+    the fingerprint of these.
 
     Args:
         make_batches: first batch -> iterable of batches up to the stage's last step, which takes
@@ -337,13 +359,17 @@ def run_stage(
             weights, in the first process.
         ranks: the processes that train together; None: this one alone.
         log_row: takes every row of the loss log too, in the first process.
+        inherited: the fingerprint that each stage before this one left; the checkpoints keep them.
+        later: folders of the stages that build on this one.
 
     Raises:
-        CheckpointError: the checkpoint is of another configuration.
+        CheckpointError: the checkpoint is of another configuration or was built on other weights,
+            or there are steps left to train and a later stage was built on what is there.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
         TrainError: a loss or gradient is not finite, or a checkpoint can't be written.
     """
-    trainer = _Trainer(stage, folder, seed, autocast or Autocast("fp32"), ranks or Ranks())
+    autocast, ranks = autocast or Autocast("fp32"), ranks or Ranks()
+    trainer = _Trainer(stage, folder, seed, autocast, ranks, inherited or {})
     existing = sorted(folder.glob("step-*.pt"))
     if existing and not resume:
         raise CheckpointError(
@@ -354,9 +380,24 @@ def run_stage(
         trainer.load(existing[-1])
         log.info("stage %s: resumed at step %d", stage.name, trainer.step)
     if trainer.step < stage.config.steps:
+        _check_nothing_is_built_on(trainer, later)
         source = make_batches(trainer.step * stage.config.accumulate)
         _train(trainer, source, resume, validate, log_row)
     trainer.take_ema()
+    return fingerprint(trainer.parameters.values())
+
+
+def _check_nothing_is_built_on(trainer: _Trainer, later: Sequence[Path]) -> None:
+    """Before the work: the later stages would refuse what it makes, and it prunes the checkpoint
+    that they were built on."""
+    built = [str(folder) for folder in later if any(folder.glob("step-*.pt"))]
+    if built:
+        name, steps = trainer.stage.name, trainer.stage.config.steps
+        raise CheckpointError(
+            f"{trainer.folder}: stage {name} would be trained on from step {trainer.step} to "
+            f"{steps}, and later stages were built on what it is now. Keep {name}.steps, or delete "
+            f"{' '.join(built)} to train them again, or use another --out."
+        )
 
 
 def _train(

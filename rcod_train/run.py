@@ -103,6 +103,7 @@ class Run:
             self.held_out = first_readable(self.held_out, config.validation_photos)
         self.unreadable: set[str] = set()  # photos that were named as such
         self.perceptual = load_lpips(self.device) if config.use_lpips else None
+        self.trained: dict[str, str] = {}  # the fingerprint of what each stage left
         self._boards: dict[str, Board] = {}
         if config.tensorboard and self.ranks.writes:
             self._boards = {n: Board(self.out / "tensorboard" / n) for n in config.stages}
@@ -149,10 +150,14 @@ class Run:
     ) -> None:
         folder, seed, board = self.out / stage.name, self.config.seed, self._boards.get(stage.name)
         log_row = None if board is None else board.row
+        names = list(self.config.stages)
+        later = [self.out / name for name in names[names.index(stage.name) + 1 :]]
         try:
             with worker_deaths():
-                run_stage(stage, make, folder, seed, self.resume, self.autocast, validate,
-                          self.ranks, log_row)  # fmt: skip
+                self.trained[stage.name] = run_stage(
+                    stage, make, folder, seed, self.resume, self.autocast, validate,
+                    self.ranks, log_row, self.trained, later,
+                )  # fmt: skip
         finally:
             if board is not None:
                 board.close()

@@ -7,7 +7,6 @@ in the place of VSD, as S3Diff has it.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from rcod_train.conditions import Condition, HqTokens
 from rcod_train.config import RcodStageConfig
 from rcod_train.data import Batch, to_unit
 from rcod_train.errors import CheckpointError, TrainError
+from rcod_train.fingerprint import fingerprint
 from rcod_train.grouping import (
     METRICS,
     Grouping,
@@ -80,16 +80,14 @@ def measure_metric_range(
     return low, high
 
 
-def fingerprint(parts: Parts) -> str:
-    """Tells base models and estimators apart: a hash of the U-Net's first convolution, and of the
-    estimator's weights where there is one."""
-    weights = [parts.unet.conv_in.weight]
+def base_weights(parts: Parts) -> Iterator[Tensor]:
+    """Of the base model, and of the degradation estimator where there is one; not what is added to
+    them here, which is drawn from the seed."""
+    modules = [parts.vae, parts.unet, parts.vpim]
     if parts.guide is not None:
-        weights += parts.guide.estimator.parameters()
-    digest = hashlib.sha256()
-    for weight in weights:
-        digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        modules.append(parts.guide.estimator)
+    for module in modules:
+        yield from (w for name, w in module.state_dict().items() if "lora_" not in name)
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ class RcodStage:
         self.grouping, self.perceptual = grouping, perceptual
         official = OFFICIAL_ALPHA_BAR if parts.guide is None else OFFICIAL_ALPHA_BAR_S
         self.fixed_alpha_bar = official if config.constants == "official" else None
-        self.base_fingerprint = fingerprint(parts)
+        self.base_fingerprint = fingerprint(base_weights(parts))
         self.model: Adapted = (
             LoraModel(parts, config, autocast) if parts.guide is None else GuidedModel(parts)
         )
@@ -321,14 +319,14 @@ class RcodStage:
         state: dict[str, Any] = {
             "m_min": self.grouping.m_min,
             "m_max": self.grouping.m_max,
-            "base": self.base_fingerprint,
+            "base_weights": self.base_fingerprint,
         }
         if self.discriminator is not None:  # the vectors of the spectral norm
             state["discriminator_buffers"] = dict(self.discriminator.named_buffers())
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        if state.get("base", self.base_fingerprint) != self.base_fingerprint:
+        if state.get("base_weights", self.base_fingerprint) != self.base_fingerprint:
             raise CheckpointError(
                 "the run to resume was trained on another base model or another --estimator. "
                 "Use those and its --precision, or another --out."

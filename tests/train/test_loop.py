@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,10 +17,11 @@ import torch
 from torch.nn import Parameter
 
 import rcod_train.loop
-from rcod_train.config import LoopConfig
+from rcod_train.config import LoopConfig, TrainConfig
 from rcod_train.errors import CheckpointError, Interrupted, TrainError
 from rcod_train.loop import Update, read_checkpoint, run_stage
 from rcod_train.precision import Autocast
+from rcod_train.run import Run
 
 CONFIG = LoopConfig(steps=6, checkpoint_steps=2, learning_rate=0.1, warmup_steps=1)
 
@@ -183,6 +185,37 @@ def test_a_longer_run_of_the_same_settings_is_continued(tmp_path: Path) -> None:
     longer = Line(dataclasses.replace(CONFIG, steps=8))
     run_stage(longer, lambda first: range(first, 8), tmp_path, seed=5, resume=True)
     assert longer.seen == 8
+
+
+def test_a_stage_is_resumed_on_the_weights_that_it_was_built_on_alone(
+    photos: Path, tmp_path: Path
+) -> None:
+    def trained(steps: int, resume: bool) -> None:
+        config = TrainConfig((str(photos),), str(tmp_path))
+        run = Run(config, (LoopConfig(context_px=96, crop_px=64),), resume)
+        for name, last in (("vae", steps), ("base", 6)):
+            stage = Line(dataclasses.replace(CONFIG, steps=last))
+            stage.name = name
+            run.train(stage, lambda first, last=last: range(first, last))
+
+    trained(6, resume=False)
+    trained(6, resume=True)
+    base, aside = tmp_path / "base", tmp_path / "aside"
+    words = f"stage vae would be trained on from step 6 to 8, .* delete {base} to train them again"
+    with pytest.raises(CheckpointError, match=words):
+        trained(8, resume=True)
+    base.rename(aside)
+    trained(8, resume=True)
+    shutil.rmtree(base)
+    aside.rename(base)
+    words = f"built on other weights of vae than .* Delete {base} and the later stages' folders"
+    with pytest.raises(CheckpointError, match=words):
+        trained(8, resume=True)
+    newest = base / "step-0000006.pt"
+    state = read_checkpoint(newest)
+    del state["inherited"]  # an older one is taken at its word
+    torch.save(state, newest)
+    trained(8, resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_is_named(tmp_path: Path) -> None:

@@ -119,6 +119,19 @@ def test_a_killed_and_resumed_run_ends_bit_for_bit_equal(
     assert [name for name in expected if not torch.equal(expected[name], found[name])] == []
 
 
+def test_a_stage_that_others_were_built_on_is_not_trained_on(
+    photos: Path, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A new encoder would ship with the decoder, U-Net, VPIM and MEM that were made for the old."""
+    before = {p: p.stat().st_mtime_ns for p in whole.rglob("step-*.pt")}
+    assert main(arguments(photos, whole, "--resume", "--set", "vae.steps=40")) == 9
+    error = capsys.readouterr().err
+    built = " ".join(str(whole / name) for name in ("base", "regression", "rcod", "mem"))
+    assert "stage vae would be trained on from step 3 to 40" in error
+    assert f"delete {built} to train them again, or use another --out" in error
+    assert {p: p.stat().st_mtime_ns for p in whole.rglob("step-*.pt")} == before
+
+
 def test_a_run_goes_on_from_a_merged_checkpoint(photos: Path, whole: Path, tmp_path: Path) -> None:
     start = ("--from", str(whole / "checkpoint"), "--set", "rcod.learning_rate=1e-9",
              "--set", "rcod.decoder_learning_rate=1e-9", "--name", "mine")  # fmt: skip

@@ -236,7 +236,7 @@ def test_nothing_is_computed_on_another_device_than_the_networks(
 ) -> None:
     """On the meta device, which has shapes and no values: an operation on two devices fails there
     as on a GPU. It says nothing of results, speed or memory."""
-    monkeypatch.setattr(rcod_train.stages.rcod, "fingerprint", lambda parts: "")
+    monkeypatch.setattr(rcod_train.stages.rcod, "fingerprint", lambda weights: "")
     meta = torch.device("meta")
     vpim = ClipVpim(tiny_clip().config.to_dict(), 24)
     parts = Parts(SdVae.from_config(tiny_vae().config), tiny_unet(), vpim)

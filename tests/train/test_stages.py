@@ -9,7 +9,7 @@ import torch
 
 from rcod_train.config import RcodStageConfig
 from rcod_train.data import Batch, to_unit
-from rcod_train.errors import TrainError
+from rcod_train.errors import CheckpointError, TrainError
 from rcod_train.grouping import Grouping, l1_metric
 from rcod_train.models.discriminator import adversarial_loss, feature_loss, hinge_loss
 from rcod_train.precision import Autocast
@@ -23,6 +23,17 @@ FP32 = Autocast("fp32")
 
 def stage(config: RcodStageConfig = CONFIG) -> RcodStage:
     return RcodStage(tiny_parts(), config, Grouping(0.2, 0.9), FP32)
+
+
+@pytest.mark.parametrize("network", ["vae", "unet", "vpim"])
+def test_a_base_that_differs_in_one_weight_is_another_one(network: str) -> None:
+    state, same, other = stage().extra_state(), tiny_parts(), tiny_parts()
+    RcodStage(same, CONFIG, Grouping(0.2, 0.9), FP32).load_extra_state(state)
+    with torch.no_grad():
+        list(getattr(other, network).parameters())[-1][-1] += 1e-3
+    rcod = RcodStage(other, CONFIG, Grouping(0.2, 0.9), FP32)
+    with pytest.raises(CheckpointError, match="trained on another base model"):
+        rcod.load_extra_state(state)
 
 
 def batch(seed: int = 0) -> Batch:
