@@ -227,6 +227,7 @@ class _Trainer:
             "step": self.step,
             "seed": self.seed,
             "config": dataclasses.asdict(self.stage.config),
+            "processes": self.ranks.world,
             "inherited": self.inherited,
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "ema": self.ema,
@@ -258,11 +259,18 @@ class _Trainer:
         defaults = {f.name: f.default for f in dataclasses.fields(LoopConfig)}
         defaults |= {f.name: f.default for f in dataclasses.fields(self.stage.config)}
         theirs = defaults | state["config"]
+        ours = dataclasses.asdict(self.stage.config)
+        # A step is that many batches; one process that accumulates twice as many is two processes.
+        world = self.ranks.world
+        per_step = (theirs.pop("accumulate"), state.get("processes", world))
+        here = (ours.pop("accumulate"), world)
         differing = {
             key: (theirs[key], value)
-            for key, value in dataclasses.asdict(self.stage.config).items()
+            for key, value in ours.items()
             if key not in FREE and theirs[key] != value
         }
+        if math.prod(per_step) != math.prod(here):
+            differing["accumulate x processes"] = tuple(f"{n} x {w}" for n, w in (per_step, here))
         if differing or state["seed"] != self.seed:
             found = ", ".join(f"{k}: {a} there, {b} here" for k, (a, b) in differing.items())
             raise CheckpointError(

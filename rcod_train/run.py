@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +26,7 @@ from rcod_train.config import (
 from rcod_train.data import Batch, PhotoBatches, batches, worker_deaths
 from rcod_train.errors import ConfigError, MetricError, MissingPackage, TrainError
 from rcod_train.files import file_written_whole
+from rcod_train.fingerprint import fingerprint
 from rcod_train.grouping import Grouping, check_groups, official_grouping
 from rcod_train.loop import Stage, run_stage
 from rcod_train.network import Parts
@@ -165,7 +167,8 @@ class Run:
     def grouping(self, parts: Parts, config: RcodStageConfig, tokens_px: int) -> Grouping:
         """Eq. 5 with M_min and M_max measured on the photos, or the published bins.
 
-        What was measured is kept in ``metric.json``, so that a resumed run doesn't do it again.
+        What was measured is kept in ``metric.json`` with all that it depends on, so that a resumed
+        run doesn't do it again where nothing of that has changed.
         """
         if config.grouping == "official":
             return official_grouping(config.n, config.k)
@@ -174,6 +177,15 @@ class Run:
             "metric": config.metric,
             "samples": config.metric_samples,
             "quantile": config.metric_quantile,
+            "photos_per_batch": config.photos_per_batch,
+            "crops_per_photo": config.crops_per_photo,
+            "crop_px": config.crop_px,
+            "context_px": config.context_px,
+            "degradations": config.degradations,
+            "pairs_share": self.config.pairs_share,
+            "seed": self.config.seed,
+            "photos": _listing(self.photos),
+            "vae": fingerprint(parts.vae.state_dict().values()),
         }
         record = _read_json(path) if self.resume else None
         if record is None or {key: record.get(key) for key in made_with} != made_with:
@@ -269,6 +281,15 @@ def check_stages(config: RunConfig) -> None:
                 raise ConfigError(f"{name}.{exc}") from exc
         if isinstance(stage, RcodStageConfig):
             check_groups(stage)
+
+
+def _listing(photos: list[Photo]) -> str:
+    """A hash of the photos' names and sizes in bytes, which stay when their folder is moved."""
+    digest = hashlib.sha256()
+    for photo in photos:
+        size = photo.path.stat().st_size if photo.span is None else photo.span[1]
+        digest.update(f"{photo.name}\0{size}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def _without(photos: list[Photo], held_out: list[Photo]) -> list[Photo]:

@@ -320,6 +320,7 @@ class RcodStage:
             "m_min": self.grouping.m_min,
             "m_max": self.grouping.m_max,
             "base_weights": self.base_fingerprint,
+            "lpips": self.perceptual is not None,
         }
         if self.discriminator is not None:  # the vectors of the spectral norm
             state["discriminator_buffers"] = dict(self.discriminator.named_buffers())
@@ -330,6 +331,13 @@ class RcodStage:
             raise CheckpointError(
                 "the run to resume was trained on another base model or another --estimator. "
                 "Use those and its --precision, or another --out."
+            )
+        here = self.perceptual is not None
+        if state.get("lpips", here) != here:
+            there, now = ("without", "with") if here else ("with", "without")
+            raise CheckpointError(
+                f"the run to resume was trained {there} the LPIPS loss, this one would go on {now} "
+                "it. Give the same --lpips or --no-lpips, or another --out."
             )
         if self.discriminator is not None:
             for name, buffer in self.discriminator.named_buffers():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,4 +31,6 @@ class RegressionStage:
         return {"m_min": self.rcod.grouping.m_min, "m_max": self.rcod.grouping.m_max}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        pass
+        self.rcod.grouping = dataclasses.replace(
+            self.rcod.grouping, m_min=state["m_min"], m_max=state["m_max"]
+        )

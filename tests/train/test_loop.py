@@ -21,6 +21,7 @@ from rcod_train.config import LoopConfig, TrainConfig
 from rcod_train.errors import CheckpointError, Interrupted, TrainError
 from rcod_train.loop import Update, read_checkpoint, run_stage
 from rcod_train.precision import Autocast
+from rcod_train.ranks import Ranks
 from rcod_train.run import Run
 
 CONFIG = LoopConfig(steps=6, checkpoint_steps=2, learning_rate=0.1, warmup_steps=1)
@@ -316,6 +317,43 @@ def test_a_resumed_run_goes_on_with_the_batch_after_its_last_step(tmp_path: Path
     assert asked == [0, 6]
 
 
+class Two(Ranks):
+    """The first of two processes, whose other one has the same batches."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 2)
+
+    def average_(self, tensors: Any) -> None:
+        pass
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        return flag
+
+    def wait(self) -> None:
+        pass
+
+
+def test_a_run_is_resumed_on_other_processes_with_as_many_batches_to_a_step(tmp_path: Path) -> None:
+    asked = []
+
+    def batches(first: int) -> list[torch.Tensor]:
+        asked.append(first)
+        return [torch.zeros(1, 3)] * 20
+
+    run_stage(Mean(steps=2, accumulate=4), batches, tmp_path, 0, resume=False)
+    words = "accumulate x processes: 4 x 1 there, 4 x 2 here"
+    with pytest.raises(CheckpointError, match=words):
+        run_stage(Mean(steps=4, accumulate=4), batches, tmp_path, 0, resume=True, ranks=Two())
+    run_stage(Mean(steps=4, accumulate=2), batches, tmp_path, 0, resume=True, ranks=Two())
+    assert asked == [0, 4]  # of each process
+    newest = tmp_path / "step-0000004.pt"
+    state = read_checkpoint(newest)
+    assert (state["config"]["accumulate"], state.pop("processes")) == (2, 2)
+    torch.save(state, newest)  # an older one: of as many processes as there are now
+    run_stage(Mean(steps=6, accumulate=2), batches, tmp_path, 0, resume=True, ranks=Two())
+    assert asked == [0, 4, 8]
+
+
 def test_a_gradient_that_is_not_finite_stops_the_run_and_is_named(tmp_path: Path) -> None:
     class Root(Mean):
         def loss(self, batch: torch.Tensor) -> torch.Tensor:
@@ -380,7 +418,7 @@ def test_a_checkpoint_older_than_a_setting_is_continued_at_its_default(tmp_path:
     torch.save(state, newest)
     run_stage(Line(), numbers, tmp_path, seed=5, resume=True)
     other = Line(dataclasses.replace(CONFIG, accumulate=2))
-    with pytest.raises(CheckpointError, match="accumulate: 1 there, 2 here"):
+    with pytest.raises(CheckpointError, match="accumulate x processes: 1 x 1 there, 2 x 1 here"):
         run_stage(other, numbers, tmp_path, seed=5, resume=True)
 
 

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from rcod_train.config import RcodStageConfig
+import rcod_train.run
+from rcod_train.config import RcodOConfig, RcodStageConfig, RegressionStageConfig
 from rcod_train.data import Batch, to_unit
 from rcod_train.errors import CheckpointError, TrainError
 from rcod_train.grouping import Grouping, l1_metric
 from rcod_train.models.discriminator import adversarial_loss, feature_loss, hinge_loss
+from rcod_train.network import Parts
 from rcod_train.precision import Autocast
+from rcod_train.run import Run
 from rcod_train.stages.base import measure_scaling_factor
 from rcod_train.stages.rcod import RcodStage, measure_metric_range
+from rcod_train.stages.regression import RegressionStage
 from tests.tiny import tiny_parts
 
 CONFIG = RcodStageConfig(rank_unet=2, rank_vae=2, rank_regulariser=2)
@@ -34,6 +41,23 @@ def test_a_base_that_differs_in_one_weight_is_another_one(network: str) -> None:
     rcod = RcodStage(other, CONFIG, Grouping(0.2, 0.9), FP32)
     with pytest.raises(CheckpointError, match="trained on another base model"):
         rcod.load_extra_state(state)
+
+
+def test_a_run_with_lpips_is_not_continued_without_it() -> None:
+    def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a - b).abs().mean((1, 2, 3))
+
+    without = stage()
+    with_lpips = RcodStage(tiny_parts(), CONFIG, Grouping(0.2, 0.9), FP32, distance)
+    with_lpips.load_extra_state(with_lpips.extra_state())
+    words = "trained with the LPIPS loss, this one would go on without it.*--no-lpips"
+    with pytest.raises(CheckpointError, match=words):
+        without.load_extra_state(with_lpips.extra_state())
+    state = without.extra_state()
+    with pytest.raises(CheckpointError, match="trained without the LPIPS loss, .* with it"):
+        with_lpips.load_extra_state(state)
+    del state["lpips"]  # an older checkpoint doesn't say
+    with_lpips.load_extra_state(state)
 
 
 def batch(seed: int = 0) -> Batch:
@@ -144,6 +168,39 @@ def test_the_metric_range_is_a_quantile_and_its_mirror() -> None:
     assert -1 <= all_low < low < high < all_high <= 1
     l1 = dataclasses.replace(wide, metric="l1")
     assert measure_metric_range(tiny_parts(), iter(batches), l1, FP32) != (all_low, all_high)
+
+
+def test_the_metric_is_measured_again_where_what_it_depends_on_has_changed(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranges = iter((i / 10, 0.9) for i in range(9))
+    monkeypatch.setattr(rcod_train.run, "measure_metric_range", lambda *_: next(ranges))
+    rcod = dataclasses.replace(CONFIG, crop_px=64, context_px=64)
+    moved = shutil.copytree(photos, tmp_path / "moved")
+    config = RcodOConfig((str(photos),), str(tmp_path), rcod=rcod)
+    parts, other = tiny_parts(), tiny_parts()
+    with torch.no_grad():
+        next(other.vae.encoder.parameters())[0] += 1e-3
+
+    def m_min(parts: Parts, resume: bool = True, **changes: Any) -> float:
+        here = dataclasses.replace(config, **changes)
+        return Run(here, (here.rcod,), resume).grouping(parts, here.rcod, 32).m_min
+
+    assert m_min(parts, resume=False) == 0.0
+    assert m_min(parts) == m_min(parts, data=(str(moved),)) == 0.0
+    assert m_min(other) == 0.1
+    assert m_min(parts) == 0.2
+    assert m_min(parts, seed=1) == 0.3
+    assert m_min(parts, rcod=dataclasses.replace(rcod, mild_share=0.1)) == 0.4
+    shutil.copy(moved / "0.png", moved / "1.png")
+    assert m_min(parts, data=(str(moved),)) == 0.5
+
+
+def test_the_regression_goes_on_with_the_range_that_it_was_trained_with() -> None:
+    there, here = (RegressionStage(stage(), RegressionStageConfig()) for _ in range(2))
+    there.rcod.grouping = Grouping(0.3, 0.8)
+    here.load_extra_state(there.extra_state())
+    assert here.rcod.grouping == there.rcod.grouping
 
 
 def test_a_metric_that_never_varies_is_an_error() -> None:
