@@ -71,8 +71,8 @@ class OpenVinoBackend:
 class OpenVinoSession:
     """One graph, compiled for each common shape it was bound to, and once for all others.
 
-    For its own shape nano is 2 % faster at 512 px and 20 % at 128, but compiling takes 2 s, as long
-    as 40 images of 128 px: photos smaller than a tile, of any sizes, share what takes them all.
+    For its own shape nano is 2 % faster at 512 px and 20 % at 64, but compiling takes 2 s, as long
+    as 40 images of 160x96: photos smaller than a tile, of any sizes, share what takes them all.
     """
 
     def __init__(self, core: ov.Core, config: dict[str, Any], model: ov.Model, path: Path) -> None:
