@@ -17,7 +17,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import torch
@@ -31,13 +30,15 @@ from rcod_train.errors import CheckpointError, Interrupted, TrainError
 from rcod_train.fingerprint import fingerprint
 from rcod_train.precision import Autocast
 from rcod_train.ranks import Ranks
+from rcod_train.stage_checkpoint import (
+    check_inherited,
+    check_parameters,
+    check_settings,
+    read_checkpoint,
+    write_checkpoint,
+)
 
 log = logging.getLogger(__name__)
-
-KEPT_CHECKPOINTS = 2
-# Settings that a stage may be continued with other values of. A stage that later ones were built on
-# is not trained on, whatever its steps: see ``run_stage``.
-FREE = ("steps", "checkpoint_steps", "validation_steps", "gradient_checkpointing")
 
 
 class Update:
@@ -235,67 +236,13 @@ class _Trainer:
             "scalers": {name: s.state_dict() for name, s in self.scalers.items()},
             "extra": self.stage.extra_state(),
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"step-{self.step:07d}.pt"
-        partial = path.with_suffix(".partial")
-        try:
-            with partial.open("wb") as file:
-                torch.save(state, file)
-                file.flush()
-                os.fsync(file.fileno())
-            partial.replace(path)
-        except OSError as exc:
-            partial.unlink(missing_ok=True)
-            raise TrainError(
-                f"{path}: the checkpoint could not be written ({exc.strerror or exc}). "
-                "Free space and run again with --resume; the one before it is whole."
-            ) from exc
-        for old in sorted(self.folder.glob("step-*.pt"))[:-KEPT_CHECKPOINTS]:
-            old.unlink()
+        write_checkpoint(self.folder, self.step, state)
 
     def load(self, path: Path) -> None:
         state = read_checkpoint(path)
-        # A setting that a checkpoint doesn't have is younger, and its default is what was before.
-        defaults = {f.name: f.default for f in dataclasses.fields(LoopConfig)}
-        defaults |= {f.name: f.default for f in dataclasses.fields(self.stage.config)}
-        theirs = defaults | state["config"]
-        ours = dataclasses.asdict(self.stage.config)
-        # A step is that many batches; one process that accumulates twice as many is two processes.
-        world = self.ranks.world
-        per_step = (theirs.pop("accumulate"), state.get("processes", world))
-        here = (ours.pop("accumulate"), world)
-        differing = {
-            key: (theirs[key], value)
-            for key, value in ours.items()
-            if key not in FREE and theirs[key] != value
-        }
-        if math.prod(per_step) != math.prod(here):
-            differing["accumulate x processes"] = tuple(f"{n} x {w}" for n, w in (per_step, here))
-        if differing or state["seed"] != self.seed:
-            found = ", ".join(f"{k}: {a} there, {b} here" for k, (a, b) in differing.items())
-            raise CheckpointError(
-                f"{path}: made with another configuration ({found or 'another seed'}). "
-                "Use the same settings, or another --out."
-            )
-        inherited = state.get("inherited", self.inherited)  # older checkpoints don't say
-        names = self.inherited | inherited
-        changed = [n for n in names if inherited.get(n) != self.inherited.get(n)]
-        if changed:
-            raise CheckpointError(
-                f"{path}: was built on other weights of {', '.join(changed)} than are there now: "
-                f"trained on or again since. Delete {self.folder} and the later stages' folders "
-                "and add --resume to train them again, or use another --out."
-            )
-        missing = self.parameters.keys() ^ state["parameters"].keys()
-        if missing:
-            raise CheckpointError(f"{path}: parameters differ, e.g. {sorted(missing)[:3]}.")
-        for name, parameter in self.parameters.items():
-            found, expected = state["parameters"][name].shape, parameter.shape
-            if found != expected:
-                raise CheckpointError(
-                    f"{path}: parameter {name}: expected {tuple(expected)}, found {tuple(found)}. "
-                    "The checkpoint belongs to another base model; use that, or another --out."
-                )
+        check_settings(path, state, self.stage.config, self.seed, self.ranks.world)
+        check_inherited(path, state, self.inherited)
+        check_parameters(path, state, self.parameters)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state["parameters"][name])
@@ -311,17 +258,6 @@ class _Trainer:
     def take_ema(self) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(self.ema[name])
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A stage checkpoint; only tensors and plain values are unpickled."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as exc:
-        raise CheckpointError(f"{path}: not a whole checkpoint ({exc}). Delete it.") from exc
-    if not isinstance(state, dict):
-        raise CheckpointError(f"{path}: expected a checkpoint of rcod-train, found {type(state)}.")
-    return state
 
 
 @contextmanager

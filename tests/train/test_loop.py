@@ -19,10 +19,11 @@ from torch.nn import Parameter
 import rcod_train.loop
 from rcod_train.config import LoopConfig, TrainConfig
 from rcod_train.errors import CheckpointError, Interrupted, TrainError
-from rcod_train.loop import Update, read_checkpoint, run_stage
+from rcod_train.loop import Update, run_stage
 from rcod_train.precision import Autocast
 from rcod_train.ranks import Ranks
 from rcod_train.run import Run
+from rcod_train.stage_checkpoint import read_checkpoint
 
 CONFIG = LoopConfig(steps=6, checkpoint_steps=2, learning_rate=0.1, warmup_steps=1)
 
