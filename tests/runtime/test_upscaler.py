@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-import textwrap
 import threading
 import tracemalloc
 from collections.abc import Callable
@@ -359,86 +355,6 @@ def test_unknown_backends_devices_and_precisions_are_refused(
 ) -> None:
     with pytest.raises(UsageError, match="expected"):
         Upscaler(bundle, **options)  # type: ignore[arg-type]
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="can't be asked here")
-def test_no_thread_is_bound_to_a_processor(bundle: Path) -> None:
-    """Two Upscalers of one thread each would be bound to the same one."""
-    if len(os.sched_getaffinity(0)) < 2:
-        pytest.skip("one processor")
-    code = f"""
-        import contextlib, os, threading
-        import numpy as np
-        from rcod_runtime import Upscaler
-
-        lq = np.zeros((240, 240, 3), np.uint8)
-        upscaler = Upscaler({str(bundle)!r}, backend="openvino", threads=1)
-        worker = threading.Thread(target=lambda: upscaler(lq, tile_px=320))
-        seen = set()
-        worker.start()
-        while worker.is_alive():
-            for thread in os.listdir("/proc/self/task"):
-                with contextlib.suppress(OSError):  # it has ended
-                    seen.add(frozenset(os.sched_getaffinity(int(thread))))
-        assert seen == {{frozenset(os.sched_getaffinity(0))}}, seen
-    """
-    command = [sys.executable, "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-
-
-def test_photos_smaller_than_a_tile_share_what_is_compiled(
-    bundle: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Compiling takes longer than many of them; the tile of large images has its own."""
-    pytest.importorskip("openvino")
-    from rcod_runtime.backends.openvino_backend import OpenVinoSession
-
-    compiled: list[str] = []
-    real = OpenVinoSession._compiled
-    monkeypatch.setattr(
-        OpenVinoSession,
-        "_compiled",
-        lambda self, model: (compiled.append(self._path.stem), real(self, model))[1],
-    )
-    sizes = ((7, 8), (7, 12), (24, 8), (20, 20), (7, 40))  # the last one in two tiles
-    with Upscaler(bundle, backend="openvino", precision="fp32") as upscaler:
-        images = [upscaler(photo(*size), tile_px=128) for size in sizes]
-        assert sorted(compiled) == ["decoder", "denoiser", "encoder", "vpim"]
-        upscaler(photo(40, 40), tile_px=128)
-        assert sorted(compiled[4:]) == ["decoder", "denoiser", "encoder"]
-        for size, image in zip(sizes, images, strict=True):
-            assert np.array_equal(upscaler(photo(*size), tile_px=128), image)
-        assert len(compiled) == 7
-
-
-def test_ctrl_c_after_models_were_closed_does_not_crash_the_process(bundle: Path) -> None:
-    """Two OpenVINO cores that ended in the order they began left a freed signal stack behind."""
-    code = f"""
-        import gc, os, signal, time
-        from pathlib import Path
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in background jobs
-        from rcod_runtime.backends.openvino_backend import OpenVinoBackend
-
-        def opened():
-            session = OpenVinoBackend("fp32", 1).load(Path({str(bundle)!r}) / "onnx/vpim.onnx")
-            session.bind({{"image": (1, 3, 16, 16)}})
-            return session
-
-        first, second = opened(), opened()
-        del first
-        gc.collect()
-        del second
-        gc.collect()
-        try:
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(5)
-        except KeyboardInterrupt:
-            print("interrupted")
-    """
-    command = [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert (done.returncode, done.stdout.strip()) == (0, "interrupted"), done.stderr
 
 
 def test_a_missing_backend_says_the_pip_line(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
