@@ -120,12 +120,14 @@ def _training_lines(training: Mapping[str, Any]) -> list[str]:
         if stage in training:
             c = training[stage]
             images = c["photos_per_batch"] * c["crops_per_photo"]
-            trained = ""
+            trained, rate = "", c["learning_rate"]
             if stage == "rcod" and c.get("grouping") == "paper":
                 trained = ", at t = " + ", ".join(str(c["k"] * i) for i in range(1, c["n"] + 1))
+            if not c.get("train_adapters", True):
+                trained, rate = f"{trained}, the decoder alone", c["decoder_learning_rate"]
             lines.append(
                 f"- {stage}: {c['steps']} steps of {images} crops of {c['crop_px']} px, "
-                f"learning rate {c['learning_rate']}{trained}"
+                f"learning rate {rate}{trained}"
             )
     if "from" in training:
         start = training["from"]

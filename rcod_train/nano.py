@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import logging
 from pathlib import Path
@@ -33,7 +34,8 @@ def train_nano(
     """Run all stages and write ``<out>/checkpoint``; returns that folder.
 
     With ``config.start`` the RCOD stage and the MEM go on from that checkpoint; VAE, base and
-    regression are left out.
+    regression are left out. Where the decoder alone is trained, so that latents stay as they are,
+    the checkpoint's MEM stays too.
 
     With ``resume``, finished stages are loaded and the newest whole checkpoint is continued.
     The result depends on the configuration, the photos and the number of threads alone.
@@ -44,6 +46,11 @@ def train_nano(
     check_crops(config)
     run = Run(config, (config.vae, config.base, config.regression, config.rcod, config.mem), resume)
     parts, start = load_start(config) if config.start else (build_nano(config.seed), None)
+    keeps_mem = start is not None and parts.mem is not None and not config.rcod.train_adapters
+    if parts.mem is None:
+        with seeded(config.seed):
+            parts.mem = Mem(NANO_LATENT_CHANNELS)
+    parts.mem.requires_grad_(not keeps_mem)
     run.start()
     if start is None:
         train_base(run, parts, config)
@@ -57,15 +64,18 @@ def train_nano(
     for stage in (regression, rcod) if start is None else (rcod,):
         source = run.batches_of(stage.config, stage.name, tokens_px, degradations)
         run.train(stage, source, run.validation(rcod, stage, tokens_px))
-    mem = MemStage(rcod, config.mem)
-    run.train(mem, run.batches_of(config.mem, "mem", tokens_px, degradations))
+    if not keeps_mem:
+        mem = MemStage(rcod, config.mem)
+        run.train(mem, run.batches_of(config.mem, "mem", tokens_px, degradations))
 
     summary = "Small one-step diffusion upscaler with a realism control, x4, for CPUs."
     info = run.info(rcod, "nano", name, summary, licence, sources)
     if start is not None:
-        for unused in ("vae", "base", "regression"):
+        for unused in ("vae", "base", "regression", *(("mem",) if keeps_mem else ())):
             del info.training[unused]
         info.training["from"] = {"name": start.name, "training": start.training}
+        if keeps_mem:  # what it estimates is M as it was measured then
+            info = dataclasses.replace(info, m_min=start.m_min, m_max=start.m_max)
     return run.save(rcod.merge(), info)
 
 
@@ -99,8 +109,6 @@ def load_start(config: TrainConfig) -> tuple[Parts, CheckpointInfo]:
     if info.family != "nano":
         raise CheckpointError(f"{config.start}: expected a nano checkpoint, found {info.family}.")
     freeze(parts, torch.device("cpu"))
-    parts.mem = parts.mem or Mem(NANO_LATENT_CHANNELS)
-    parts.mem.requires_grad_(True)
     return parts, info
 
 

@@ -280,6 +280,12 @@ def check_stages(config: RunConfig) -> None:
             except ConfigError as exc:
                 raise ConfigError(f"{name}.{exc}") from exc
         if isinstance(stage, RcodStageConfig):
+            if not stage.train_adapters and (stage.vsd_weight or not stage.train_decoder):
+                raise ConfigError(
+                    f"{name}.train_adapters: false leaves the decoder alone, where VSD does not "
+                    f"reach: expected train_decoder=true and vsd_weight=0, found "
+                    f"{stage.train_decoder} and {stage.vsd_weight}."
+                )
             check_groups(stage)
 
 

@@ -158,8 +158,13 @@ class RcodStage:
         if self.config.vpim:
             align = self.parts.vpim.align
             named |= {f"vpim.align.{n}": p for n, p in align.named_parameters()}
+        if not self.config.train_adapters:
+            for parameter in named.values():
+                parameter.requires_grad_(False)
+            named = {}
         decoder = self.model.decoder_parameters()
-        return [(named, learning_rate)] + ([(decoder, decoder_learning_rate)] if decoder else [])
+        members = ((named, learning_rate), (decoder, decoder_learning_rate))
+        return [member for member in members if member[0]]
 
     def trained(self) -> Iterator[Parameter]:
         """The generator's trained parameters."""

@@ -118,6 +118,7 @@ def test_missing_lpips_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> 
         (["--set", "rcod.n=4", "--set", "rcod.k=249"], 9, "DataError: .*expected a folder"),
         (["--set", "rcod.grouping=official", "--set", "rcod.n=2"], 2, "expected rcod.n 3 or 4"),
         (["--set", "rcod.grouping=official", "--set", "rcod.n=4"], 9, "DataError"),
+        (["--set", "rcod.train_adapters=false"], 2, "and vsd_weight=0, found True and 0.5"),
     ],
 )
 def test_the_command_prints_one_line_and_its_exit_code(

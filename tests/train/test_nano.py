@@ -153,6 +153,22 @@ def test_a_run_goes_on_from_a_merged_checkpoint(photos: Path, whole: Path, tmp_p
             assert torch.allclose(weight, new[name], rtol=1e-2, atol=1e-4), name
 
 
+def test_a_decoder_alone_is_trained_and_latents_and_their_mem_stay(
+    photos: Path, whole: Path, tmp_path: Path
+) -> None:
+    start = ("--from", str(whole / "checkpoint"), "--set", "rcod.train_adapters=false",
+             "--set", "rcod.mild_share=0.5")  # fmt: skip
+    assert main(arguments(photos, tmp_path, *start)) == 0
+    assert [p.parent.name for p in tmp_path.glob("*/losses.jsonl")] == ["rcod"]
+    old, new = weights(whole), weights(tmp_path)
+    changed = {name.split(".")[1] for name in old if not torch.equal(old[name], new[name])}
+    assert old.keys() == new.keys() and changed == {"decoder"}
+    _, before = load_merged(whole / "checkpoint")
+    _, info = load_merged(tmp_path / "checkpoint")
+    assert (info.m_min, info.m_max) == (before.m_min, before.m_max)  # what its MEM estimates
+    assert "mem" not in info.training and info.training["from"]["training"] == before.training
+
+
 @pytest.mark.parametrize(
     ("setting", "family", "said"),
     [
