@@ -44,7 +44,8 @@ def train_nano(
         ConfigError, DataError: see ``check_crops``, ``Run``. CheckpointError: see ``load_start``.
     """
     check_crops(config)
-    run = Run(config, (config.vae, config.base, config.regression, config.rcod, config.mem), resume)
+    first = () if config.start else (config.vae, config.base, config.regression)
+    run = Run(config, (*first, config.rcod, config.mem), resume)
     parts, start = load_start(config) if config.start else (build_nano(config.seed), None)
     keeps_mem = start is not None and parts.mem is not None and not config.rcod.train_adapters
     if parts.mem is None:

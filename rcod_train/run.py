@@ -72,6 +72,9 @@ _MACHINE = (
 class Run:
     """Checks the arguments and finds the photos first; nothing is written before ``start``.
 
+    Args:
+        stages: those that the run trains; photos are large enough for all of them.
+
     Raises:
         ConfigError, DataError: see ``check_stages``, ``find_photos``, ``resolve_device``,
             ``resolve_precision``.

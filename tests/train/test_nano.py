@@ -157,7 +157,7 @@ def test_a_decoder_alone_is_trained_and_latents_and_their_mem_stay(
     photos: Path, whole: Path, tmp_path: Path
 ) -> None:
     start = ("--from", str(whole / "checkpoint"), "--set", "rcod.train_adapters=false",
-             "--set", "rcod.mild_share=0.5")  # fmt: skip
+             "--set", "rcod.mild_share=0.5", "--set", "base.context_px=4096")  # fmt: skip
     assert main(arguments(photos, tmp_path, *start)) == 0
     assert [p.parent.name for p in tmp_path.glob("*/losses.jsonl")] == ["rcod"]
     old, new = weights(whole), weights(tmp_path)
