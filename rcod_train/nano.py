@@ -72,8 +72,6 @@ def train_nano(
     summary = "Small one-step diffusion upscaler with a realism control, x4, for CPUs."
     info = run.info(rcod, "nano", name, summary, licence, sources)
     if start is not None:
-        for unused in ("vae", "base", "regression", *(("mem",) if keeps_mem else ())):
-            del info.training[unused]
         info.training["from"] = {"name": start.name, "training": start.training}
         if keeps_mem:  # what it estimates is M as it was measured then
             info = dataclasses.replace(info, m_min=start.m_min, m_max=start.m_max)

@@ -253,8 +253,10 @@ class Run:
         return checkpoint
 
     def record(self) -> dict[str, Any]:
-        """The settings and the number of photos, without what is of this machine alone."""
-        record = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in _MACHINE}
+        """The settings and the number of photos, without what is of this machine alone and without
+        stages that were left out."""
+        left_out = {*_MACHINE, *(self.config.stages.keys() - self.trained.keys())}
+        record = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in left_out}
         return record | {"photos": len(self.photos)}
 
 

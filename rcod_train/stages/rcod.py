@@ -134,7 +134,10 @@ class RcodStage:
                     network.enable_gradient_checkpointing()
         parts.vpim.requires_grad_(False)
         self.condition = HqTokens(parts.vpim) if condition is None else condition
-        parts.vpim.align.requires_grad_(config.vpim)
+        parts.vpim.align.requires_grad_(config.vpim and config.train_adapters)
+        if not config.train_adapters:
+            for parameter in self.model.parameters().values():
+                parameter.requires_grad_(False)
         if not config.vpim:
             for parameter in parts.vpim.align.parameters():
                 torch.nn.init.zeros_(parameter)
@@ -158,10 +161,7 @@ class RcodStage:
         if self.config.vpim:
             align = self.parts.vpim.align
             named |= {f"vpim.align.{n}": p for n, p in align.named_parameters()}
-        if not self.config.train_adapters:
-            for parameter in named.values():
-                parameter.requires_grad_(False)
-            named = {}
+        named = {n: p for n, p in named.items() if p.requires_grad}
         decoder = self.model.decoder_parameters()
         members = ((named, learning_rate), (decoder, decoder_learning_rate))
         return [member for member in members if member[0]]
