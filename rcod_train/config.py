@@ -169,6 +169,7 @@ class RcodStageConfig(LoopConfig):
     mse_weight: float = 0.0
     lpips_weight: float = 2.0
     gradient_weight: float = 1.0
+    ssim_weight: float = 0.0
     latent_weight: float = 0.05
     vsd_weight: float = 0.5
     guidance: float = 2.0

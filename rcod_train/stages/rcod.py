@@ -21,6 +21,7 @@ from rcod_train.adapters import SwitchedUnet
 from rcod_train.conditions import Condition, HqTokens
 from rcod_train.config import RcodStageConfig
 from rcod_train.data import Batch, to_unit
+from rcod_train.distances import gradient_loss, ssim_loss
 from rcod_train.errors import CheckpointError, TrainError
 from rcod_train.fingerprint import fingerprint
 from rcod_train.grouping import (
@@ -49,7 +50,6 @@ from rcod_train.schedule import (
     one_step,
 )
 from rcod_train.stages.base import eps_loss
-from rcod_train.stages.vae import gradient_loss
 from rcod_train.vsd import guided, vsd_gradient, vsd_loss
 
 Perceptual = Callable[[Tensor, Tensor], Tensor]
@@ -257,6 +257,8 @@ class RcodStage:
             terms["mse"] = c.mse_weight * (sr - hq).square().mean()
         if c.gradient_weight:
             terms["gradient"] = c.gradient_weight * gradient_loss(sr, hq)
+        if c.ssim_weight:
+            terms["ssim"] = c.ssim_weight * ssim_loss(sr, hq)
         if c.latent_weight:
             terms["latent"] = c.latent_weight * (z_sr - z_hq).square().mean()
         return terms

@@ -6,19 +6,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from rcod_train.config import VaeStageConfig
 from rcod_train.data import Batch, to_unit
+from rcod_train.distances import gradient_loss
 from rcod_train.loop import Update
 from rcod_train.network import Parts
 from rcod_train.precision import Autocast
-
-
-def gradient_loss(a: Tensor, b: Tensor) -> Tensor:
-    """L1 between the forward differences of two images (B, 3, H, W), both directions."""
-    d = a - b
-    return (d[:, :, 1:] - d[:, :, :-1]).abs().mean() + (d[..., 1:] - d[..., :-1]).abs().mean()
 
 
 class VaeStage:

@@ -13,6 +13,7 @@ import torch
 import rcod_train.run
 from rcod_train.config import RcodOConfig, RcodStageConfig, RegressionStageConfig
 from rcod_train.data import Batch, to_unit
+from rcod_train.distances import ssim_loss
 from rcod_train.errors import CheckpointError, TrainError
 from rcod_train.grouping import Grouping, l1_metric
 from rcod_train.models.discriminator import adversarial_loss, feature_loss, hinge_loss
@@ -105,6 +106,15 @@ def test_without_vsd_and_adversary_only_the_generator_is_trained() -> None:
     updates = list(rcod.updates(batch(), torch.Generator()))
     assert [u.group for u in updates] == ["generator"]
     assert not {"vsd", "adversarial"} & updates[0].figures.keys()
+
+
+def test_a_distance_is_a_term_where_it_has_a_weight() -> None:
+    weights = {"l1_weight": 0.0, "gradient_weight": 2.0, "ssim_weight": 0.5, "latent_weight": 0.0}
+    rcod = stage(dataclasses.replace(CONFIG, **weights))
+    sr, hq = torch.rand(2, 1, 3, 64, 64)
+    terms = rcod.fidelity_terms(torch.zeros(1), sr, torch.zeros(1), hq)
+    assert terms.keys() == {"gradient", "ssim"}
+    assert terms["ssim"] == 0.5 * ssim_loss(sr, hq) > 0.1
 
 
 def test_the_realism_terms_grow_with_the_level() -> None:

@@ -1,0 +1,46 @@
+"""Distances between two images (B, 3, H, W) in [-1, 1] that a generator is trained on."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from rcod_train.quality.metrics import (
+    LUMA_OFFSET,
+    LUMA_WEIGHTS,
+    PEAK,
+    SSIM_C1,
+    SSIM_C2,
+    SSIM_SIGMA_PX,
+    SSIM_WINDOW_PX,
+    gaussian,
+)
+
+
+def gradient_loss(a: Tensor, b: Tensor) -> Tensor:
+    """L1 between the forward differences of both, in both directions."""
+    d = a - b
+    return (d[:, :, 1:] - d[:, :, :-1]).abs().mean() + (d[..., 1:] - d[..., :-1]).abs().mean()
+
+
+def ssim_loss(a: Tensor, b: Tensor) -> Tensor:
+    """1 - SSIM (Wang et al. 2004) of the luma, as quality.metrics.ssim_y but for its rounding and
+    its clamp, both of which would stop gradients; at least 11 px a side."""
+    y_a, y_b = luma(a), luma(b)
+    maps = torch.cat([y_a, y_b, y_a * y_a, y_b * y_b, y_a * y_b])[:, None]  # (5 B, 1, H, W)
+    taps = torch.from_numpy(gaussian(SSIM_WINDOW_PX, SSIM_SIGMA_PX)).to(a)
+    maps = F.conv2d(F.conv2d(maps, taps.view(1, 1, -1, 1)), taps.view(1, 1, 1, -1))
+    mean_a, mean_b, square_a, square_b, product = maps.chunk(5)
+    c1, c2 = SSIM_C1 / PEAK**2, SSIM_C2 / PEAK**2
+    contrast_structure = (2 * (product - mean_a * mean_b) + c2) / (
+        square_a - mean_a**2 + square_b - mean_b**2 + c2
+    )
+    brightness = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
+    return 1.0 - (contrast_structure * brightness).mean()
+
+
+def luma(image: Tensor) -> Tensor:
+    """Y of YCbCr, (B, H, W) in 16/255 to 235/255."""
+    weights = torch.from_numpy(LUMA_WEIGHTS / PEAK).to(image).view(1, 3, 1, 1)
+    return (((image + 1) / 2) * weights).sum(1) + LUMA_OFFSET / PEAK
