@@ -66,6 +66,7 @@ def make_app(upscaler: Upscaler, limits: Limits) -> FastAPI:
     @app.post("/v1/upscale")
     async def upscale(request: Request) -> Response:
         request_id = request.headers.get("x-request-id", "")
+        unread = True
         try:
             choice = _choice(request, upscaler)
             if request_id and not ID.fullmatch(request_id):
@@ -78,13 +79,14 @@ def make_app(upscaler: Upscaler, limits: Limits) -> FastAPI:
                 in_work[request_id] = job
             try:
                 with jobs.arrival():
+                    unread = False
                     job.data = await _body(request, limits)
                 result = await _wait(request, jobs.start(job), job, limits)
             finally:
                 in_work.pop(request_id, None)
         except Refused as refused:
             measures.answers.labels(refused.status).inc()
-            if refused.status == 503:
+            if unread and refused.status != 413:  # of that no more is wanted
                 return Unread(refused, limits.body_s)
             return _error(refused)
         measures.answers.labels(200).inc()
@@ -268,7 +270,9 @@ class Unread(JSONResponse):
     sends its whole photo before it looks for an answer would never see this one."""
 
     def __init__(self, refused: Refused, body_s: float) -> None:
-        headers = {"Connection": "close", "Retry-After": str(refused.retry_s)}
+        headers = {"Connection": "close"}
+        if refused.retry_s is not None:
+            headers["Retry-After"] = str(refused.retry_s)
         super().__init__(_said(refused), refused.status, headers=headers)
         self.body_s = body_s
 

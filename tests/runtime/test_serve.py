@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import http.client
 import io
 import json
@@ -292,6 +293,31 @@ def test_paths_lead_nowhere_else(server: Server) -> None:
     for path in ("/../etc/passwd", "/v1/progress/..%2f..%2fetc", "/%2e%2e/x", "/page.html", "//"):
         assert server.ask(path)[0] == 404, path
     assert server.ask("/v1/upscale")[0] == 405
+
+
+@pytest.mark.parametrize(
+    ("path", "head", "status"),
+    [
+        ("?format=gif", b"Content-Length: 100\r\n", b"400"),
+        ("", b"Transfer-Encoding: chunked\r\n", b"411"),
+        ("", b"Content-Length: 100\r\nContent-Encoding: gzip\r\n", b"415"),
+    ],
+)
+def test_a_refused_body_can_not_drip_for_ever(
+    path: str, head: bytes, status: bytes, server: Server
+) -> None:
+    """The answer is there at once, the connection no longer than a body may take (3 s)."""
+    request = f"POST /v1/upscale{path} HTTP/1.1\r\nHost: x\r\n".encode() + head + b"\r\n"
+    began = time.monotonic()
+    with socket.create_connection(("127.0.0.1", server.port), timeout=60) as connection:
+        connection.sendall(request)
+        assert connection.recv(65536).split(b" ")[1] == status
+        assert time.monotonic() - began < 2, "not at once"
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - began < 60:
+                connection.sendall(b"1\r\na\r\n" if b"chunked" in head else b"a")
+                time.sleep(0.2)
+    assert 2.5 < time.monotonic() - began < 20
 
 
 def test_slow_clients_are_cut_off(server: Server) -> None:
