@@ -242,6 +242,8 @@ def run(config: LatencyConfig) -> str | Verdict:
         with open_comparison(other) as opened:
             sweep.append(_steady(opened, other, config))
     print(report.format_card(card))
+    if model is not None and "int8" in model["graph_precision"].values():
+        print("graphs    " + ", ".join(" ".join(pair) for pair in model["graph_precision"].items()))
     _print_results(config, results)
     for point in sweep:
         _print_steady(point)

@@ -142,6 +142,9 @@ def open_comparison(comparison: Comparison) -> Iterator[Opened]:
             "name": manifest.identity.name,
             "family": manifest.identity.family,
             "graph_sha256": {name: graph.sha256 for name, graph in manifest.graphs.items()},
+            "graph_precision": {
+                name: graph.precision.value for name, graph in manifest.graphs.items()
+            },
         }
         yield Opened(model, dict(whole), _compare(first_images), first_call_ms, missing, stages)
 

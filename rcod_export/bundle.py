@@ -19,7 +19,8 @@ import onnx
 from rcod_export.card import CARD, write_card
 from rcod_export.onnx_file import export_onnx
 from rcod_export.parity import check_levels_differ, check_sample, compare
-from rcod_export.reference import Case, parity_cases, whole_images
+from rcod_export.quantize import QUANTIZED, calibration_photos, quantize
+from rcod_export.reference import Case, parity_cases, photo_cases, whole_images
 from rcod_export.specs import GraphSpec, graph_specs, latent_step
 from rcod_runtime import Upscaler
 from rcod_runtime.colour import SAMPLE_COLOUR_MATCH
@@ -62,7 +63,11 @@ SAMPLE_BACKEND = {
     Precision.FP32: "onnxruntime",
     Precision.FP16: "onnxruntime",
     Precision.BF16: "openvino",
+    Precision.INT8: "onnxruntime",
 }
+# Of the sample's image between backends and processors: an activation that one rounds up and the
+# other down is a whole step of its range in int8.
+MAX_SAMPLE_DIFF_U8, MAX_INT8_SAMPLE_DIFF_U8 = 2, 24
 
 
 @dataclass(frozen=True)
@@ -71,14 +76,16 @@ class ExportConfig:
 
     ``opset`` None is the one that most runtimes read, or the first that knows the precision;
     ``timesteps`` moves the checkpoint's levels, one for each; empty: as trained. ``fold_level``
-    leaves one of them, as part of the denoiser. ``base`` and ``clip`` are the models that adapters
-    are merged with: folders or hub ids.
+    leaves one of them, as part of the denoiser. ``calibration``: photos whose values give the
+    ranges of int8. ``base`` and ``clip`` are the models that adapters are merged with: folders or
+    hub ids.
     """
 
     precision: Precision = Precision.FP32
     opset: int | None = None
     timesteps: tuple[int, ...] = ()
     fold_level: str | None = None
+    calibration: Path | None = None
     tile_px: int = 512
     overlap_px: int = 64
     sample: Path = DEFAULT_SAMPLE
@@ -118,6 +125,11 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
         raise OutputError(f"{out}: exists and is not a bundle. Choose another -o.")
     if (out / SIGNATURE_FILE).exists():
         log.warning("%s: its signature will go with it; sign the new bundle", out)
+    if (config.precision is Precision.INT8) != (config.calibration is not None):
+        raise UsageError(
+            "--precision int8 needs --calibration, a folder of photos as they are going to be "
+            "upscaled; no other precision takes one."
+        )
     opset = opset_of(config)
     parts, info = _loaded(checkpoint, config)
     if config.timesteps:
@@ -127,17 +139,21 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
     contract = _image_contract(parts, config)
     lq = _sample_photo(config.sample)
     log.info("reference: PyTorch in fp32")
-    cases = list(parity_cases(parts, info))
-    images = whole_images(parts, info, _centre(lq), contract.scale)
+    references = References(
+        list(parity_cases(parts, info)),
+        list(photo_cases(parts, info, _centre(lq), contract.scale)),
+        list(_calibration(parts, info, contract, config)),
+    )
+    images = whole_images(references.sample)
     check_levels_differ(images)  # PyTorch's, before the export takes its minutes
     with _written_whole(out) as folder:
         (folder / "onnx").mkdir()
         graphs: dict[str, Graph] = {}
         parity: list[Parity] = []
-        for graph, name, rows in _exported(parts, info, cases, folder, config, opset):
+        for graph, name, rows in _exported(parts, info, references, folder, config, opset):
             graphs[name] = graph
             parity += rows
-        del parts, cases  # the runtime below loads the graphs
+        del parts, references  # the runtime below loads the graphs
         manifest = Manifest(
             version=1,
             identity=_identity(info),
@@ -200,20 +216,50 @@ def _folded(parts: Parts, info: CheckpointInfo, name: str) -> tuple[Parts, Check
     return dataclasses.replace(parts, mem=None), dataclasses.replace(info, levels=levels)
 
 
+@dataclass(frozen=True)
+class References:
+    """What PyTorch computes: for graphs one by one, for the sample's centre, and for the photos
+    that int8 takes its ranges from."""
+
+    graphs: list[Case]
+    sample: list[Case]
+    calibration: list[Case]
+
+
+def _calibration(
+    parts: Parts, info: CheckpointInfo, contract: ImageContract, config: ExportConfig
+) -> Iterator[Case]:
+    if config.calibration is not None:
+        multiple = contract.size_multiple // math.gcd(contract.size_multiple, contract.scale)
+        for photo in calibration_photos(config.calibration, multiple):
+            yield from photo_cases(parts, info, photo, contract.scale)
+
+
 def _exported(
     parts: Parts,
     info: CheckpointInfo,
-    cases: list[Case],
+    references: References,
     folder: Path,
     config: ExportConfig,
     opset: int,
 ) -> Iterator[tuple[Graph, str, list[Parity]]]:
     """The graphs, written and compared with their cases, one after another."""
-    for spec in graph_specs(parts, info, config.precision, SCALE):
+    integer = config.precision is Precision.INT8
+    for spec in graph_specs(parts, info, Precision.FP32 if integer else config.precision, SCALE):
         log.info("%s: exporting", spec.name)
         graph = _export(spec, folder, opset)
-        own = [case for case in cases if case.graph == spec.name]
-        yield graph, spec.name, list(compare(own, folder / graph.file, spec.precision))
+        path = folder / graph.file
+        rows = list(compare(_of(references.graphs, spec.name), path, spec.precision))
+        if integer and spec.name in QUANTIZED:
+            log.info("%s: calibrating", spec.name)
+            feeds = [case.feeds for case in _of(references.calibration, spec.name)]
+            graph = _quantized(graph, path, quantize(path, feeds))
+            rows += compare(_of(references.sample, spec.name), path, Precision.INT8)
+        yield graph, spec.name, rows
+
+
+def _of(cases: list[Case], graph: str) -> list[Case]:
+    return [case for case in cases if case.graph == graph]
 
 
 def _export(spec: GraphSpec, folder: Path, opset: int) -> Graph:
@@ -233,18 +279,28 @@ def _export(spec: GraphSpec, folder: Path, opset: int) -> Graph:
         )
 
     halves = any(t.data_type == onnx.TensorProto.FLOAT16 for t in graph.initializer)
-    stored = Precision.FP16 if halves else spec.precision
     return Graph(
         file=f"onnx/{spec.name}.onnx",
-        data_files={f"onnx/{name}": sha256_file(path.with_name(name)) for name in data_files},
-        sha256=sha256_file(path),
-        bytes=path.stat().st_size,
+        **_content(path, data_files),
         opset=opset,
         precision=spec.precision,
-        weights=stored,
+        weights=Precision.FP16 if halves else spec.precision,
         inputs=tensors(graph.input),
         outputs=tensors(graph.output),
     )
+
+
+def _quantized(graph: Graph, path: Path, data_files: tuple[str, ...]) -> Graph:
+    int8 = Precision.INT8
+    return dataclasses.replace(graph, **_content(path, data_files), precision=int8, weights=int8)
+
+
+def _content(path: Path, data_files: tuple[str, ...]) -> dict[str, Any]:
+    return {
+        "data_files": {f"onnx/{name}": sha256_file(path.with_name(name)) for name in data_files},
+        "sha256": sha256_file(path),
+        "bytes": path.stat().st_size,
+    }
 
 
 # -- manifest ---------------------------------------------------------------------------------
@@ -309,6 +365,7 @@ def _with_sample(
     lq = _sample_photo(lq_path)
     names = [level.name for level in manifest.levels]
     realism = SAMPLE_REALISM if SAMPLE_REALISM in names else names[0]
+    integer = config.precision is Precision.INT8
     multiple, scale = manifest.image.size_multiple, manifest.image.scale
     compared = _centre(lq)
     whole_px = -(-max(compared.shape[:2]) * scale // multiple) * multiple  # one tile, as PyTorch
@@ -327,7 +384,7 @@ def _with_sample(
             realism=realism,
             lq_sha256=sha256_file(lq_path),
             sr_sha256=sha256_file(sr_path),
-            max_abs_diff_u8=2,
+            max_abs_diff_u8=MAX_INT8_SAMPLE_DIFF_U8 if integer else MAX_SAMPLE_DIFF_U8,
         ),
         evidence=dataclasses.replace(manifest.evidence, sample_psnr_db=psnr_db),
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from rcod_runtime.errors import UsageError
 from rcod_runtime.files import write_whole
-from rcod_runtime.manifest import Manifest, read_manifest
+from rcod_runtime.manifest import Manifest, Precision, read_manifest
 
 CARD = "MODEL_CARD.md"
 QUALITY, LAST = "## Quality", "## What it is not"
@@ -18,6 +18,11 @@ QUALITY, LAST = "## Quality", "## What it is not"
 def write_card(path: Path, manifest: Manifest, training: Mapping[str, Any]) -> None:
     """Write MODEL_CARD.md. ``training`` is the record in the checkpoint's rcod.json."""
     path.write_text(card(manifest, training), encoding="utf-8")
+
+
+def _int8_lines(manifest: Manifest) -> list[str]:
+    names = [name for name, graph in manifest.graphs.items() if graph.precision is Precision.INT8]
+    return [f"Convolutions of {' and '.join(names)} in 8 bits, for CPUs.", ""] if names else []
 
 
 def card(manifest: Manifest, training: Mapping[str, Any]) -> str:
@@ -30,6 +35,7 @@ def card(manifest: Manifest, training: Mapping[str, Any]) -> str:
         f"Family {identity.family}, licence {identity.licence}. Method: Realism Controlled "
         "One-step Diffusion (RCOD), AAAI 2026, arXiv 2509.10122.",
         "",
+        *_int8_lines(manifest),
         "## Levels",
         "",
         "| level | timestep | alpha | sigma |",

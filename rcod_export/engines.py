@@ -113,6 +113,11 @@ def _check(bundle: Bundle, config: EngineConfig) -> None:
     low, high = config.batch
     if not 1 <= low <= high <= 64:
         raise UsageError(f"batch {low} {high}: expected 1 <= smallest <= largest <= 64.")
+    if bundle.manifest.has_int8:
+        raise UsageError(
+            f"{bundle.folder}: its int8 graphs are for CPUs; their ranges are not centred on zero, "
+            "which TensorRT asks for. Export the bundle for engines with --precision fp16."
+        )
     if not config.sms:
         raise UsageError("target tensorrt-rtx: expected at least one --sm, e.g. --sm 89 120.")
     if config.hardware_compatibility != "none" and config.target == "tensorrt-rtx":

@@ -38,9 +38,15 @@ def build_parser() -> argparse.ArgumentParser:
     bundle.add_argument("-o", "--out", type=Path, required=True, metavar="BUNDLE")
     bundle.add_argument(
         "--precision",
-        choices=("fp32", "fp16", "bf16"),
+        choices=("fp32", "fp16", "bf16", "int8"),
         default="fp32",
-        help="of the arithmetic; what must stay fp32 does (default: %(default)s)",
+        help="of the arithmetic; what must stay fp32 does; int8 is for CPUs (default: %(default)s)",
+    )
+    bundle.add_argument(
+        "--calibration",
+        type=Path,
+        metavar="DIR",
+        help="for int8: some twenty photos as they are going to be upscaled",
     )
     bundle.add_argument(
         "--opset",
@@ -182,6 +188,7 @@ def _bundle(arguments: argparse.Namespace) -> int:
         opset=arguments.opset,
         timesteps=tuple(arguments.timesteps),
         fold_level=arguments.fold_level,
+        calibration=arguments.calibration,
         tile_px=arguments.tile,
         overlap_px=arguments.overlap,
         sample=arguments.sample or DEFAULT_SAMPLE,
@@ -192,8 +199,8 @@ def _bundle(arguments: argparse.Namespace) -> int:
     for row in manifest.evidence.parity:
         where = row.graph if row.level is None else f"{row.graph} {row.level}"
         print(
-            f"{where:<20} max abs {row.max_abs:.1e} (limit {row.limit_max_abs:.0e})  "
-            f"cosine {row.cosine:.8f}",
+            f"{where:<20} {row.precision.value}  max abs {row.max_abs:.1e} "
+            f"(limit {row.limit_max_abs:.0e})  cosine {row.cosine:.8f}",
             file=sys.stderr,
         )
     size = sum(path.stat().st_size for path in (arguments.out / "onnx").iterdir())

@@ -30,14 +30,11 @@ def export_onnx(
     opset: int,
     path: Path,
 ) -> tuple[str, ...]:
-    """Export with torch's dynamo exporter, store weights as fp16 where that loses nothing, check.
+    """Export with torch's dynamo exporter, write as ``write_onnx`` does.
 
     Args:
         inputs: example arguments of the module's forward; names and order are the graph's.
         dynamic_shapes: input name -> {axis: torch.export.Dim}.
-
-    Returns:
-        Names of files beside ``path`` that hold weights (external data), none for small graphs.
 
     Raises:
         ExportError: the exporter or the ONNX checker refuses the graph.
@@ -59,6 +56,18 @@ def export_onnx(
         model = program.model
     except (torch.onnx.errors.OnnxExporterError, RuntimeError) as exc:
         raise ExportError(f"{path.name}: the ONNX exporter refused the graph: {exc}") from exc
+    return write_onnx(model, path)
+
+
+def write_onnx(model: ir.Model, path: Path) -> tuple[str, ...]:
+    """Store weights as fp16 where that loses nothing , write, check.
+
+    Returns:
+        Names of files beside ``path`` that hold weights (external data), none for small graphs.
+
+    Raises:
+        ExportError: the ONNX checker refuses the graph.
+    """
     _strip_metadata(model)
     store_as_fp16(model)
     data_files = _write(model, path)

@@ -29,7 +29,8 @@ class Limit:
 
 # fp32: both sides sum the same products in another order. Latents are about unit size, images in
 # [-1, 1]; an image passes more layers at more pixels, so its largest deviation is larger.
-# fp16 and bf16 round every value to 11 and 8 bits: an error that grows with the depth.
+# fp16 and bf16 round every value to 11 and 8 bits: an error that grows with the depth. int8 rounds
+# the inputs of a convolution to 256 values of their range: measured on a photo, whose range it is.
 LIMITS = {
     Precision.FP32: {
         GUIDE: Limit(max_abs=1e-4, cosine=0.99999),
@@ -40,9 +41,15 @@ LIMITS = {
     },
     Precision.FP16: dict.fromkeys(GRAPHS, Limit(max_abs=1e-2, cosine=0.9999)),
     Precision.BF16: dict.fromkeys(GRAPHS, Limit(max_abs=1e-1, cosine=0.999)),
+    Precision.INT8: dict.fromkeys(GRAPHS, Limit(max_abs=5e-1, cosine=0.99)),
 }
 # Whole image, 8 bit, graphs against PyTorch.
-MIN_SAMPLE_PSNR_DB = {Precision.FP32: 40.0, Precision.FP16: 40.0, Precision.BF16: 35.0}
+MIN_SAMPLE_PSNR_DB = {
+    Precision.FP32: 40.0,
+    Precision.FP16: 40.0,
+    Precision.BF16: 35.0,
+    Precision.INT8: 35.0,
+}
 MAX_MEAN_SHIFT_U8 = 0.5  # of a channel's mean: no colour shift
 MAX_LEVELS_PSNR_DB = 60.0  # two levels closer than this are the same level: a wrongly folded t
 
@@ -119,10 +126,12 @@ def measure(
     # Two zeros agree, such as the m_l of a photo for which the MEM's ReLU is closed.
     cosine = float(a @ b) / norms if norms > 0 else float(not a.any() and not b.any())
     if max_abs > limit.max_abs or cosine < limit.cosine:
+        why = "the exported graph does not compute what the checkpoint does."
+        if precision is Precision.INT8:
+            why = "8 bits are too few for this model, or its photos for --calibration too few."
         raise ParityError(
             f"{where}: ONNX differs from PyTorch by {max_abs:.2e} (limit {limit.max_abs:.0e}), "
-            f"cosine {cosine:.7f} (limit {limit.cosine}). The bundle was not written: the exported "
-            "graph does not compute what the checkpoint does."
+            f"cosine {cosine:.7f} (limit {limit.cosine}). The bundle was not written: {why}"
         )
     return Parity(
         graph=graph,

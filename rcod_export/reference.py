@@ -6,7 +6,7 @@ large model is ever held.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -100,21 +100,41 @@ def parity_cases(parts: Parts, info: CheckpointInfo) -> Iterator[Case]:
 
 
 @torch.no_grad()
-def whole_images(
+def photo_cases(
     parts: Parts, info: CheckpointInfo, lq: npt.NDArray[np.uint8], scale: int
-) -> dict[str, npt.NDArray[np.uint8]]:
-    """The pipeline in one piece: lq (h, w, 3) uint8 -> sr (scale h, scale w, 3) of every level."""
+) -> Iterator[Case]:
+    """The pipeline in one piece, lq (h, w, 3) uint8 -> sr (3, scale h, scale w) in [-1, 1] of every
+    level, as a call of the encoder and one of the decoder for each level."""
     height, width = (side * scale for side in lq.shape[:2])
 
     def prepared(image: Any) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None] / 127.5 - 1.0
 
     tokens = parts.vpim(prepared(resize_for_tokens(lq, parts.vpim.tokens_px)))
-    images = {}
-    with guided(parts, torch.from_numpy(guide_window(lq))):
-        z_lq = parts.vae.encode(prepared(upsample(lq, (height, width))))
+    image = prepared(upsample(lq, (height, width)))
+    with guided(parts, torch.from_numpy(guide_window(lq))) as outputs:
+        feeds, expected = {"image": image}, {"z_lq": parts.vae.encode(image)}
+        if outputs:
+            feeds["vae_matrices"] = outputs[1]
+        elif parts.mem is not None:
+            expected["m_l"] = parts.mem(expected["z_lq"])
+        yield Case("encoder", None, _arrays(feeds), _arrays(expected))
         for index, level in enumerate(info.levels):
-            z_sr = denoise(parts, z_lq, tokens, info, index)
-            sr = (parts.vae.decode(z_sr).clamp(-1, 1) + 1.0) * 127.5
-            images[level.name] = sr[0].permute(1, 2, 0).round().to(torch.uint8).numpy()
-    return images
+            z_sr = denoise(parts, expected["z_lq"], tokens, info, index)
+            sr = parts.vae.decode(z_sr).clamp(-1, 1)
+            yield Case("decoder", level.name, _arrays({"z_sr": z_sr}), _arrays({"image": sr}))
+
+
+def _arrays(tensors: dict[str, Tensor]) -> dict[str, Array]:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def whole_images(cases: Iterable[Case]) -> dict[str, npt.NDArray[np.uint8]]:
+    """Of one photo's ``photo_cases``: level -> sr (H, W, 3)."""
+    return {
+        case.level: np.rint((case.expected["image"][0].transpose(1, 2, 0) + 1.0) * 127.5).astype(
+            np.uint8
+        )
+        for case in cases
+        if case.level is not None
+    }

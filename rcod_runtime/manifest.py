@@ -34,11 +34,12 @@ _AXIS = re.compile(r"batch|(height|width)(/[1-9][0-9]{0,3})?")
 
 
 class Precision(str, Enum):
-    """A floating point format: of arithmetic, or of stored weights."""
+    """A number format: of arithmetic, or of stored weights. int8: of the convolutions' products."""
 
     FP32 = "fp32"
     FP16 = "fp16"
     BF16 = "bf16"
+    INT8 = "int8"
 
 
 @dataclass(frozen=True)
@@ -344,6 +345,11 @@ class Manifest(_Checked):
     def is_guided(self) -> bool:
         """Whether a guide feeds the branches of encoder and denoiser."""
         return GUIDE in self.graphs
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether a graph's convolutions multiply 8 bits; the rest has the backend's precision."""
+        return any(graph.precision is Precision.INT8 for graph in self.graphs.values())
 
     def to_json(self) -> str:
         """Fields in the order of the classes, newline at the end."""

@@ -32,8 +32,8 @@ def export(
     loaded = load_merged(tiny_checkpoint)
     for name, replacement in {
         "load_merged": lambda _: loaded,
-        "whole_images": lambda *_: {},
         "parity_cases": lambda *_: (),
+        "photo_cases": lambda *_: (),
         "compare": lambda *_: (),
         "check_sample": lambda *_: 99.0,
     }.items():

@@ -18,7 +18,7 @@ from rcod_export.bundle import ExportConfig, build_bundle
 from rcod_export.engines import EngineConfig, build_engines
 from rcod_export.onnx_file import export_onnx
 from rcod_export.parity import compare
-from rcod_export.reference import parity_cases, whole_images
+from rcod_export.reference import parity_cases, photo_cases, whole_images
 from rcod_export.specs import graph_specs
 from rcod_runtime import Upscaler
 from rcod_runtime.errors import ManifestError
@@ -142,7 +142,7 @@ def test_the_runtime_feeds_the_guides_matrices_of_the_photo(
     with Upscaler(guided_bundle, backend=backend, precision="fp32") as upscaler:
         for height, width in ((32, 32), (16, 48)):
             lq = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)
-            expected = whole_images(parts, info, lq, 4)
+            expected = whole_images(photo_cases(parts, info, lq, 4))
             for level in info.levels:
                 found = upscaler(lq, level.name, colour_match="none", tile_px=192, overlap_px=0)
                 difference = np.abs(found.astype(int) - expected[level.name].astype(int))

@@ -1,0 +1,124 @@
+"""Convolutions in 8 bits, for CPUs: ranges from photos, values of QuantizeLinear in the graph."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnx_ir as ir
+
+from rcod_export.onnx_file import write_onnx
+from rcod_runtime.errors import UsageError
+from rcod_runtime.image_io import READ_SUFFIXES, read_image
+
+Array = npt.NDArray[np.float32]
+Photo = npt.NDArray[np.uint8]  # (H, W, 3)
+
+# Eq. 3 enlarges what the denoiser rounds off, 2.5 times at t = 625: it stays fp32.
+QUANTIZED = ("encoder", "decoder")
+MAX_PHOTOS = 64
+MAX_SIDE_PX = 64  # of a photo's middle, before it is upscaled
+
+
+def calibration_photos(folder: Path, multiple: int) -> Iterator[Photo]:
+    """The middle of each photo of a folder, by name, at most ``MAX_PHOTOS``.
+
+    Args:
+        folder: photos as they are going to be upscaled.
+        multiple: their sides are cut to it.
+
+    Raises:
+        UsageError: no folder, no photo in it, one that is too small or not in 8-bit RGB.
+        ImageError: a file can't be decoded.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"--calibration {folder}: expected a folder of photos.")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in READ_SUFFIXES)
+    if not paths:
+        raise UsageError(
+            f"--calibration {folder}: no photo in it. Expected some twenty files as they are going "
+            f"to be upscaled, of {', '.join(sorted(READ_SUFFIXES))}."
+        )
+    for path in paths[:MAX_PHOTOS]:
+        pixels = read_image(path).pixels
+        sides = [min(side, MAX_SIDE_PX) // multiple * multiple for side in pixels.shape[:2]]
+        if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,) or not all(sides):
+            raise UsageError(
+                f"{path}: expected an 8-bit RGB photo of at least {multiple} px a side to "
+                f"calibrate on, found {pixels.shape} {pixels.dtype}. Take it out of the folder."
+            )
+        top, left = ((a - b) // 2 for a, b in zip(pixels.shape, sides, strict=False))
+        yield np.ascontiguousarray(pixels[top : top + sides[0], left : left + sides[1]])
+
+
+def quantize(path: Path, feeds: Sequence[Mapping[str, Array]]) -> tuple[str, ...]:
+    """Replace an fp32 graph by one whose convolutions multiply 8 bits.
+
+    Activations have one range each, from the least and the greatest value over ``feeds``; weights
+    one for each output channel, in 7 bits: processors without VNNI add pairs of products in 16
+    bits. What is no convolution stays fp32, and so does the last one, whose rounding would be the
+    image's or the latent's.
+
+    Args:
+        path: an fp32 graph.
+        feeds: inputs of the graph by name.
+
+    Returns:
+        Names of files beside ``path`` that hold weights, as ``write_onnx``.
+
+    Raises:
+        ExportError: the ONNX checker refuses the result.
+    """
+    from onnxruntime.quantization import (
+        QuantFormat,
+        QuantType,
+        quant_pre_process,
+        quantize_static,
+    )
+
+    with tempfile.TemporaryDirectory() as folder:
+        prepared, result = Path(folder) / "prepared.onnx", Path(folder) / "quantized.onnx"
+        quant_pre_process(path, prepared, skip_symbolic_shape=True)  # weights to fp32, shapes
+        names = convolutions(onnx.load(prepared).graph)
+        quantize_static(
+            prepared,
+            result,
+            _Feeds(feeds),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=["Conv"],
+            nodes_to_quantize=names[:-1],
+            per_channel=True,
+            reduce_range=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+        )
+        quantized = ir.load(result)
+        for domain in set(quantized.opset_imports) - {""}:  # declared, not used
+            del quantized.opset_imports[domain]
+        quantized.producer_name = quantized.producer_version = None
+        for value in quantized.graph.initializers.values():
+            if value.const_value is not None:  # as bytes, which is what a bundle's check counts
+                value.const_value = ir.Tensor(value.const_value.numpy(), name=value.name)
+        for stale in path.parent.glob(f"{path.name}.data"):
+            stale.unlink()
+        return write_onnx(quantized, path)
+
+
+def convolutions(graph: onnx.GraphProto) -> list[str]:
+    """Names of a graph's convolutions in the order in which they run."""
+    return [node.name for node in graph.node if node.op_type == "Conv"]
+
+
+class _Feeds:
+    """ONNX Runtime's CalibrationDataReader."""
+
+    def __init__(self, feeds: Iterable[Mapping[str, Array]]) -> None:
+        self._feeds = iter(feeds)
+
+    def get_next(self) -> dict[str, Array] | None:
+        feeds = next(self._feeds, None)
+        return None if feeds is None else dict(feeds)

@@ -1,0 +1,168 @@
+"""``rcod-export bundle --precision int8``: which convolutions, how close, what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+from rcod_export.bundle import DEFAULT_SAMPLE, ExportConfig, build_bundle
+from rcod_export.engines import EngineConfig, build_engines
+from rcod_export.inspect import verify_bundle
+from rcod_export.quantize import MAX_SIDE_PX, QUANTIZED, calibration_photos, convolutions
+from rcod_runtime import Upscaler
+from rcod_runtime.errors import UsageError
+from rcod_runtime.image_io import read_image, write_image
+from rcod_runtime.manifest import Precision, read_manifest
+from tests.export.conftest import take_exported
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibration")
+    sample = read_image(DEFAULT_SAMPLE).pixels
+    for index in range(3):
+        part = np.ascontiguousarray(sample[index * 8 : index * 8 + 40, : 32 + 8 * index])
+        write_image(folder / f"{index}.png", part)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def int8_config(tiny_config: ExportConfig, photos: Path) -> ExportConfig:
+    return dataclasses.replace(tiny_config, precision=Precision.INT8, calibration=photos)
+
+
+@pytest.fixture(scope="module")
+def int8_bundle(
+    tiny_checkpoint: Path,
+    tiny_bundle: Path,
+    int8_config: ExportConfig,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    out = tmp_path_factory.mktemp("int8") / "bundle"
+    with pytest.MonkeyPatch.context() as patch:
+        take_exported(tiny_bundle, patch)
+        build_bundle(tiny_checkpoint, out, int8_config)
+    return out
+
+
+def test_all_convolutions_but_the_last_of_encoder_and_decoder_take_8_bits(
+    int8_bundle: Path,
+) -> None:
+    manifest = read_manifest(int8_bundle / "manifest.json")
+    for name, graph in manifest.graphs.items():
+        model = onnx.load(int8_bundle / graph.file).graph
+        made_by = {output: node.op_type for node in model.node for output in node.output}
+        eight = [
+            node.name
+            for node in model.node
+            if node.op_type == "Conv" and made_by.get(node.input[1]) == "DequantizeLinear"
+        ]
+        if name not in QUANTIZED:
+            assert graph.precision is Precision.FP32 and not eight
+            continue
+        assert graph.precision is graph.weights is Precision.INT8
+        assert eight == convolutions(model)[:-1] and len(eight) > 4
+        weights = [
+            numpy_helper.to_array(tensor)
+            for tensor in model.initializer
+            if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4
+        ]
+        assert len(weights) == len(eight)
+        # 7 bits: sums of two products in 16 bits do not overflow without VNNI.
+        assert all(np.abs(w.astype(int)).max() <= 64 for w in weights)
+
+
+def test_the_manifest_has_the_graphs_as_exported_and_as_quantized(int8_bundle: Path) -> None:
+    manifest = read_manifest(int8_bundle / "manifest.json")
+    rows = {(r.graph, r.level) for r in manifest.evidence.parity if r.precision is Precision.INT8}
+    levels = {("decoder", level.name) for level in manifest.levels}
+    assert rows == levels | {("encoder", None), ("encoder", "m_l")}
+    exact = {r.graph for r in manifest.evidence.parity if r.precision is Precision.FP32}
+    assert exact == {"encoder", "vpim", "denoiser", "decoder"}
+    assert "encoder and decoder in 8 bits" in (int8_bundle / "MODEL_CARD.md").read_text()
+
+
+def test_images_are_close_to_fp32_on_every_backend(int8_bundle: Path, tiny_bundle: Path) -> None:
+    lines = [line for line in verify_bundle(int8_bundle) if line.startswith("backend")]
+    assert len(lines) >= 2 and all("int8 and " in line for line in lines)
+    lq = read_image(DEFAULT_SAMPLE).pixels[:40, :48]
+    with Upscaler(tiny_bundle, precision="fp32") as exact:
+        expected = exact(lq, "realism").astype(int)
+    for backend in ("openvino", "onnxruntime"):
+        with Upscaler(int8_bundle, backend=backend, precision="fp32") as upscaler:
+            error = upscaler(lq, "realism").astype(int) - expected
+        psnr_db = 10 * np.log10(255**2 / np.square(error).mean())
+        assert 35 < psnr_db < 70, backend  # 70: nothing was rounded
+
+
+def test_the_same_photos_give_the_same_bytes(
+    tiny_checkpoint: Path,
+    tiny_bundle: Path,
+    int8_bundle: Path,
+    int8_config: ExportConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    take_exported(tiny_bundle, monkeypatch)
+    build_bundle(tiny_checkpoint, tmp_path / "again", int8_config)
+    for name in ("manifest.json", "onnx/encoder.onnx", "onnx/decoder.onnx"):
+        assert (tmp_path / "again" / name).read_bytes() == (int8_bundle / name).read_bytes(), name
+
+
+def test_photos_are_cut_to_their_middle(tmp_path: Path) -> None:
+    pixels = np.zeros((100, 300, 3), np.uint8)
+    pixels[18 : 18 + 64, 118 : 118 + 64] = 255
+    write_image(tmp_path / "b.png", pixels)
+    write_image(tmp_path / "a.png", pixels[:30, :41])
+    (tmp_path / "notes.txt").write_text("not a photo")
+    small, large = calibration_photos(tmp_path, 8)
+    assert small.shape == (24, 40, 3)
+    assert large.shape == (MAX_SIDE_PX, MAX_SIDE_PX, 3) and large.min() == 255
+
+
+@pytest.mark.parametrize(
+    "name, pixels, message",
+    [
+        ("small.png", np.zeros((40, 7, 3), np.uint8), "at least 8 px a side"),
+        ("grey.png", np.zeros((40, 40), np.uint8), "8-bit RGB"),
+        ("notes.txt", None, "no photo in it"),
+    ],
+)
+def test_what_can_not_be_calibrated_on_is_refused(
+    name: str, pixels: np.ndarray | None, message: str, tmp_path: Path
+) -> None:
+    if pixels is None:
+        (tmp_path / name).write_text("text")
+    else:
+        write_image(tmp_path / name, pixels)
+    with pytest.raises(UsageError, match=message):
+        list(calibration_photos(tmp_path, 8))
+    with pytest.raises(UsageError, match="expected a folder"):
+        list(calibration_photos(tmp_path / "none", 8))
+
+
+@pytest.mark.parametrize("precision", [Precision.INT8, Precision.FP32])
+def test_int8_and_photos_belong_together(
+    precision: Precision,
+    photos: Path,
+    tiny_checkpoint: Path,
+    tiny_config: ExportConfig,
+    tmp_path: Path,
+) -> None:
+    folder = None if precision is Precision.INT8 else photos
+    config = dataclasses.replace(tiny_config, precision=precision, calibration=folder)
+    with pytest.raises(UsageError, match="--precision int8 needs --calibration"):
+        build_bundle(tiny_checkpoint, tmp_path / "out", config)
+
+
+def test_engines_are_not_built_of_int8_graphs(int8_bundle: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    before = (int8_bundle / "manifest.json").read_bytes()
+    with pytest.raises(UsageError, match="for CPUs.*--precision fp16"):
+        build_engines(int8_bundle, EngineConfig(sms=(89,)))
+    assert (int8_bundle / "manifest.json").read_bytes() == before
