@@ -130,6 +130,8 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
             "--precision int8 needs --calibration, a folder of photos as they are going to be "
             "upscaled; no other precision takes one."
         )
+    if config.precision is Precision.INT8 and config.opset not in (None, COMPATIBLE_OPSET):
+        raise UsageError(f"--precision int8: expected --opset {COMPATIBLE_OPSET}.")
     opset = opset_of(config)
     parts, info = _loaded(checkpoint, config)
     if config.timesteps:
@@ -137,12 +139,17 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
     if config.fold_level is not None:
         parts, info = _folded(parts, info, config.fold_level)
     contract = _image_contract(parts, config)
+    photos = _calibration_photos(info, contract, config)
     lq = _sample_photo(config.sample)
     log.info("reference: PyTorch in fp32")
     references = References(
         list(parity_cases(parts, info)),
         list(photo_cases(parts, info, _centre(lq), contract.scale)),
-        list(_calibration(parts, info, contract, config)),
+        [
+            dataclasses.replace(case, expected={})
+            for photo in photos
+            for case in photo_cases(parts, info, photo, contract.scale)
+        ],
     )
     images = whole_images(references.sample)
     check_levels_differ(images)  # PyTorch's, before the export takes its minutes
@@ -226,13 +233,18 @@ class References:
     calibration: list[Case]
 
 
-def _calibration(
-    parts: Parts, info: CheckpointInfo, contract: ImageContract, config: ExportConfig
-) -> Iterator[Case]:
-    if config.calibration is not None:
-        multiple = contract.size_multiple // math.gcd(contract.size_multiple, contract.scale)
-        for photo in calibration_photos(config.calibration, multiple):
-            yield from photo_cases(parts, info, photo, contract.scale)
+def _calibration_photos(
+    info: CheckpointInfo, contract: ImageContract, config: ExportConfig
+) -> list[Photo]:
+    if config.calibration is None:
+        return []
+    if info.family != "nano":
+        raise UsageError(
+            f"--precision int8: expected a nano checkpoint, found {info.family}, of which no int8 "
+            "graph has been measured. Use fp32 or bf16 on a CPU."
+        )
+    multiple = contract.size_multiple // math.gcd(contract.size_multiple, contract.scale)
+    return list(calibration_photos(config.calibration, multiple))
 
 
 def _exported(
@@ -254,7 +266,7 @@ def _exported(
             log.info("%s: calibrating", spec.name)
             feeds = [case.feeds for case in _of(references.calibration, spec.name)]
             graph = _quantized(graph, path, quantize(path, feeds))
-            rows += compare(_of(references.sample, spec.name), path, Precision.INT8)
+            rows = list(compare(_of(references.sample, spec.name), path, Precision.INT8))
         yield graph, spec.name, rows
 
 

@@ -85,6 +85,11 @@ def build_engines(folder: Path, config: EngineConfig) -> Manifest:
         UsageError: a setting that can't be used.
     """
     bundle = open_bundle(folder)
+    if bundle.manifest.has_int8:
+        raise UsageError(
+            f"{bundle.folder}: its int8 graphs are for CPUs; their ranges are not centred on zero, "
+            "which TensorRT asks for. Export the bundle for engines with --precision fp16."
+        )
     try:
         version = str(load_tensorrt(config.target).__version__)
         sms = config.sms if config.target == "tensorrt-rtx" else (sm_of(load_cuda(), 0),)
@@ -113,11 +118,6 @@ def _check(bundle: Bundle, config: EngineConfig) -> None:
     low, high = config.batch
     if not 1 <= low <= high <= 64:
         raise UsageError(f"batch {low} {high}: expected 1 <= smallest <= largest <= 64.")
-    if bundle.manifest.has_int8:
-        raise UsageError(
-            f"{bundle.folder}: its int8 graphs are for CPUs; their ranges are not centred on zero, "
-            "which TensorRT asks for. Export the bundle for engines with --precision fp16."
-        )
     if not config.sms:
         raise UsageError("target tensorrt-rtx: expected at least one --sm, e.g. --sm 89 120.")
     if config.hardware_compatibility != "none" and config.target == "tensorrt-rtx":

@@ -39,6 +39,9 @@ def inspect_bundle(folder: Path) -> Iterator[str]:
             f"{c.macs / 1e9:>9.2f}{c.weight_bytes / 1e6:>9.1f}  {', '.join(scratch) or 'no engine'}"
         )
     yield ""
+    if manifest.has_int8:
+        yield from (f"{name:<10}{_histogram(cost)}" for name, cost in costs.items())
+        return  # for CPUs
     yield f"{'time floor, ms':<16}" + "".join(f"{name:>10}" for name in costs) + f"{'all':>10}"
     for gpu in GPUS:
         floors = [

@@ -60,7 +60,7 @@ def export_onnx(
 
 
 def write_onnx(model: ir.Model, path: Path) -> tuple[str, ...]:
-    """Store weights as fp16 where that loses nothing , write, check.
+    """Store weights as fp16 where that loses nothing, write, check.
 
     Returns:
         Names of files beside ``path`` that hold weights (external data), none for small graphs.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,8 +13,10 @@ import onnx
 import onnx_ir as ir
 
 from rcod_export.onnx_file import write_onnx
-from rcod_runtime.errors import UsageError
+from rcod_runtime.errors import ExportError, UsageError
 from rcod_runtime.image_io import READ_SUFFIXES, read_image
+
+log = logging.getLogger(__name__)
 
 Array = npt.NDArray[np.float32]
 Photo = npt.NDArray[np.uint8]  # (H, W, 3)
@@ -37,12 +40,17 @@ def calibration_photos(folder: Path, multiple: int) -> Iterator[Photo]:
     """
     if not folder.is_dir():
         raise UsageError(f"--calibration {folder}: expected a folder of photos.")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in READ_SUFFIXES)
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in READ_SUFFIXES)
+    except OSError as exc:
+        raise UsageError(f"--calibration {folder}: can't be read ({exc.strerror}).") from exc
     if not paths:
         raise UsageError(
             f"--calibration {folder}: no photo in it. Expected some twenty files as they are going "
             f"to be upscaled, of {', '.join(sorted(READ_SUFFIXES))}."
         )
+    if len(paths) > MAX_PHOTOS:
+        log.warning("--calibration %s: the first %d of %d photos", folder, MAX_PHOTOS, len(paths))
     for path in paths[:MAX_PHOTOS]:
         pixels = read_image(path).pixels
         sides = [min(side, MAX_SIDE_PX) // multiple * multiple for side in pixels.shape[:2]]
@@ -58,10 +66,10 @@ def calibration_photos(folder: Path, multiple: int) -> Iterator[Photo]:
 def quantize(path: Path, feeds: Sequence[Mapping[str, Array]]) -> tuple[str, ...]:
     """Replace an fp32 graph by one whose convolutions multiply 8 bits.
 
-    Activations have one range each, from the least and the greatest value over ``feeds``; weights
-    one for each output channel, in 7 bits: processors without VNNI add pairs of products in 16
-    bits. What is no convolution stays fp32, and so does the last one, whose rounding would be the
-    image's or the latent's.
+    What goes into a convolution and comes out of it has one range, from the least and the greatest
+    value over ``feeds``; weights have one for each output channel, in 7 bits: processors without
+    VNNI add pairs of products in 16 bits. All else stays fp32, and so does the last convolution:
+    what it rounded would be the image or the latent.
 
     Args:
         path: an fp32 graph.
@@ -71,8 +79,34 @@ def quantize(path: Path, feeds: Sequence[Mapping[str, Array]]) -> tuple[str, ...
         Names of files beside ``path`` that hold weights, as ``write_onnx``.
 
     Raises:
-        ExportError: the ONNX checker refuses the result.
+        ExportError: ONNX Runtime's quantizer or the ONNX checker refuses the graph, or there is no
+            room for what they write meanwhile.
     """
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder) / "quantized.onnx"
+        try:
+            _quantize(path, result, feeds)
+            quantized = ir.load(result)
+            for value in quantized.graph.initializers.values():
+                if value.const_value is not None:  # as bytes, which is what a bundle's check counts
+                    value.const_value = ir.Tensor(value.const_value.numpy(), name=value.name)
+        except ExportError:
+            raise
+        except OSError as exc:
+            raise ExportError(
+                f"{path.name}: could not be quantized in {folder} ({exc.strerror or exc}). Free "
+                "space there, or set TMPDIR to another folder."
+            ) from exc
+        except Exception as exc:  # its exceptions share no base class
+            raise ExportError(f"{path.name}: ONNX Runtime could not quantize it: {exc}") from exc
+    for domain in set(quantized.opset_imports) - {""}:  # declared, not used
+        del quantized.opset_imports[domain]
+    quantized.producer_name = quantized.producer_version = None
+    path.with_name(f"{path.name}.data").unlink(missing_ok=True)
+    return write_onnx(quantized, path)
+
+
+def _quantize(path: Path, result: Path, feeds: Sequence[Mapping[str, Array]]) -> None:
     from onnxruntime.quantization import (
         QuantFormat,
         QuantType,
@@ -80,37 +114,43 @@ def quantize(path: Path, feeds: Sequence[Mapping[str, Array]]) -> tuple[str, ...
         quantize_static,
     )
 
-    with tempfile.TemporaryDirectory() as folder:
-        prepared, result = Path(folder) / "prepared.onnx", Path(folder) / "quantized.onnx"
-        quant_pre_process(path, prepared, skip_symbolic_shape=True)  # weights to fp32, shapes
-        names = convolutions(onnx.load(prepared).graph)
-        quantize_static(
-            prepared,
-            result,
-            _Feeds(feeds),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["Conv"],
-            nodes_to_quantize=names[:-1],
-            per_channel=True,
-            reduce_range=True,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
+    prepared = result.with_name("prepared.onnx")
+    quant_pre_process(path, prepared, skip_symbolic_shape=True)  # weights to fp32, shapes
+    names = convolutions(onnx.load(prepared).graph)
+    quantize_static(
+        prepared,
+        result,
+        _Feeds(feeds),
+        quant_format=QuantFormat.QDQ,
+        op_types_to_quantize=["Conv"],
+        nodes_to_exclude=names[-1:],
+        per_channel=True,
+        reduce_range=True,
+        activation_type=QuantType.QUInt8,
+        weight_type=QuantType.QInt8,
+    )
+    found = quantized_convolutions(onnx.load(result).graph)
+    if found != names[:-1]:  # a failed preparation is a line in its log, and it goes on without
+        raise ExportError(
+            f"{path.name}: expected {len(names) - 1} convolutions with weights in 8 bits, ONNX "
+            f"Runtime made {len(found)}. Its log says why; is there room in {result.parent}?"
         )
-        quantized = ir.load(result)
-        for domain in set(quantized.opset_imports) - {""}:  # declared, not used
-            del quantized.opset_imports[domain]
-        quantized.producer_name = quantized.producer_version = None
-        for value in quantized.graph.initializers.values():
-            if value.const_value is not None:  # as bytes, which is what a bundle's check counts
-                value.const_value = ir.Tensor(value.const_value.numpy(), name=value.name)
-        for stale in path.parent.glob(f"{path.name}.data"):
-            stale.unlink()
-        return write_onnx(quantized, path)
 
 
 def convolutions(graph: onnx.GraphProto) -> list[str]:
     """Names of a graph's convolutions in the order in which they run."""
     return [node.name for node in graph.node if node.op_type == "Conv"]
+
+
+def quantized_convolutions(graph: onnx.GraphProto) -> list[str]:
+    """Names of those whose weights are stored in 8 bits."""
+    stored = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.INT8}
+    weights = {
+        node.output[0]
+        for node in graph.node
+        if node.op_type == "DequantizeLinear" and node.input[0] in stored
+    }
+    return [n.name for n in graph.node if n.op_type == "Conv" and n.input[1] in weights]
 
 
 class _Feeds:

@@ -113,14 +113,11 @@ def photo_cases(
     tokens = parts.vpim(prepared(resize_for_tokens(lq, parts.vpim.tokens_px)))
     image = prepared(upsample(lq, (height, width)))
     with guided(parts, torch.from_numpy(guide_window(lq))) as outputs:
-        feeds, expected = {"image": image}, {"z_lq": parts.vae.encode(image)}
-        if outputs:
-            feeds["vae_matrices"] = outputs[1]
-        elif parts.mem is not None:
-            expected["m_l"] = parts.mem(expected["z_lq"])
-        yield Case("encoder", None, _arrays(feeds), _arrays(expected))
+        matrices = {"vae_matrices": outputs[1]} if outputs else {}
+        z_lq = parts.vae.encode(image)
+        yield Case("encoder", None, _arrays({"image": image} | matrices), _arrays({"z_lq": z_lq}))
         for index, level in enumerate(info.levels):
-            z_sr = denoise(parts, expected["z_lq"], tokens, info, index)
+            z_sr = denoise(parts, z_lq, tokens, info, index)
             sr = parts.vae.decode(z_sr).clamp(-1, 1)
             yield Case("decoder", level.name, _arrays({"z_sr": z_sr}), _arrays({"image": sr}))
 

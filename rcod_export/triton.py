@@ -60,6 +60,8 @@ def build_repository(bundle: Path, out: Path, config: TritonConfig) -> Path:
     if out.exists() and not (out / ENSEMBLE / "config.pbtxt").is_file():
         raise OutputError(f"{out}: exists and is no repository of rcod-export. Choose another -o.")
     opened = open_bundle(bundle)
+    if opened.manifest.has_int8 and config.device != "cpu":
+        raise UsageError(f"{bundle}: its int8 graphs are for CPUs. Give --device cpu.")
     manifest, names = opened.manifest, [n for n in ORDER if n in opened.manifest.graphs]
     sets = _engine_sets(bundle, manifest, config) if config.backend == "tensorrt" else []
     engines = {name: [s.engines[name] for s in sets] for name in names}

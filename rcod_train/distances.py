@@ -26,16 +26,21 @@ def gradient_loss(a: Tensor, b: Tensor) -> Tensor:
 
 def ssim_loss(a: Tensor, b: Tensor) -> Tensor:
     """1 - SSIM (Wang et al. 2004) of the luma, as quality.metrics.ssim_y but for its rounding and
-    its clamp, both of which would stop gradients; at least 11 px a side."""
-    y_a, y_b = luma(a), luma(b)
+    its clamp, both of which would stop gradients; at least 11 px a side.
+
+    A variance is the mean square less the squared mean. Both are taken around mid-grey, so that
+    they stay small: a GPU may multiply with TF32's 10 bits.
+    """
+    middle = 0.5
+    y_a, y_b = luma(a) - middle, luma(b) - middle
     maps = torch.cat([y_a, y_b, y_a * y_a, y_b * y_b, y_a * y_b])[:, None]  # (5 B, 1, H, W)
     taps = torch.from_numpy(gaussian(SSIM_WINDOW_PX, SSIM_SIGMA_PX)).to(a)
     maps = F.conv2d(F.conv2d(maps, taps.view(1, 1, -1, 1)), taps.view(1, 1, 1, -1))
     mean_a, mean_b, square_a, square_b, product = maps.chunk(5)
     c1, c2 = SSIM_C1 / PEAK**2, SSIM_C2 / PEAK**2
-    contrast_structure = (2 * (product - mean_a * mean_b) + c2) / (
-        square_a - mean_a**2 + square_b - mean_b**2 + c2
-    )
+    variances = (square_a - mean_a**2).clamp_min(0) + (square_b - mean_b**2).clamp_min(0)
+    contrast_structure = (2 * (product - mean_a * mean_b) + c2) / (variances + c2)
+    mean_a, mean_b = mean_a + middle, mean_b + middle
     brightness = (2 * mean_a * mean_b + c1) / (mean_a**2 + mean_b**2 + c1)
     return 1.0 - (contrast_structure * brightness).mean()
 

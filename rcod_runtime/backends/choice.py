@@ -67,6 +67,11 @@ def open_chain(bundle: Bundle, backend: str, device: str, precision: str, thread
 
 
 def _onnxruntime(bundle: Bundle, backend: str, index: int, precision: str) -> HostChain:
+    if bundle.manifest.has_int8:
+        raise UsageError(
+            f"{bundle.folder}: its int8 graphs are for CPUs. Use --device cpu, or export a "
+            "bundle for the GPU with --precision fp16."
+        )
     own = bundle.manifest.graphs["denoiser"].precision.value
     if precision not in ("auto", own):
         raise UsageError(

@@ -87,7 +87,7 @@ def make_app(upscaler: Upscaler, limits: Limits) -> FastAPI:
         except Refused as refused:
             measures.answers.labels(refused.status).inc()
             if unread and refused.status != 413:  # of that no more is wanted
-                return Unread(refused, limits.body_s)
+                return Unread(refused, limits)
             return _error(refused)
         measures.answers.labels(200).inc()
         measures.add(job)
@@ -266,15 +266,16 @@ def _said(refused: Refused) -> dict[str, Any]:
 
 class Unread(JSONResponse):
     """A refusal that is sent at once, before the body is there. What comes of the body is thrown
-    away for ``body_s``: if the connection were closed at once, it would be reset, and a client that
-    sends its whole photo before it looks for an answer would never see this one."""
+    away, as much and for as long as a body may be and take: if the connection were closed at once,
+    it would be reset, and a client that sends its whole photo before it looks for an answer would
+    never see this one."""
 
-    def __init__(self, refused: Refused, body_s: float) -> None:
+    def __init__(self, refused: Refused, limits: Limits) -> None:
         headers = {"Connection": "close"}
         if refused.retry_s is not None:
             headers["Retry-After"] = str(refused.retry_s)
         super().__init__(_said(refused), refused.status, headers=headers)
-        self.body_s = body_s
+        self.limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def send_open(message: Message) -> None:
@@ -284,7 +285,8 @@ class Unread(JSONResponse):
 
         await super().__call__(scope, receive, send_open)
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(self.body_s):
-                while (await receive()).get("more_body"):
-                    pass
+            left = self.limits.body_bytes
+            async with asyncio.timeout(self.limits.body_s):
+                while left >= 0 and (message := await receive()).get("more_body"):
+                    left -= len(message.get("body", b""))
         await send({"type": "http.response.body"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,25 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+import rcod_export.bundle
 from rcod_export.bundle import DEFAULT_SAMPLE, ExportConfig, build_bundle
 from rcod_export.engines import EngineConfig, build_engines
 from rcod_export.inspect import verify_bundle
-from rcod_export.quantize import MAX_SIDE_PX, QUANTIZED, calibration_photos, convolutions
+from rcod_export.quantize import (
+    MAX_SIDE_PX,
+    QUANTIZED,
+    calibration_photos,
+    convolutions,
+    quantize,
+    quantized_convolutions,
+)
+from rcod_export.triton import TritonConfig, build_repository
 from rcod_runtime import Upscaler
-from rcod_runtime.errors import UsageError
+from rcod_runtime.errors import ExportError, UsageError
 from rcod_runtime.image_io import read_image, write_image
 from rcod_runtime.manifest import Precision, read_manifest
 from tests.export.conftest import take_exported
+from tests.tiny import tiny_info, tiny_parts
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +67,7 @@ def test_all_convolutions_but_the_last_of_encoder_and_decoder_take_8_bits(
     manifest = read_manifest(int8_bundle / "manifest.json")
     for name, graph in manifest.graphs.items():
         model = onnx.load(int8_bundle / graph.file).graph
-        made_by = {output: node.op_type for node in model.node for output in node.output}
-        eight = [
-            node.name
-            for node in model.node
-            if node.op_type == "Conv" and made_by.get(node.input[1]) == "DequantizeLinear"
-        ]
+        eight = quantized_convolutions(model)
         if name not in QUANTIZED:
             assert graph.precision is Precision.FP32 and not eight
             continue
@@ -77,13 +83,12 @@ def test_all_convolutions_but_the_last_of_encoder_and_decoder_take_8_bits(
         assert all(np.abs(w.astype(int)).max() <= 64 for w in weights)
 
 
-def test_the_manifest_has_the_graphs_as_exported_and_as_quantized(int8_bundle: Path) -> None:
+def test_the_manifest_says_what_is_int8_and_how_close_that_is(int8_bundle: Path) -> None:
     manifest = read_manifest(int8_bundle / "manifest.json")
     rows = {(r.graph, r.level) for r in manifest.evidence.parity if r.precision is Precision.INT8}
-    levels = {("decoder", level.name) for level in manifest.levels}
-    assert rows == levels | {("encoder", None), ("encoder", "m_l")}
+    assert rows == {("decoder", level.name) for level in manifest.levels} | {("encoder", None)}
     exact = {r.graph for r in manifest.evidence.parity if r.precision is Precision.FP32}
-    assert exact == {"encoder", "vpim", "denoiser", "decoder"}
+    assert exact == {"vpim", "denoiser"}
     assert "encoder and decoder in 8 bits" in (int8_bundle / "MODEL_CARD.md").read_text()
 
 
@@ -161,8 +166,63 @@ def test_int8_and_photos_belong_together(
 
 
 def test_engines_are_not_built_of_int8_graphs(int8_bundle: Path) -> None:
-    pytest.importorskip("tensorrt_rtx")
     before = (int8_bundle / "manifest.json").read_bytes()
     with pytest.raises(UsageError, match="for CPUs.*--precision fp16"):
         build_engines(int8_bundle, EngineConfig(sms=(89,)))
     assert (int8_bundle / "manifest.json").read_bytes() == before
+
+
+def test_a_gpu_does_not_get_them(int8_bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="for CPUs. Give --device cpu"):
+        build_repository(int8_bundle, tmp_path / "models", TritonConfig())
+    build_repository(int8_bundle, tmp_path / "models", TritonConfig(device="cpu"))
+    with pytest.raises(UsageError, match="for CPUs. Use --device cpu"):
+        Upscaler(int8_bundle, device="cuda:0", backend="onnxruntime")
+
+
+def test_other_families_and_opsets_are_refused(
+    int8_config: ExportConfig,
+    tiny_checkpoint: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded = tiny_parts(), dataclasses.replace(tiny_info(), family="rcod-o")
+    monkeypatch.setattr(rcod_export.bundle, "load_merged", lambda _: loaded)
+    with pytest.raises(UsageError, match="expected a nano checkpoint, found rcod-o"):
+        build_bundle(tiny_checkpoint, tmp_path / "out", int8_config)
+    with pytest.raises(UsageError, match="--opset 20"):
+        build_bundle(tiny_checkpoint, tmp_path / "out", dataclasses.replace(int8_config, opset=23))
+
+
+@pytest.mark.parametrize(
+    ("failing", "error", "message"),
+    [
+        ("quantize_static", ValueError("No data is collected."), "could not quantize it: No data"),
+        ("quantize_static", OSError(28, "No space left on device"), "No space left.*TMPDIR"),
+        ("quant_pre_process", None, r"expected \d+ convolutions .* made \d+"),
+    ],
+)
+def test_what_the_quantizer_can_not_do_is_named(
+    failing: str,
+    error: Exception | None,
+    message: str,
+    tiny_bundle: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last: its preparation logs what goes wrong, and passes the graph on as it was."""
+    path = tmp_path / "decoder.onnx"
+    shutil.copy(tiny_bundle / "onnx" / "decoder.onnx", path)
+    before = path.read_bytes()
+
+    def fail(source: Path, result: Path, *_: object, **__: object) -> None:
+        if error is not None:
+            raise error
+        onnx.save_model(onnx.shape_inference.infer_shapes(onnx.load(source)), result)
+
+    monkeypatch.setattr(f"onnxruntime.quantization.{failing}", fail)
+    channels = read_manifest(tiny_bundle / "manifest.json").graphs["decoder"].inputs[0].shape[1]
+    z_sr = np.random.default_rng(0).normal(size=(1, channels, 4, 4)).astype(np.float32)
+    with pytest.raises(ExportError, match=message):
+        quantize(path, [{"z_sr": z_sr}])
+    assert path.read_bytes() == before
