@@ -24,7 +24,7 @@ from rcod_train.config import (
     VaeStageConfig,
 )
 from rcod_train.data import Batch, PhotoBatches, batches, worker_deaths
-from rcod_train.errors import ConfigError, MetricError, MissingPackage, TrainError
+from rcod_train.errors import CheckpointError, ConfigError, MetricError, MissingPackage, TrainError
 from rcod_train.files import file_written_whole
 from rcod_train.fingerprint import fingerprint
 from rcod_train.grouping import Grouping, check_groups, official_grouping
@@ -109,17 +109,21 @@ class Run:
         self.unreadable: set[str] = set()  # photos that were named as such
         self.perceptual = load_lpips(self.device) if config.use_lpips else None
         self.trained: dict[str, str] = {}  # the fingerprint of what each stage left
+        self._replaced: bytes | None = None  # config.json of the run that went before
         self._boards: dict[str, Board] = {}
         if config.tensorboard and self.ranks.writes:
             self._boards = {n: Board(self.out / "tensorboard" / n) for n in config.stages}
 
     def start(self) -> None:
-        """The folder of the run, with its resolved configuration."""
+        """The folder of the run, with its resolved configuration; one that is there comes back if
+        its checkpoints refuse this run."""
         if not self.ranks.writes:
             return
+        path = self.out / "config.json"
         try:
             self.out.mkdir(parents=True, exist_ok=True)
-            self.config.write(self.out / "config.json")
+            self._replaced = path.read_bytes() if path.exists() else None
+            self.config.write(path)
         except OSError as exc:
             raise TrainError(
                 f"{self.out}: can't be written ({exc.strerror or exc}). Choose another --out."
@@ -163,6 +167,10 @@ class Run:
                     stage, make, folder, seed, self.resume, self.autocast, validate,
                     self.ranks, log_row, self.trained, later,
                 )  # fmt: skip
+        except CheckpointError:
+            if self._replaced is not None:
+                (self.out / "config.json").write_bytes(self._replaced)
+            raise
         finally:
             if board is not None:
                 board.close()

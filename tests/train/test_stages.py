@@ -206,6 +206,24 @@ def test_the_metric_is_measured_again_where_what_it_depends_on_has_changed(
     assert m_min(parts, data=(str(moved),)) == 0.5
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_is_refused_leaves_the_settings_of_the_one_before(
+    resume: bool, photos: Path, tmp_path: Path
+) -> None:
+    settings = dataclasses.replace(CONFIG, crop_px=64, context_px=64)
+    config = RcodOConfig((str(photos),), str(tmp_path / "run"), rcod=settings)
+    Run(config, (settings,), False).start()
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    (tmp_path / "run" / "rcod").mkdir()
+    (tmp_path / "run" / "rcod" / "step-0000001.pt").write_bytes(b"of other settings")
+    again = Run(dataclasses.replace(config, seed=1), (settings,), resume)
+    again.start()
+    assert (tmp_path / "run" / "config.json").read_bytes() != before
+    with pytest.raises(CheckpointError):
+        again.train(stage(settings), lambda first: iter(()))
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
 def test_the_regression_goes_on_with_the_range_that_it_was_trained_with() -> None:
     there, here = (RegressionStage(stage(), RegressionStageConfig()) for _ in range(2))
     there.rcod.grouping = Grouping(0.3, 0.8)
