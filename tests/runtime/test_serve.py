@@ -111,6 +111,11 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def large() -> bytes:
+    """An image that is some seconds of work in many tiles."""
+    return png(np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), dtype=np.uint8))
+
+
 def error_of(body: bytes) -> dict[str, str]:
     error = json.loads(body)["error"]
     assert error.keys() == {"type", "message"}
@@ -381,127 +386,7 @@ def test_nothing_is_left_behind(server: Server, photo: Callable[..., np.ndarray]
     assert held() == before
 
 
-# -- more than it can do ---------------------------------------------------------------------------
-
-
-def large() -> bytes:
-    """An image that is some seconds of work in many tiles."""
-    return png(np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), dtype=np.uint8))
-
-
-def test_an_overloaded_server_says_503_at_once_and_recovers(bundle: Path) -> None:
-    server = Server(bundle, "--queue", "2")
-    try:
-        body = large()
-        with concurrent.futures.ThreadPoolExecutor(8) as pool:
-            answers = list(pool.map(lambda _: server.ask("/v1/upscale", body), range(8)))
-        statuses = sorted(status for status, _, _ in answers)
-        assert statuses[:2] == [200, 200] and set(statuses[2:]) == {503}
-        refused = next(answer for answer in answers if answer[0] == 503)
-        assert refused[1]["retry-after"] == "1"
-        assert error_of(refused[2])["type"] == "Overloaded"
-        assert server.ask("/readyz")[0] == 200
-    finally:
-        server.stop()
-
-
-def test_a_photo_that_has_no_place_is_refused_before_it_is_read(
-    bundle: Path, photo: Callable[..., np.ndarray]
-) -> None:
-    server = Server(bundle, "--queue", "1", "--body-timeout", "10")
-    whole = bytes(30 * 2**20)
-    large = {"Content-Length": str(len(whole))}
-    try:
-        assert server.ask("/v1/upscale", png(photo()))[0] == 200
-        with closing(server.begin(b"some", large)) as slow:
-            wait_for(lambda: server.measure("rcod_jobs_arriving") == 1)
-            assert server.measure("rcod_jobs_waiting") == server.measure("rcod_jobs_running") == 0
-            assert server.ask("/readyz")[0] == 503
-            before, began = server.memory_mib("VmHWM"), time.monotonic()
-            with closing(server.begin(bytes(2**20), large)) as partly:
-                answer = partly.getresponse()
-                assert answer.status == 503 and answer.headers["Retry-After"] == "1"
-                assert error_of(answer.read())["type"] == "Overloaded"
-                assert time.monotonic() - began < 2, "not at once"
-            with concurrent.futures.ThreadPoolExecutor(8) as pool:
-                # whole before they look for an answer: what they send is thrown away, not reset
-                asked = [pool.submit(server.ask, "/v1/upscale", whole) for _ in range(8)]
-                assert [answer.result()[0] for answer in asked] == [503] * 8
-            assert server.memory_mib("VmHWM") - before < 60, "the bodies were kept"
-            assert server.measure("rcod_jobs_arriving") == 1
-            assert slow.getresponse().status == 408, "a place is held no longer than this"
-        assert server.measure("rcod_jobs_arriving") == 0
-        assert server.ask("/v1/upscale", png(photo()))[0] == 200
-    finally:
-        server.stop()
-    assert "Traceback" not in server.said
-
-
-def test_a_place_is_free_again_however_its_photo_ends(
-    bundle: Path, photo: Callable[..., np.ndarray]
-) -> None:
-    server = Server(bundle, "--queue", "1", "--body-timeout", "2", "--max-mib", "1")
-    chunked = {"Content-Length": "9", "Transfer-Encoding": "chunked"}  # chunks count, not the 9
-    begun: list[tuple[bytes, dict[str, str], bytes, int]] = [
-        (b"ab", {"Content-Length": "99"}, b"", 408),
-        (b"ab", {"Content-Length": "4"}, b"cd", 422),
-        (b"2\r\nab\r\n", chunked, b"200000\r\n" + bytes(2**21), 413),
-    ]
-    try:
-        for sent, headers, rest, status in begun:
-            with closing(server.begin(sent, headers)) as connection:
-                wait_for(lambda: server.measure("rcod_jobs_arriving") == 1)
-                connection.send(rest)
-                assert connection.getresponse().status == status
-            assert server.ask("/v1/upscale", png(photo()))[0] == 200, status
-        with closing(server.begin(b"ab", {"Content-Length": "99"})):
-            wait_for(lambda: server.measure("rcod_jobs_arriving") == 1)
-        wait_for(lambda: server.measure("rcod_jobs_arriving") == 0)
-        assert server.ask("/v1/upscale", png(photo()))[0] == 200, "its client left"
-        assert server.ask("/readyz")[0] == 200
-        with closing(server.begin(b"ab", {"Content-Length": "99"})) as connection:
-            wait_for(lambda: server.measure("rcod_jobs_arriving") == 1)
-            assert server.stop() == 0
-            assert connection.getresponse().status == 408
-    finally:
-        if server.process.poll() is None:
-            server.stop()
-    assert "Traceback" not in server.said
-
-
-def test_a_photo_that_cannot_be_decoded_is_not_kept(bundle: Path) -> None:
-    """Not until the collector of cycles comes by either."""
-    server = Server(bundle, "--queue", "1")
-    try:
-        memory = []
-        for _ in range(8):
-            assert server.ask("/v1/upscale", bytes(30 * 2**20))[0] == 422
-            memory.append(server.memory_mib("VmRSS"))
-        assert max(memory) - min(memory) < 50, memory
-    finally:
-        server.stop()
-
-
-def test_a_client_that_leaves_frees_its_place(bundle: Path) -> None:
-    """And one that waits longer than it may is told so; the work stops at the next tiles."""
-    server = Server(bundle, "--queue", "1", "--job-timeout", "1")
-    try:
-        body = large()
-        head = f"POST /v1/upscale HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        with socket.create_connection(("127.0.0.1", server.port)) as connection:
-            connection.sendall(head.encode() + body)
-            deadline = time.monotonic() + 120
-            while not server.measure("rcod_jobs_running") and time.monotonic() < deadline:
-                time.sleep(0.02)
-        deadline = time.monotonic() + 120
-        while server.ask("/readyz")[0] != 200:
-            assert time.monotonic() < deadline, "its place is not free again"
-            time.sleep(0.05)
-        assert server.measure('rcod_answers_total{status="200"}') == 0
-        status, _, answer = server.ask("/v1/upscale", body)
-        assert status == 504 and "not done in 1 s" in error_of(answer)["message"]
-    finally:
-        server.stop()
+# -- start and stop --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
