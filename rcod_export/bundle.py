@@ -67,7 +67,7 @@ SAMPLE_BACKEND = {
 }
 # Of the sample's image between backends and processors: an activation that one rounds up and the
 # other down is a whole step of its range in int8.
-MAX_SAMPLE_DIFF_U8, MAX_INT8_SAMPLE_DIFF_U8 = 2, 24
+MAX_SAMPLE_DIFF_U8 = {**dict.fromkeys(Precision, 2), Precision.INT8: 24}
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,10 @@ def opset_of(config: ExportConfig) -> int:
     """The opset to export.
 
     Raises:
-        UsageError: it does not know the precision.
+        UsageError: it does not know the precision, or is not the one of int8.
     """
+    if config.precision is Precision.INT8 and config.opset not in (None, COMPATIBLE_OPSET):
+        raise UsageError(f"--precision int8: expected --opset {COMPATIBLE_OPSET}.")
     lowest = BF16_OPSET if config.precision is Precision.BF16 else COMPATIBLE_OPSET
     opset = lowest if config.opset is None else config.opset
     if opset < lowest:
@@ -130,8 +132,6 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
             "--precision int8 needs --calibration, a folder of photos as they are going to be "
             "upscaled; no other precision takes one."
         )
-    if config.precision is Precision.INT8 and config.opset not in (None, COMPATIBLE_OPSET):
-        raise UsageError(f"--precision int8: expected --opset {COMPATIBLE_OPSET}.")
     opset = opset_of(config)
     parts, info = _loaded(checkpoint, config)
     if config.timesteps:
@@ -377,7 +377,6 @@ def _with_sample(
     lq = _sample_photo(lq_path)
     names = [level.name for level in manifest.levels]
     realism = SAMPLE_REALISM if SAMPLE_REALISM in names else names[0]
-    integer = config.precision is Precision.INT8
     multiple, scale = manifest.image.size_multiple, manifest.image.scale
     compared = _centre(lq)
     whole_px = -(-max(compared.shape[:2]) * scale // multiple) * multiple  # one tile, as PyTorch
@@ -396,7 +395,7 @@ def _with_sample(
             realism=realism,
             lq_sha256=sha256_file(lq_path),
             sr_sha256=sha256_file(sr_path),
-            max_abs_diff_u8=MAX_INT8_SAMPLE_DIFF_U8 if integer else MAX_SAMPLE_DIFF_U8,
+            max_abs_diff_u8=MAX_SAMPLE_DIFF_U8[config.precision],
         ),
         evidence=dataclasses.replace(manifest.evidence, sample_psnr_db=psnr_db),
     )

@@ -99,10 +99,9 @@ class HostChain:
     batch = 1
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
-        self.name, self.version, self.precision = backend.name, backend.version, backend.precision
+        self.name, self.version = backend.name, backend.version
+        self.precision = bundle.manifest.precision_with(backend.precision)
         self._manifest = bundle.manifest
-        if bundle.manifest.has_int8:
-            self.precision = f"int8 and {backend.precision}"
         # The largest first: while it is loaded, it needs the most memory beside what is loaded.
         sizes = {name: bundle.graph_bytes(name) for name in bundle.manifest.graphs}
         self._sessions: dict[str, Session] = {

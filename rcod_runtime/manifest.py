@@ -351,6 +351,10 @@ class Manifest(_Checked):
         """Whether a graph's convolutions multiply 8 bits; the rest has the backend's precision."""
         return any(graph.precision is Precision.INT8 for graph in self.graphs.values())
 
+    def precision_with(self, backend_precision: str) -> str:
+        """What the graphs compute in where a backend has this precision, for people."""
+        return f"int8 and {backend_precision}" if self.has_int8 else backend_precision
+
     def to_json(self) -> str:
         """Fields in the order of the classes, newline at the end."""
         return record_to_json(self)

@@ -103,8 +103,8 @@ def examine(
     for name in usable:
         for precision in precisions(name):
             yield f"backend {name}: {self_test(bundle, name, precision, require_signature)}"
-    int8 = "int8 and " if bundle.manifest.has_int8 else ""
-    chosen = engines or f"{usable[0]} {int8}{precisions(usable[0])[-1]}"
+    told = bundle.manifest.precision_with
+    chosen = engines or f"{usable[0]} {told(precisions(usable[0])[-1])}"
     yield f"used by default: {chosen}"
 
 
