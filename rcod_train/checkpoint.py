@@ -2,6 +2,7 @@
 
 vae/ unet/ vpim/ mem/ guide/   config.json and safetensors each (mem is optional)
 rcod.json    family, levels with their constants, statistics of M, training record
+discriminator.safetensors    of nano, where it was trained with one: for ``rcod-train nano --from``
 
 Parameters are stored in fp16, buffers as they are. guide/ belongs to rcod-s alone: the degradation
 estimator and the guide, with the ranks in its config.json. The branches that it feeds can't be
@@ -20,13 +21,14 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.modeling_utils import ModelMixin
-from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from rcod_train.errors import CheckpointError
 from rcod_train.files import written_whole
 from rcod_train.grouping import Grouping
+from rcod_train.models.discriminator import Discriminator
 from rcod_train.models.guide import Guide, GuidedMem
 from rcod_train.models.mem import Mem
 from rcod_train.models.sd import ClipVpim, FixedTokens, SdVae
@@ -36,6 +38,7 @@ from rcod_train.network import Parts
 from rcod_train.schedule import alpha_sigma
 
 VERSION = 1
+DISCRIMINATOR = "discriminator.safetensors"
 LEVEL_NAMES = {
     1: ("neutral",),
     2: ("fidelity", "realism"),
@@ -95,7 +98,9 @@ def levels_of(grouping: Grouping, alpha_bar: float | None = None) -> tuple[Check
     )
 
 
-def save_merged(folder: Path, parts: Parts, info: CheckpointInfo) -> None:
+def save_merged(
+    folder: Path, parts: Parts, info: CheckpointInfo, discriminator: Discriminator | None = None
+) -> None:
     """Write the checkpoint whole or not at all; an existing one at ``folder`` is replaced.
 
     What is loaded again is the rounded weights, in fp32, so that everything downstream compares
@@ -107,12 +112,22 @@ def save_merged(folder: Path, parts: Parts, info: CheckpointInfo) -> None:
                 module = getattr(parts, name)
                 if module is not None:
                     rounded(module).save_pretrained(partial / name, safe_serialization=True)
+                    _forget_origin(partial / name / CONFIG_NAME)
+            if discriminator is not None:
+                (partial / DISCRIMINATOR).write_bytes(save(discriminator.state_dict()))
             (partial / "rcod.json").write_text(info_text(info), encoding="utf-8")
     except OSError as exc:
         raise CheckpointError(
             f"{folder}: the checkpoint could not be written ({exc.strerror or exc}). "
             "Free space or choose another --out."
         ) from exc
+
+
+def _forget_origin(path: Path) -> None:
+    """Where a part was loaded from is of the machine alone."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.pop("_name_or_path", None) is not None:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def info_text(info: CheckpointInfo) -> str:
@@ -157,6 +172,26 @@ def load_merged(folder: str | Path) -> tuple[Parts, CheckpointInfo]:
             raise CheckpointError(f"{folder / name}: could not be loaded: {exc}") from exc
         modules[name] = module.float().eval().requires_grad_(False)
     return Parts(**modules), info
+
+
+def load_discriminator(folder: str | Path) -> Discriminator | None:
+    """The one that a merged checkpoint was trained against, ready to be trained on; None: it holds
+    none.
+
+    Raises:
+        CheckpointError: its file is broken or of another geometry.
+    """
+    path = Path(folder) / DISCRIMINATOR
+    if not path.exists():
+        return None
+    discriminator = Discriminator()
+    try:
+        discriminator.load_state_dict(load_file(path))
+    except (OSError, RuntimeError, SafetensorError) as exc:
+        raise CheckpointError(
+            f"{path}: could not be loaded: {exc}. Delete it to begin with a new one."
+        ) from exc
+    return discriminator
 
 
 def _load_part(path: Path, kinds: tuple[type[ModelMixin], ...], guide: Guide | None) -> Any:

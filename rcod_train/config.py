@@ -168,6 +168,8 @@ class RcodStageConfig(LoopConfig):
     l1_weight: float = 1.0
     mse_weight: float = 0.0
     lpips_weight: float = 2.0
+    lpips_power: float = 0.0  # the share of a level in it is (t / nk) to this power; 0: all alike
+    lpips_crop_px: int = 0  # side of the window of a crop that it sees, drawn each time; 0: all
     gradient_weight: float = 1.0
     ssim_weight: float = 0.0
     latent_weight: float = 0.05
@@ -271,8 +273,7 @@ RCOD_S = dataclasses.replace(
     realism_power=0.0,
     discriminator_learning_rate=2e-5,
 )
-# nano from a merged checkpoint. Its U-Net no longer denoises photos: VSD would have no teacher. The
-# discriminator is new, the generator is not.
+# nano from a merged checkpoint. Its U-Net no longer denoises photos: VSD would have no teacher.
 NANO_FROM = RcodStageConfig(steps=500, learning_rate=1.5e-4, vsd_weight=0.0)
 SD_MEM = MemStageConfig(
     steps=1000, photos_per_batch=4, crops_per_photo=1, crop_px=512, context_px=512

@@ -35,7 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     nano = commands.add_parser("nano", help="the small model, from scratch, on CPU or GPU-less CI")
     _add_run(nano, "nano", "Apache-2.0")
-    nano.add_argument("--lpips", action="store_true", help="add the LPIPS loss (downloads weights)")
+    nano.add_argument("--lpips", action="store_true", help="add the LPIPS loss")
     nano.add_argument(
         "--from",
         dest="start",

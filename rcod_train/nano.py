@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from rcod_train.checkpoint import CheckpointInfo, load_merged
+from rcod_train.checkpoint import CheckpointInfo, load_discriminator, load_merged
 from rcod_train.config import TrainConfig
 from rcod_train.errors import CheckpointError, ConfigError
+from rcod_train.models.discriminator import BackboneDiscriminator
 from rcod_train.models.mem import Mem
 from rcod_train.models.vae import NanoVae
 from rcod_train.network import NANO_LATENT_CHANNELS, Parts, build_nano, freeze, seeded
@@ -33,9 +34,9 @@ def train_nano(
 ) -> Path:
     """Run all stages and write ``<out>/checkpoint``; returns that folder.
 
-    With ``config.start`` the RCOD stage and the MEM go on from that checkpoint; VAE, base and
-    regression are left out. Where the decoder alone is trained, so that latents stay as they are,
-    the checkpoint's MEM stays too.
+    With ``config.start`` the RCOD stage and the MEM go on from that checkpoint, against the
+    discriminator that it holds, or a new one; VAE, base and regression are left out. Where the
+    decoder alone is trained, so that latents stay as they are, the checkpoint's MEM stays too.
 
     With ``resume``, finished stages are loaded and the newest whole checkpoint is continued.
     The result depends on the configuration, the photos and the number of threads alone.
@@ -60,7 +61,10 @@ def train_nano(
     degradations = config.rcod.degradations
     grouping = run.grouping(parts, config.rcod, tokens_px)
     with seeded(config.seed):  # its LoRA matrices
-        rcod = RcodStage(parts, config.rcod, grouping, run.autocast, run.perceptual)
+        discriminator = load_discriminator(config.start) if config.start else None
+        rcod = RcodStage(
+            parts, config.rcod, grouping, run.autocast, run.perceptual, discriminator=discriminator
+        )
     regression = RegressionStage(rcod, config.regression)
     for stage in (regression, rcod) if start is None else (rcod,):
         source = run.batches_of(stage.config, stage.name, tokens_px, degradations)
@@ -75,7 +79,8 @@ def train_nano(
         info.training["from"] = {"name": start.name, "training": start.training}
         if keeps_mem:  # what it estimates is M as it was measured then
             info = dataclasses.replace(info, m_min=start.m_min, m_max=start.m_max)
-    return run.save(rcod.merge(), info)
+    assert not isinstance(rcod.discriminator, BackboneDiscriminator)
+    return run.save(rcod.merge(), info, rcod.discriminator)
 
 
 def check_crops(config: TrainConfig) -> None:

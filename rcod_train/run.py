@@ -29,10 +29,11 @@ from rcod_train.files import file_written_whole
 from rcod_train.fingerprint import fingerprint
 from rcod_train.grouping import Grouping, check_groups, official_grouping
 from rcod_train.loop import Stage, run_stage
+from rcod_train.models.discriminator import Discriminator
 from rcod_train.network import Parts
-from rcod_train.perceptual import load_lpips
 from rcod_train.photos import SCALE, Photo, find_pairs, find_photos, first_readable
 from rcod_train.precision import Autocast, resolve_device, resolve_precision
+from rcod_train.quality.lpips import Lpips
 from rcod_train.quality.pristine import Pristine, load_pristine
 from rcod_train.ranks import join
 from rcod_train.stages.rcod import RcodStage, measure_metric_range
@@ -107,7 +108,7 @@ class Run:
         if self.held_out:
             self.held_out = first_readable(self.held_out, config.validation_photos)
         self.unreadable: set[str] = set()  # photos that were named as such
-        self.perceptual = load_lpips(self.device) if config.use_lpips else None
+        self.perceptual = _perceptual(self.device) if config.use_lpips else None
         self.trained: dict[str, str] = {}  # the fingerprint of what each stage left
         self._replaced: bytes | None = None  # config.json of the run that went before
         self._boards: dict[str, Board] = {}
@@ -252,11 +253,14 @@ class Run:
             training=self.record(),
         )
 
-    def save(self, parts: Parts, info: CheckpointInfo) -> Path:
-        """Write ``<out>/checkpoint``; returns that folder."""
+    def save(
+        self, parts: Parts, info: CheckpointInfo, discriminator: Discriminator | None = None
+    ) -> Path:
+        """Write ``<out>/checkpoint``, with the discriminator that another run may begin with;
+        returns that folder."""
         checkpoint = self.out / "checkpoint"
         if self.ranks.writes:
-            save_merged(checkpoint, parts, info)
+            save_merged(checkpoint, parts, info, discriminator)
         self.ranks.wait()
         return checkpoint
 
@@ -266,6 +270,15 @@ class Run:
         left_out = {*_MACHINE, *(self.config.stages.keys() - self.trained.keys())}
         record = {k: v for k, v in dataclasses.asdict(self.config).items() if k not in left_out}
         return record | {"photos": len(self.photos)}
+
+
+def _perceptual(device: torch.device) -> Lpips:
+    try:
+        return Lpips("vgg").to(device)
+    except MissingPackage as exc:
+        raise MissingPackage(
+            f"{exc}\n    or train without it: nano without --lpips, the others with --no-lpips"
+        ) from exc
 
 
 def check_stages(config: RunConfig) -> None:

