@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import iqa
 from benchmarks.errors import DatasetError
 from benchmarks.pairs import find_outputs, find_pairs, read_rgb
 from benchmarks.proof import (
@@ -61,6 +62,18 @@ def test_niqe_reproduces_published_scores(realsr: Path) -> None:
     expected = [value for _, _, value in PUBLISHED.values()]
     off = sum(found) / sum(expected) - 1
     assert abs(off) < MEAN_LIMITS["niqe"], f"{off:+.3%}: {found} against {expected}"
+
+
+def test_lpips_and_dists_reproduce_published_scores(realsr: Path) -> None:
+    loaded, missing = iqa.load(("lpips", "dists"))
+    if missing:
+        pytest.skip("; ".join(missing.values()))
+    pair = next(pair for pair in find_pairs(realsr) if pair.name == "Canon_001_LR4")
+    sr, hq = read_rgb(realsr / OUTPUTS / f"{pair.name}.png"), read_rgb(pair.hq)
+    for metric, published in zip(loaded, (0.224819, 0.184311), strict=True):
+        assert metric.of_image is not None
+        assert metric.of_image(sr, hq) == pytest.approx(published, abs=1e-4)
+        assert metric.of_image(hq, hq) == pytest.approx(0, abs=1e-6)
 
 
 def test_log_holds_the_stored_figures(realsr: Path) -> None:

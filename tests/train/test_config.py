@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 from rcod_train.config import TrainConfig, with_overrides
-from rcod_train.errors import ConfigError, TrainError
+from rcod_train.errors import ConfigError
 from rcod_train.main import main
-from rcod_train.perceptual import load_lpips
 from rcod_train.precision import resolve_precision
+from rcod_train.quality.features import INSTALL_LINE
 
 CONFIG = TrainConfig(data=("photos",), out="run")
 
@@ -75,10 +73,20 @@ def test_precision_is_one_of_three() -> None:
         resolve_precision("fp8")
 
 
-def test_missing_lpips_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    with pytest.raises(TrainError, match=r'pip install "rcod\[lpips\]"'):
-        load_lpips(torch.device("cpu"))
+def test_missing_lpips_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch,
+    photos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("rcod_train.quality.features.find_shipped", lambda *_: None)
+    argv = ["nano", "--data", str(photos), "--out", str(tmp_path / "run"), "--lpips"]
+    for name in ("vae", "base", "regression", "rcod", "mem"):
+        argv += ["--set", f"{name}.crop_px=24", "--set", f"{name}.context_px=64"]
+    assert main(argv) == 9
+    error = capsys.readouterr().err
+    assert INSTALL_LINE in error and "train without it: nano without --lpips" in error
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rcod_train.checkpoint import load_merged
+from rcod_train.checkpoint import DISCRIMINATOR, load_discriminator, load_merged
+from rcod_train.errors import CheckpointError
 from rcod_train.main import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -130,6 +131,34 @@ def test_a_stage_that_others_were_built_on_is_not_trained_on(
     assert "stage vae would be trained on from step 3 to 40" in error
     assert f"delete {built} to train them again, or use another --out" in error
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("step-*.pt")} == before
+
+
+def test_a_run_takes_over_the_discriminator_of_the_checkpoint(
+    photos: Path, whole: Path, tmp_path: Path
+) -> None:
+    """With no learning rate to speak of it comes out as it went in; without its file, new."""
+    start = tmp_path / "start"
+    shutil.copytree(whole / "checkpoint", start)
+    still = ("--set", "rcod.discriminator_learning_rate=1e-9", "--from", str(start))
+    assert main(arguments(photos, tmp_path / "taken", *still)) == 0
+    (start / DISCRIMINATOR).unlink()
+    assert main(arguments(photos, tmp_path / "new", *still)) == 0
+    old, taken, new = (
+        load_file(folder / DISCRIMINATOR)
+        for folder in (
+            whole / "checkpoint",
+            *(tmp_path / n / "checkpoint" for n in ("taken", "new")),
+        )
+    )
+    trained = [name for name in old if "_u" not in name and "_v" not in name and "0.bias" in name]
+    for name in trained:
+        torch.testing.assert_close(taken[name], old[name], rtol=0, atol=1e-6)
+    assert any((new[name] - old[name]).abs().max() > 1e-3 for name in trained)
+    (start / DISCRIMINATOR).write_bytes(b"broken")
+    with pytest.raises(CheckpointError, match=r"discriminator.safetensors: could not be loaded"):
+        load_discriminator(start)
+    taken_in = json.loads((tmp_path / "taken" / "checkpoint" / "vae" / "config.json").read_text())
+    assert "_name_or_path" not in taken_in  # a path of the machine alone
 
 
 def test_a_run_goes_on_from_a_merged_checkpoint(photos: Path, whole: Path, tmp_path: Path) -> None:

@@ -44,6 +44,28 @@ def test_a_base_that_differs_in_one_weight_is_another_one(network: str) -> None:
         rcod.load_extra_state(state)
 
 
+def test_lpips_counts_by_the_level_and_sees_one_window_of_both_images() -> None:
+    seen = []
+
+    def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        seen.append((a, b))
+        return torch.ones(len(a))
+
+    config = dataclasses.replace(CONFIG, lpips_power=2.0, lpips_crop_px=16)
+    rcod = RcodStage(tiny_parts(), config, Grouping(0.2, 0.9), FP32, distance)
+    image = torch.arange(3 * 64 * 64.0).view(1, 3, 64, 64).repeat(2, 1, 1, 1)
+    t = torch.tensor([250, 750])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        found = rcod.perceptual_distance(image, image, t, generator)
+        assert float(found) == pytest.approx((1 / 9 + 1) / 2)
+    assert all(a.shape == (2, 3, 16, 16) and torch.equal(a, b) for a, b in seen)
+    assert not torch.equal(seen[0][0], seen[1][0])  # another window each time
+    rcod = RcodStage(tiny_parts(), CONFIG, Grouping(0.2, 0.9), FP32, distance)  # the paper's
+    assert float(rcod.perceptual_distance(image, image, t, generator)) == 1.0
+    assert torch.equal(seen[-1][0], image)
+
+
 def test_a_run_with_lpips_is_not_continued_without_it() -> None:
     def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return (a - b).abs().mean((1, 2, 3))
