@@ -51,7 +51,7 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    files = sorted((run / "checkpoint").rglob("*.safetensors"))
+    files = sorted((run / "checkpoint").glob("*/*.safetensors"))
     assert len(files) == 4
     return {f"{f.parent.name}.{k}": v for f in files for k, v in load_file(f).items()}
 
