@@ -7,8 +7,8 @@
 
 The dataset is a folder with LR/ and HR/; images pair up by name. Prints a machine card, a table of
 means, and one JSON document as the last line; --report writes it with a Markdown and an HTML page.
-PSNR, SSIM and NIQE are built in; the others come from pyiqa where it and its weights can be had,
-and are marked as missing where not. Exit codes: those of rcod-upscale, and 11 for what is wrong
+PSNR, SSIM and NIQE are built in; the others need another package or its weights (benchmarks.iqa), and
+are marked as missing where these can't be had. Exit codes: those of rcod-upscale, and 11 for what is wrong
 with the dataset or a metric.
 """
 

@@ -33,6 +33,7 @@ from rcod_train.models.discriminator import Discriminator
 from rcod_train.network import Parts
 from rcod_train.photos import SCALE, Photo, find_pairs, find_photos, first_readable
 from rcod_train.precision import Autocast, resolve_device, resolve_precision
+from rcod_train.quality.lpips import SMALLEST_PX as LPIPS_SMALLEST_PX
 from rcod_train.quality.lpips import Lpips
 from rcod_train.quality.pristine import Pristine, load_pristine
 from rcod_train.ranks import join
@@ -306,6 +307,12 @@ def check_stages(config: RunConfig) -> None:
             except ConfigError as exc:
                 raise ConfigError(f"{name}.{exc}") from exc
         if isinstance(stage, RcodStageConfig):
+            seen_px = min(stage.lpips_crop_px or stage.crop_px, stage.crop_px)
+            if config.use_lpips and seen_px < LPIPS_SMALLEST_PX:
+                raise ConfigError(
+                    f"{name}: LPIPS needs {LPIPS_SMALLEST_PX} px a side, found crop_px "
+                    f"{stage.crop_px} and lpips_crop_px {stage.lpips_crop_px}."
+                )
             if not stage.train_adapters and (stage.vsd_weight or not stage.train_decoder):
                 raise ConfigError(
                     f"{name}.train_adapters: false leaves the decoder alone, where VSD does not "

@@ -82,11 +82,13 @@ def test_missing_lpips_says_what_to_install(
     monkeypatch.setattr("rcod_train.quality.features.find_shipped", lambda *_: None)
     argv = ["nano", "--data", str(photos), "--out", str(tmp_path / "run"), "--lpips"]
     for name in ("vae", "base", "regression", "rcod", "mem"):
-        argv += ["--set", f"{name}.crop_px=24", "--set", f"{name}.context_px=64"]
+        argv += ["--set", f"{name}.crop_px=32", "--set", f"{name}.context_px=64"]
     assert main(argv) == 9
     error = capsys.readouterr().err
     assert INSTALL_LINE in error and "train without it: nano without --lpips" in error
     assert not (tmp_path / "run").exists()
+    assert main([*argv, "--set", "rcod.lpips_crop_px=31"]) == 2
+    assert "rcod: LPIPS needs 32 px a side, found crop_px 32" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
