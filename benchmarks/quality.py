@@ -7,9 +7,9 @@
 
 The dataset is a folder with LR/ and HR/; images pair up by name. Prints a machine card, a table of
 means, and one JSON document as the last line; --report writes it with a Markdown and an HTML page.
-PSNR, SSIM and NIQE are built in; the others need another package or its weights (benchmarks.iqa), and
-are marked as missing where these can't be had. Exit codes: those of rcod-upscale, and 11 for what is wrong
-with the dataset or a metric.
+PSNR, SSIM and NIQE are built in; the others need another package or its weights (benchmarks.iqa)
+and are marked as missing where these can't be had. Exit codes: those of rcod-upscale, and 11 for
+what is wrong with the dataset or a metric.
 """
 
 from __future__ import annotations
