@@ -7,13 +7,13 @@ A gate file is JSON:
          "times_as_fast": 1.5, "optional": true}]}
 
 ``stage`` is ``whole`` or the name of a graph. ``times_as_fast`` is against PyTorch eager fp32 of
-the same run, never an absolute time: a slower or busier machine slows both. ``optional`` lets a
-variant be absent, for precisions that not every CPU has; one that is there is always judged.
+the same run, never an absolute time: a slower or busier machine slows both. ``optional`` is for
+precisions that not every CPU has, or gains from: it is judged where ``auto`` would take it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ class Judgement:
     threshold: Threshold
     found: float | None
     passed: bool
+    judged: bool
 
 
 def read_gate(path: Path) -> Gate:
@@ -110,13 +111,20 @@ def check_runnable(gate: Gate, variants: Sequence[str], stages: Sequence[str]) -
             )
 
 
-def judge(gate: Gate, ratios: Mapping[str, Mapping[str, float | None]]) -> tuple[Judgement, ...]:
-    """Every threshold against ``ratios``: stage -> variant -> times as fast as PyTorch."""
+def judge(
+    gate: Gate, ratios: Mapping[str, Mapping[str, float | None]], taken: Collection[str]
+) -> tuple[Judgement, ...]:
+    """Every threshold against ``ratios``: stage -> variant -> times as fast as PyTorch.
+
+    Args:
+        taken: the variants that ``auto`` takes on this machine, one of each backend.
+    """
     judgements = []
     for threshold in gate.at_least:
         found = ratios[threshold.stage].get(threshold.variant)
-        passed = threshold.optional if found is None else found >= threshold.times_as_fast
-        judgements.append(Judgement(threshold, found, passed))
+        judged = not threshold.optional or (found is not None and threshold.variant in taken)
+        reached = found is not None and found >= threshold.times_as_fast
+        judgements.append(Judgement(threshold, found, reached or not judged, judged))
     return tuple(judgements)
 
 
@@ -126,11 +134,19 @@ def format_judgements(judgements: Sequence[Judgement]) -> str:
             f"{j.threshold.stage} {j.threshold.variant}",
             f"{j.threshold.times_as_fast:.2f}",
             "-" if j.found is None else f"{j.found:.2f}",
-            "not on this machine" if j.found is None else "ok" if j.passed else "FELL SHORT",
+            _said(j),
         ]
         for j in judgements
     ]
     return format_table(("gate", "at least", "found", ""), rows)
+
+
+def _said(judgement: Judgement) -> str:
+    if judgement.found is None:
+        return "not on this machine"
+    if not judgement.judged:
+        return "not judged: auto does not take it here"
+    return "ok" if judgement.passed else "FELL SHORT"
 
 
 def as_document(judgements: Sequence[Judgement]) -> list[dict[str, Any]]:

@@ -253,7 +253,8 @@ def run(config: LatencyConfig) -> str | Verdict:
     if config.gate is not None:
         parts = {WHOLE: results["steady"], **(results["stages"] or {})}
         ratios = {stage: part["times_as_fast_as_pytorch"] for stage, part in parts.items() if part}
-        judgements = judge(config.gate, ratios)
+        taken = {f"{name} {precisions(name)[-1]}" for name in BACKENDS if installed(name)}
+        judgements = judge(config.gate, ratios, taken)
         print(f"{format_judgements(judgements)}\n")
     document = report.document(
         "latency",

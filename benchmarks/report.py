@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from rcod_runtime.parallel import cpus_available
+from rcod_runtime.processor import read_processor
 
 PACKAGES = (
     "rcod", "numpy", "pillow", "openvino", "onnxruntime", "torch", "diffusers", "scipy",
@@ -158,16 +159,9 @@ def _version(package: str) -> str | None:
 
 
 def _cpu() -> tuple[str | None, tuple[str, ...]]:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or None, ()
-    fields: dict[str, str] = {}
-    for line in lines:
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip(), value.strip())
-    flags = set(fields.get("flags", fields.get("Features", "")).split())
-    return fields.get("model name"), tuple(name for name in CPU_FEATURES if name in flags)
+    processor = read_processor()
+    name = processor.name or platform.processor() or None
+    return name, tuple(feature for feature in CPU_FEATURES if feature in processor.flags)
 
 
 def _memory_bytes() -> int | None:

@@ -64,8 +64,8 @@ class Upscaler:
         backend: ``auto``, ``tensorrt``, ``openvino``, ``onnxruntime`` or ``onnxruntime-tensorrt``
             (see rcod_runtime.backends.choice.open_chain).
         precision: ``fp32``; ``bf16`` (openvino, on processors that compute it natively), twice as
-            fast and a few grey levels off; or ``auto``, bf16 where that is so, otherwise fp32. A
-            GPU computes in the precision of the graphs.
+            fast and a few grey levels off; or ``auto``, bf16 where that is so and faster, otherwise
+            fp32. A GPU computes in the precision of the graphs.
         threads: compute threads, 0 for the backend's choice.
         require_signature: PEM file of the Ed25519 public key that must have signed the bundle.
 

@@ -33,16 +33,24 @@ def resolve_device(choice: str, ranks: Ranks | None = None) -> torch.device:
 
 
 def resolve_precision(choice: str, device: torch.device | None = None) -> str:
-    """auto | fp32 | bf16 | fp16 -> fp32 | bf16 | fp16; auto: bf16 where it is native."""
+    """auto | fp32 | bf16 | fp16 -> fp32 | bf16 | fp16; auto: bf16 where it is native and faster."""
     if choice == "auto":
         if device is not None and device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            native = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            native = torch.ops.mkldnn._is_mkldnn_bf16_supported() and not _is_bf16_slow()
         return "bf16" if native else "fp32"
     if choice not in DTYPES:
         raise ConfigError(f"precision {choice!r}: expected auto, fp32, bf16 or fp16.")
     return choice
+
+
+def _is_bf16_slow() -> bool:
+    """Intel's processors with AVX512_BF16 and no AMX multiply it at half the rate of fp32."""
+    if not hasattr(torch.cpu, "get_capabilities"):  # an older PyTorch
+        return False
+    known = torch.cpu.get_capabilities()
+    return "Intel" in known.get("cpu_name", "") and not known.get("amx_bf16", False)
 
 
 class Autocast:

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rcod_runtime.errors import BackendError, UsageError
+from rcod_runtime.processor import read_processor
 
 Array = npt.NDArray[np.float32]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -59,11 +60,12 @@ def installed(name: BackendName) -> bool:
 
 
 def precisions(name: BackendName) -> tuple[str, ...]:
-    """What an installed backend computes in on this machine; the last one is what auto takes."""
+    """What an installed backend computes in on this machine, the fastest last: auto takes it."""
     if name == "openvino":
         from rcod_runtime.backends.openvino_backend import has_native_bf16
 
-        return ("fp32", "bf16") if has_native_bf16() else ("fp32",)
+        if has_native_bf16():
+            return ("fp32", "bf16") if read_processor().gains_from_bf16 else ("bf16", "fp32")
     return ("fp32",)
 
 
@@ -72,7 +74,7 @@ def choose(name: str, precision: str, threads: int) -> Backend:
 
     Args:
         precision: ``fp32``, ``bf16`` (openvino, on processors that compute it natively), or
-            ``auto``: bf16 where that is so, otherwise fp32.
+            ``auto``: bf16 where that is so and faster, otherwise fp32.
         threads: compute threads, 0 for the library's choice.
 
     Raises:

@@ -25,7 +25,7 @@ def add_opening_options(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("auto", "fp32", "fp16", "bf16"),
         default="auto",
-        help="bf16 is faster and a few grey levels off; auto: where the processor has it "
+        help="bf16 is a few grey levels off; auto: where the processor gains from it "
         "(default: %(default)s)",
     )
     add("--threads", type=int, default=0, metavar="N", help="compute threads (default: all)")

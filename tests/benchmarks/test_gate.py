@@ -36,7 +36,7 @@ def threshold(**changes: Any) -> Threshold:
 def test_a_ratio_below_its_threshold_falls_short() -> None:
     gate = Gate(1, (threshold(), threshold(precision="bf16", stage="decoder")))
     ratios = {"whole": {"openvino fp32": 1.5}, "decoder": {"openvino bf16": 1.49}}
-    reached, missed = judge(gate, ratios)
+    reached, missed = judge(gate, ratios, ())
     assert (reached.passed, missed.passed) == (True, False)
     table = format_judgements((reached, missed))
     assert "FELL SHORT" in table.splitlines()[-1]
@@ -45,9 +45,19 @@ def test_a_ratio_below_its_threshold_falls_short() -> None:
 
 def test_an_absent_variant_passes_only_where_it_is_optional() -> None:
     gate = Gate(1, (threshold(optional=True), threshold()))
-    optional, needed = judge(gate, {"whole": {}})
+    optional, needed = judge(gate, {"whole": {}}, ())
     assert (optional.passed, needed.passed) == (True, False)
     assert format_judgements((optional,)).endswith("not on this machine")
+
+
+def test_an_optional_variant_is_judged_only_where_auto_takes_it() -> None:
+    gate = Gate(1, (threshold(precision="bf16", optional=True),))
+    slow = {"whole": {"openvino bf16": 0.9}}
+    (here,) = judge(gate, slow, ("openvino bf16",))
+    (elsewhere,) = judge(gate, slow, ("openvino fp32",))
+    assert (here.passed, elsewhere.passed) == (False, True)
+    assert format_judgements((here,)).endswith("FELL SHORT")
+    assert format_judgements((elsewhere,)).endswith("auto does not take it here")
 
 
 def test_command_ends_with_1_and_a_table_where_a_threshold_is_missed(

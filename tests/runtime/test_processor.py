@@ -1,0 +1,51 @@
+"""Which precision auto takes is read off the processor: its vendor and its flags."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rcod_runtime.backends import openvino_backend, precisions
+from rcod_runtime.processor import Processor, read_processor
+
+CPUINFO = "rcod_runtime.processor.CPUINFO"
+
+
+@pytest.fixture
+def cpuinfo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file in the place of Linux's, not there yet; the processor has bf16."""
+    path = tmp_path / "cpuinfo"
+    monkeypatch.setattr(CPUINFO, path)
+    monkeypatch.setattr(openvino_backend, "has_native_bf16", lambda: True)
+    read_processor.cache_clear()
+    yield path
+    read_processor.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "auto"),
+    [
+        ("GenuineIntel", "avx2 avx512_bf16", "fp32"),
+        ("GenuineIntel", "avx2 avx512_bf16 amx_bf16", "bf16"),
+        ("AuthenticAMD", "avx2 avx512_bf16", "bf16"),
+    ],
+)
+def test_auto_takes_bf16_where_it_is_faster(
+    cpuinfo: Path, vendor: str, flags: str, auto: str
+) -> None:
+    one = f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: X\nflags\t\t: {flags}\n\n"
+    cpuinfo.write_text(one + one.replace("X", "Y"))
+    assert read_processor() == Processor("X", vendor, frozenset(flags.split()))
+    assert precisions("openvino")[-1] == auto
+    assert set(precisions("openvino")) == {"fp32", "bf16"}
+
+
+def test_arm_and_other_systems_are_believed(cpuinfo: Path) -> None:
+    assert read_processor() == Processor()
+    assert precisions("openvino")[-1] == "bf16"
+    read_processor.cache_clear()
+    cpuinfo.write_text("Features\t: asimd bf16\n")
+    assert read_processor().flags == {"asimd", "bf16"}
+    assert precisions("openvino")[-1] == "bf16"
