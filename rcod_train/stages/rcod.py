@@ -246,9 +246,9 @@ class RcodStage:
         return vsd_gradient(z_sr.detach(), t_r, eps, fake, real)
 
     def fidelity_terms(
-        self, z_sr: Tensor, sr: Tensor, z_hq: Tensor, hq: Tensor
+        self, z_sr: Tensor, sr: Tensor, z_hq: Tensor | None, hq: Tensor
     ) -> dict[str, Tensor]:
-        """The weighted distances to the photo that have a weight."""
+        """The weighted distances to the photo that have a weight; that of latents needs z_hq."""
         c = self.config
         terms: dict[str, Tensor] = {}
         if c.l1_weight:
@@ -259,7 +259,7 @@ class RcodStage:
             terms["gradient"] = c.gradient_weight * gradient_loss(sr, hq)
         if c.ssim_weight:
             terms["ssim"] = c.ssim_weight * ssim_loss(sr, hq)
-        if c.latent_weight:
+        if c.latent_weight and z_hq is not None:
             terms["latent"] = c.latent_weight * (z_sr - z_hq).square().mean()
         return terms
 
@@ -303,14 +303,18 @@ class RcodStage:
 
     def reconstruct(self, batch: Batch, generator: torch.Generator) -> Reconstruction:
         """A level for each sample and what the model makes of it there."""
-        m, z_hq = self.metric_and_latent(batch)
-        levels = self.grouping.timesteps
-        t = sample_levels(self.grouping.timestep(m), levels, self.config.any_level, generator)
+        c, levels = self.config, self.grouping.timesteps
+        t = torch.full((len(batch.hq),), levels[0], device=batch.hq.device)
+        z_hq, figures = None, {}
+        if c.any_level < 1 or c.latent_weight:  # two passes of the encoder
+            m, z_hq = self.metric_and_latent(batch)
+            t, figures = self.grouping.timestep(m), {"m": m.mean()}
+        t = sample_levels(t, levels, c.any_level, generator)
         hq = to_unit(batch.hq)
         z_sr, sr = self.generate(batch, t)
         terms = self.fidelity_terms(z_sr, sr, z_hq, hq)
         error = (sr.detach().clamp(-1, 1) - hq).square().mean((1, 2, 3))
-        figures = {"psnr_db": (-10 * torch.log10(error / 4)).mean(), "m": m.mean()}
+        figures["psnr_db"] = (-10 * torch.log10(error / 4)).mean()
         for k, timestep in enumerate(levels):
             figures[f"share_{k}"] = (t == timestep).float().mean()
         return Reconstruction(t, z_sr, sr, hq, terms, figures)

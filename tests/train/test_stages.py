@@ -21,7 +21,7 @@ from rcod_train.network import Parts
 from rcod_train.precision import Autocast
 from rcod_train.run import Run
 from rcod_train.stages.base import measure_scaling_factor
-from rcod_train.stages.rcod import RcodStage, measure_metric_range
+from rcod_train.stages.rcod import RcodStage, Reconstruction, measure_metric_range
 from rcod_train.stages.regression import RegressionStage
 from tests.tiny import tiny_parts
 
@@ -137,6 +137,22 @@ def test_a_distance_is_a_term_where_it_has_a_weight() -> None:
     terms = rcod.fidelity_terms(torch.zeros(1), sr, torch.zeros(1), hq)
     assert terms.keys() == {"gradient", "ssim"}
     assert terms["ssim"] == 0.5 * ssim_loss(sr, hq) > 0.1
+
+
+def test_m_is_not_measured_where_no_level_depends_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = dataclasses.replace(CONFIG, any_level=1.0, latent_weight=0.0)
+
+    def made(**changes: float) -> Reconstruction:
+        rcod = stage(dataclasses.replace(config, **changes))
+        return rcod.reconstruct(batch(), torch.Generator().manual_seed(3))
+
+    measured = made(latent_weight=1.0)
+    assert "m" in measured.figures and "m" in made(any_level=0.5).figures
+    monkeypatch.delattr(RcodStage, "metric_and_latent")
+    found = made()
+    assert "m" not in found.figures and "latent" not in found.terms
+    assert found.t.tolist() == measured.t.tolist()
+    assert torch.equal(found.sr, measured.sr)
 
 
 def test_the_realism_terms_grow_with_the_level() -> None:
