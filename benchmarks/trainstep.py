@@ -4,10 +4,9 @@
 
 A step is what the training loop does for one batch of one crop: the metric of Eq. 6, generator with
 MSE, LPIPS and VSD (regulariser and guided base), backward, optimiser, then the regulariser's own
-loss, backward, optimiser. The networks have Stable Diffusion 2.1's and CLIP ViT-L/14's geometry;
-LPIPS is stood in for by VGG-16's convolutions with random weights. The first step is a warm-up of
-time, not of memory: the peak is the kernel's record for the whole process (VmHWM), loading
-included. The last line of stdout is one JSON document.
+loss, backward, optimiser. The networks have Stable Diffusion 2.1's and CLIP ViT-L/14's geometry.
+The first step is a warm-up of time, not of memory: the peak is the kernel's record for the whole
+process (VmHWM), loading included. The last line of stdout is one JSON document.
 """
 
 from __future__ import annotations
@@ -24,8 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
 from benchmarks.command import run_command
 from benchmarks.errors import BenchmarkError
@@ -40,12 +38,12 @@ from rcod_train.loop import run_stage
 from rcod_train.models.sd import ClipVpim
 from rcod_train.network import Parts, freeze
 from rcod_train.precision import DTYPES, Autocast
+from rcod_train.quality.lpips import Lpips
 from rcod_train.stages.rcod import RcodStage
 
 SCHEMA_VERSION = 1
 LIMIT_PEAK_GB = 14.0
 LIMIT_SWITCHING = 0.03
-VGG16 = (64, 64, 0, 128, 128, 0, 256, 256, 256, 0, 512, 512, 512, 0, 512, 512, 512)  # 0: pooling
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -60,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=2, help="the first is a warm-up (default: %(default)s)")
     add("--guidance", type=float, default=RCOD_O.guidance, help="default: %(default)s")
     add("--keep-activations", action="store_true", help="without gradient checkpointing")
-    add("--without-lpips", action="store_true", help="leave the stand-in for LPIPS out")
+    add("--without-lpips", action="store_true", help="its package is not needed then")
     add("--json", type=Path, metavar="FILE", help="write the last line there too")
     return parser
 
@@ -80,7 +78,7 @@ def run(arguments: argparse.Namespace) -> str:
     card = machine_card()
     print(format_card(card))
     parts = random_parts(DTYPES[arguments.precision])
-    loss = None if arguments.without_lpips else Vgg()
+    loss = None if arguments.without_lpips else Lpips("vgg")
     try:
         figures = measure(
             parts,
@@ -189,34 +187,6 @@ def memory(field: str) -> int:
     except OSError as exc:
         raise BenchmarkError("peak memory is read from /proc: run this on Linux.") from exc
     return next(int(line.split()[1]) for line in status if line.startswith(field)) * 1024
-
-
-class Vgg(nn.Module):
-    """LPIPS's work: VGG-16 on both images, distances of the features before each pooling."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        channels = 3
-        for width in VGG16:
-            layers.append(nn.MaxPool2d(2) if width == 0 else nn.Conv2d(channels, width, 3, 1, 1))
-            channels = width or channels
-        self.layers = nn.ModuleList(layers).requires_grad_(False)
-
-    def features(self, x: Tensor) -> list[Tensor]:
-        found = []
-        for layer in self.layers:
-            if isinstance(layer, nn.MaxPool2d):
-                found.append(F.normalize(x, dim=1))
-                x = layer(x)
-            else:
-                x = F.relu(layer(x))
-        return [*found, F.normalize(x, dim=1)]
-
-    def forward(self, sr: Tensor, hq: Tensor) -> Tensor:
-        """Two (B, 3, H, W) -> (B,)."""
-        pairs = zip(self.features(sr), self.features(hq), strict=True)
-        return torch.stack([(a - b).square().sum(1).mean((1, 2)) for a, b in pairs]).sum(0)
 
 
 if __name__ == "__main__":
