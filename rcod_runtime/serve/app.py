@@ -226,7 +226,7 @@ async def _wait(request: Request, result: asyncio.Future[bytes], job: Job, limit
     try:
         await asyncio.wait(either, timeout=limits.job_s, return_when=asyncio.FIRST_COMPLETED)
         if not result.done():
-            job.abandoned.set()
+            job.abandon()
             if gone.done():
                 raise Refused(499, "Abandoned", "the client closed the connection.")
             raise Refused(504, "Timeout", f"not done in {limits.job_s:g} s: a smaller image?")
@@ -238,7 +238,7 @@ async def _wait(request: Request, result: asyncio.Future[bytes], job: Job, limit
     except Refused:
         raise
     except asyncio.CancelledError:
-        job.abandoned.set()
+        job.abandon()
         raise
     except Exception as exc:
         log.exception("a photo could not be upscaled")

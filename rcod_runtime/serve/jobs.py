@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from rcod_runtime import Upscaler
@@ -40,6 +41,14 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     pixels: int = 0
     abandoned: threading.Event = field(default_factory=threading.Event)
+    work: Future[bytes] | None = None
+
+    def abandon(self) -> None:
+        """Nobody waits for it any more. Where it still waits itself its place is free at once,
+        where it is in work after the tiles that it is at."""
+        self.abandoned.set()
+        if self.work is not None and self.work.cancel():
+            self.data = b""  # the pool keeps the job until a thread comes to it
 
 
 class Abandoned(Exception):
@@ -82,19 +91,21 @@ class Jobs:
 
     def start(self, job: Job) -> asyncio.Future[bytes]:
         """The encoded result, later. The place in the queue is taken until the thread is done with
-        the job, even if nobody waits for it.
+        the job, or until it is abandoned before a thread came to it.
 
         To be called when ``arrival`` has ended, with no await between: the place is still free.
         """
         loop = asyncio.get_running_loop()
         queued = time.perf_counter()
-        future = loop.run_in_executor(self.pool, self._work, job, queued, loop)
+        job.work = self.pool.submit(self._work, job, queued, loop)
+        future = asyncio.wrap_future(job.work)
         self.started += 1
-        future.add_done_callback(self._left)
+        future.add_done_callback(functools.partial(self._left, job))
         return future
 
-    def _left(self, future: asyncio.Future[bytes]) -> None:
+    def _left(self, job: Job, future: asyncio.Future[bytes]) -> None:
         self.started -= 1
+        job.work = None  # else a cycle: its error holds the frame that holds the job
         if not future.cancelled():
             future.exception()  # taken note of, also where nobody waits
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
+import pytest
 
+from rcod_runtime import Upscaler
+from rcod_runtime.serve.jobs import Choice, Job, Jobs
+from rcod_runtime.serve.limits import Limits
 from tests.runtime.test_serve import Server, error_of, large, png, wait_for
 
 
@@ -105,6 +111,37 @@ def test_a_photo_that_cannot_be_decoded_is_not_kept(bundle: Path) -> None:
         assert max(memory) - min(memory) < 50, memory
     finally:
         server.stop()
+
+
+def test_a_client_that_leaves_while_its_photo_waits_frees_its_place_at_once(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Places and the one thread, without a socket: the first photo is held in work."""
+
+    async def work(host: Upscaler) -> None:
+        jobs = Jobs(host, Limits(queue=2, jobs=1))
+        first, second, third = (Job(Choice("neutral", None, "none", "png"), b"x") for _ in "abc")
+        held = threading.Event()
+        monkeypatch.setattr(jobs, "_result", lambda job, queued: held.wait(60) and job.data)
+        try:
+            in_work, waiting = jobs.start(first), jobs.start(second)
+            while not jobs.running:
+                await asyncio.sleep(0.01)
+            assert (jobs.accepted, jobs.waiting) == (2, 1)
+            first.abandon()
+            second.abandon()
+            await asyncio.wait([waiting])
+            assert waiting.cancelled() and not second.data
+            assert (jobs.accepted, jobs.waiting) == (1, 0), "the one in work keeps its place"
+            last = jobs.start(third)
+            held.set()
+            assert await asyncio.gather(in_work, last) == [b"x", b"x"]
+        finally:
+            held.set()
+            jobs.close()
+
+    with Upscaler(bundle) as host:
+        asyncio.run(work(host))
 
 
 def test_a_client_that_leaves_frees_its_place(bundle: Path) -> None:
