@@ -172,6 +172,7 @@ class RcodStageConfig(LoopConfig):
     lpips_crop_px: int = 0  # side of the window of a crop that it sees, drawn each time; 0: all
     gradient_weight: float = 1.0
     ssim_weight: float = 0.0
+    consistent: bool = False  # losses look at the result behind the colour match of that name
     latent_weight: float = 0.05
     vsd_weight: float = 0.5
     guidance: float = 2.0

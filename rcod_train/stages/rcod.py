@@ -20,6 +20,7 @@ from rcod_train.adapted import Adapted, GuidedModel, LoraModel
 from rcod_train.adapters import SwitchedUnet
 from rcod_train.conditions import Condition, HqTokens
 from rcod_train.config import RcodStageConfig
+from rcod_train.consistent import match_consistently
 from rcod_train.data import Batch, to_unit
 from rcod_train.distances import gradient_loss, ssim_loss
 from rcod_train.errors import CheckpointError, TrainError
@@ -198,7 +199,8 @@ class RcodStage:
         return self.fixed_alpha_bar**0.5, (1.0 - self.fixed_alpha_bar) ** 0.5
 
     def generate(self, batch: Batch, t: Tensor) -> tuple[Tensor, Tensor]:
-        """lq -> z_sr (B, C, h, w) and sr (B, 3, H, W): encoder, one U-Net pass, Eq. 3, decoder."""
+        """lq -> z_sr (B, C, h, w) and sr (B, 3, H, W): encoder, one U-Net pass, Eq. 3, decoder, and
+        the colour match where the losses look at its result."""
         self.model.adapt(batch)
         with self.autocast():
             z_lq = self.parts.vae.encode(to_unit(batch.lq))
@@ -206,8 +208,11 @@ class RcodStage:
             eps = predict_eps(self.parts.unet, z_lq, t, tokens)
         z_sr = one_step(z_lq, eps, *self.alpha_sigma(t))
         with self.autocast():
-            sr = self.parts.vae.decode(z_sr)
-        return z_sr, sr.float()
+            sr = self.parts.vae.decode(z_sr).float()
+        if self.config.consistent:
+            assert batch.lq_native is not None, "a batch that was degraded"
+            sr = match_consistently(sr, batch.lq_native)
+        return z_sr, sr
 
     def regulariser_t(self, t: Tensor, generator: torch.Generator) -> Tensor:
         """DAS: the regulariser's timestep (B,) for the generator's t (B,)."""
