@@ -32,7 +32,7 @@ from benchmarks.picture import draw_picture
 from benchmarks.report import document, format_card, format_table, machine_card
 from rcod_train.config import RCOD_O
 from rcod_train.data import Batch
-from rcod_train.errors import Interrupted
+from rcod_train.errors import Interrupted, MissingPackage
 from rcod_train.grouping import Grouping
 from rcod_train.loop import run_stage
 from rcod_train.models.sd import ClipVpim
@@ -77,8 +77,8 @@ def run(arguments: argparse.Namespace) -> str:
         )
     card = machine_card()
     print(format_card(card))
+    loss = None if arguments.without_lpips else _lpips()
     parts = random_parts(DTYPES[arguments.precision])
-    loss = None if arguments.without_lpips else Lpips("vgg")
     try:
         figures = measure(
             parts,
@@ -101,6 +101,13 @@ def run(arguments: argparse.Namespace) -> str:
     print(format_table(("", "measured", "limit"), rows))
     settings = {k: v for k, v in vars(arguments).items() if k != "json"}
     return document("trainstep", SCHEMA_VERSION, card, settings=settings, **figures)
+
+
+def _lpips() -> Lpips:
+    try:
+        return Lpips("vgg")
+    except MissingPackage as exc:
+        raise BenchmarkError(f"{exc}\n    or measure without it: --without-lpips") from exc
 
 
 def random_parts(dtype: torch.dtype) -> Parts:

@@ -31,7 +31,7 @@ class Processor:
 def read_processor() -> Processor:
     """The first one of this machine."""
     try:
-        lines = CPUINFO.read_text(encoding="utf-8").splitlines()
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return Processor()
     fields: dict[str, str] = {}

@@ -125,9 +125,15 @@ def save_merged(
 
 def _forget_origin(path: Path) -> None:
     """Where a part was loaded from is of the machine alone."""
+
+    def without_origin(entry: Any) -> Any:
+        if not isinstance(entry, dict):
+            return entry
+        return {k: without_origin(v) for k, v in entry.items() if k != "_name_or_path"}
+
     config = json.loads(path.read_text(encoding="utf-8"))
-    if config.pop("_name_or_path", None) is not None:
-        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    text = json.dumps(without_origin(config), indent=2, sort_keys=True)
+    path.write_text(text + "\n", encoding="utf-8")
 
 
 def info_text(info: CheckpointInfo) -> str:

@@ -161,7 +161,7 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="of matrix products and frozen weights; auto: bf16 where the processor has it "
+        help="of matrix products and frozen weights; auto: bf16 where it is faster here "
         "(default: %(default)s)",
     )
 

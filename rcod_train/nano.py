@@ -12,7 +12,7 @@ import torch
 from rcod_train.checkpoint import CheckpointInfo, load_discriminator, load_merged
 from rcod_train.config import TrainConfig
 from rcod_train.errors import CheckpointError, ConfigError
-from rcod_train.models.discriminator import BackboneDiscriminator
+from rcod_train.models.discriminator import BackboneDiscriminator, Discriminator
 from rcod_train.models.mem import Mem
 from rcod_train.models.vae import NanoVae
 from rcod_train.network import NANO_LATENT_CHANNELS, Parts, build_nano, freeze, seeded
@@ -26,6 +26,8 @@ from rcod_train.stages.vae import VaeStage
 log = logging.getLogger(__name__)
 
 SCALING_BATCHES = 8
+TAKEN_OVER = "its discriminator is taken over"
+NEW = "no discriminator in it: a new one is trained, and a short run with it loses realism"
 SMALLEST_CROP_PX = 3 * NanoVae.factor  # the MEM takes second differences of the latent
 
 
@@ -47,7 +49,9 @@ def train_nano(
     check_crops(config)
     first = () if config.start else (config.vae, config.base, config.regression)
     run = Run(config, (*first, config.rcod, config.mem), resume)
-    parts, start = load_start(config) if config.start else (build_nano(config.seed), None)
+    parts, start, taught = (
+        load_start(config) if config.start else (build_nano(config.seed), None, None)
+    )
     keeps_mem = start is not None and parts.mem is not None and not config.rcod.train_adapters
     if parts.mem is None:
         with seeded(config.seed):
@@ -61,9 +65,8 @@ def train_nano(
     degradations = config.rcod.degradations
     grouping = run.grouping(parts, config.rcod, tokens_px)
     with seeded(config.seed):  # its LoRA matrices
-        discriminator = load_discriminator(config.start) if config.start else None
         rcod = RcodStage(
-            parts, config.rcod, grouping, run.autocast, run.perceptual, discriminator=discriminator
+            parts, config.rcod, grouping, run.autocast, run.perceptual, discriminator=taught
         )
     regression = RegressionStage(rcod, config.regression)
     for stage in (regression, rcod) if start is None else (rcod,):
@@ -80,7 +83,7 @@ def train_nano(
         if keeps_mem:  # what it estimates is M as it was measured then
             info = dataclasses.replace(info, m_min=start.m_min, m_max=start.m_max)
     assert not isinstance(rcod.discriminator, BackboneDiscriminator)
-    return run.save(rcod.merge(), info, rcod.discriminator)
+    return run.save(rcod.merge(), info, rcod.discriminator or taught)
 
 
 def check_crops(config: TrainConfig) -> None:
@@ -97,11 +100,12 @@ def check_crops(config: TrainConfig) -> None:
             )
 
 
-def load_start(config: TrainConfig) -> tuple[Parts, CheckpointInfo]:
-    """The merged checkpoint that ``--from`` names, ready to be trained on.
+def load_start(config: TrainConfig) -> tuple[Parts, CheckpointInfo, Discriminator | None]:
+    """The merged checkpoint that ``--from`` names, ready to be trained on, and the discriminator
+    that it holds.
 
     Raises:
-        CheckpointError: not a checkpoint, or of another family.
+        CheckpointError: not a checkpoint, of another family, or a discriminator that is broken.
         ConfigError: VSD has a weight.
     """
     if config.rcod.vsd_weight:
@@ -113,7 +117,10 @@ def load_start(config: TrainConfig) -> tuple[Parts, CheckpointInfo]:
     if info.family != "nano":
         raise CheckpointError(f"{config.start}: expected a nano checkpoint, found {info.family}.")
     freeze(parts, torch.device("cpu"))
-    return parts, info
+    discriminator = load_discriminator(config.start)
+    if config.rcod.adversarial_weight:
+        log.info("%s: %s", config.start, NEW if discriminator is None else TAKEN_OVER)
+    return parts, info, discriminator
 
 
 def train_base(run: Run, parts: Parts, config: TrainConfig) -> None:

@@ -287,8 +287,8 @@ def check_stages(config: RunConfig) -> None:
     they are set one by one, and a late stage would only after hours.
 
     Raises:
-        ConfigError: crops larger than their context, a context that can't be degraded, shares of
-            more than all samples, groups that there can't be.
+        ConfigError: crops larger than their context or too small for LPIPS, a context that can't
+            be degraded, shares of more than all samples, groups that there can't be.
     """
     for name, stage in config.stages.items():
         if stage.crop_px > stage.context_px:
@@ -311,7 +311,8 @@ def check_stages(config: RunConfig) -> None:
             if config.use_lpips and seen_px < LPIPS_SMALLEST_PX:
                 raise ConfigError(
                     f"{name}: LPIPS needs {LPIPS_SMALLEST_PX} px a side, found crop_px "
-                    f"{stage.crop_px} and lpips_crop_px {stage.lpips_crop_px}."
+                    f"{stage.crop_px} and lpips_crop_px {stage.lpips_crop_px} (0: the whole crop). "
+                    "Raise them, or train without LPIPS."
                 )
             if not stage.train_adapters and (stage.vsd_weight or not stage.train_decoder):
                 raise ConfigError(

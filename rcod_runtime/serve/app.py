@@ -215,7 +215,7 @@ async def _body(request: Request, limits: Limits) -> bytes:
     return b"".join(chunks)
 
 
-async def _wait(request: Request, result: asyncio.Future[bytes], job: Job, limits: Limits) -> bytes:
+async def _wait(request: Request, result: asyncio.Task[bytes], job: Job, limits: Limits) -> bytes:
     """The result, while the client waits for it and for no longer than the limit.
 
     Raises:

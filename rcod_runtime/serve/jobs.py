@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from rcod_runtime import Upscaler
@@ -41,14 +40,15 @@ class Job:
     seconds: dict[str, float] = field(default_factory=dict)
     pixels: int = 0
     abandoned: threading.Event = field(default_factory=threading.Event)
-    work: Future[bytes] | None = None
+    turn: asyncio.Task[bytes] | None = None  # while it waits for its own
 
     def abandon(self) -> None:
         """Nobody waits for it any more. Where it still waits itself its place is free at once,
         where it is in work after the tiles that it is at."""
         self.abandoned.set()
-        if self.work is not None and self.work.cancel():
-            self.data = b""  # the pool keeps the job until a thread comes to it
+        turn, self.turn = self.turn, None
+        if turn is not None:
+            turn.cancel()
 
 
 class Abandoned(Exception):
@@ -61,6 +61,7 @@ class Jobs:
     def __init__(self, upscaler: Upscaler, limits: Limits) -> None:
         self.upscaler, self.limits = upscaler, limits
         self.pool = ThreadPoolExecutor(limits.jobs, thread_name_prefix="rcod-job")
+        self.threads = asyncio.Semaphore(limits.jobs)
         self.arriving = 0
         self.started = 0
         self.running = 0
@@ -89,39 +90,39 @@ class Jobs:
         finally:
             self.arriving -= 1
 
-    def start(self, job: Job) -> asyncio.Future[bytes]:
+    def start(self, job: Job) -> asyncio.Task[bytes]:
         """The encoded result, later. The place in the queue is taken until the thread is done with
         the job, or until it is abandoned before a thread came to it.
 
         To be called when ``arrival`` has ended, with no await between: the place is still free.
         """
-        loop = asyncio.get_running_loop()
-        queued = time.perf_counter()
-        job.work = self.pool.submit(self._work, job, queued, loop)
-        future = asyncio.wrap_future(job.work)
+        job.turn = asyncio.create_task(self._work(job))
         self.started += 1
-        future.add_done_callback(functools.partial(self._left, job))
-        return future
+        job.turn.add_done_callback(self._left)
+        return job.turn
 
-    def _left(self, job: Job, future: asyncio.Future[bytes]) -> None:
+    def _left(self, task: asyncio.Task[bytes]) -> None:
         self.started -= 1
-        job.work = None  # else a cycle: its error holds the frame that holds the job
-        if not future.cancelled():
-            future.exception()  # taken note of, also where nobody waits
+        if not task.cancelled():
+            task.exception()  # taken note of, also where nobody waits
 
     def close(self) -> None:
-        """Wait for what is in work, drop what waits."""
-        self.pool.shutdown(wait=True, cancel_futures=True)
+        """Wait for what is in work."""
+        self.pool.shutdown(wait=True)
 
-    def _count(self, change: int) -> None:
-        self.running += change
-
-    def _work(self, job: Job, queued: float, loop: asyncio.AbstractEventLoop) -> bytes:
-        loop.call_soon_threadsafe(self._count, 1)
+    async def _work(self, job: Job) -> bytes:
+        queued = time.perf_counter()
         try:
-            return self._result(job, queued)
+            await self.threads.acquire()
         finally:
-            loop.call_soon_threadsafe(self._count, -1)
+            job.turn = None  # and no cycle: an error holds the frame that holds the job
+        self.running += 1
+        try:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(self.pool, self._result, job, queued)
+        finally:
+            self.running -= 1
+            self.threads.release()
 
     def _result(self, job: Job, queued: float) -> bytes:
         def lap(stage: str, since: float) -> float:

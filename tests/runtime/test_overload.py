@@ -131,7 +131,7 @@ def test_a_client_that_leaves_while_its_photo_waits_frees_its_place_at_once(
             first.abandon()
             second.abandon()
             await asyncio.wait([waiting])
-            assert waiting.cancelled() and not second.data
+            assert waiting.cancelled() and second.turn is None
             assert (jobs.accepted, jobs.waiting) == (1, 0), "the one in work keeps its place"
             last = jobs.start(third)
             held.set()

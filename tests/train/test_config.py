@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from rcod_train.config import TrainConfig, with_overrides
 from rcod_train.errors import ConfigError
@@ -64,6 +65,24 @@ def test_the_resolved_configuration_is_written(tmp_path: Path) -> None:
     CONFIG.write(tmp_path / "config.json")
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["rcod"]["steps"] == CONFIG.rcod.steps and saved["seed"] == 0
+
+
+@pytest.mark.parametrize(
+    ("known", "chosen"),
+    [
+        ({"cpu_name": "Intel Xeon", "amx_bf16": False}, "fp32"),
+        ({"cpu_name": "Intel Xeon", "amx_bf16": True}, "bf16"),
+        ({"cpu_name": "AMD EPYC", "amx_bf16": False}, "bf16"),
+        ({}, "bf16"),
+    ],
+)
+def test_auto_is_bf16_where_it_is_faster_than_fp32(
+    monkeypatch: pytest.MonkeyPatch, known: dict[str, object], chosen: str
+) -> None:
+    assert "cpu_name" in torch.cpu.get_capabilities(), "what the choice looks at"
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    assert resolve_precision("auto") == chosen
 
 
 def test_precision_is_one_of_three() -> None:

@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rcod_train.checkpoint import DISCRIMINATOR, load_discriminator, load_merged
-from rcod_train.errors import CheckpointError
+from rcod_train.checkpoint import DISCRIMINATOR, load_merged
 from rcod_train.main import main
+from rcod_train.nano import NEW, TAKEN_OVER
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = [
@@ -134,29 +134,34 @@ def test_a_stage_that_others_were_built_on_is_not_trained_on(
 
 
 def test_a_run_takes_over_the_discriminator_of_the_checkpoint(
-    photos: Path, whole: Path, tmp_path: Path
+    photos: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """With no learning rate to speak of it comes out as it went in; without its file, new."""
+    """With no learning rate to speak of it comes out as it went in, without a weight untouched;
+    without its file, new."""
+    caplog.set_level(logging.INFO)
     start = tmp_path / "start"
     shutil.copytree(whole / "checkpoint", start)
     still = ("--set", "rcod.discriminator_learning_rate=1e-9", "--from", str(start))
     assert main(arguments(photos, tmp_path / "taken", *still)) == 0
+    assert TAKEN_OVER in caplog.text and NEW not in caplog.text
+    unasked = ("--set", "rcod.adversarial_weight=0", "--from", str(start))
+    assert main(arguments(photos, tmp_path / "unasked", *unasked)) == 0
     (start / DISCRIMINATOR).unlink()
     assert main(arguments(photos, tmp_path / "new", *still)) == 0
-    old, taken, new = (
+    assert NEW in caplog.text
+    old, taken, unasked_for, new = (
         load_file(folder / DISCRIMINATOR)
         for folder in (
             whole / "checkpoint",
-            *(tmp_path / n / "checkpoint" for n in ("taken", "new")),
+            *(tmp_path / n / "checkpoint" for n in ("taken", "unasked", "new")),
         )
     )
-    trained = [name for name in old if "_u" not in name and "_v" not in name and "0.bias" in name]
+    trained = [name for name in old if name.endswith((".original", ".bias"))]
+    assert len(trained) == 2 * 2 * 5  # weight and bias of two scales' convolutions
     for name in trained:
         torch.testing.assert_close(taken[name], old[name], rtol=0, atol=1e-6)
+    assert all(torch.equal(unasked_for[name], old[name]) for name in old)
     assert any((new[name] - old[name]).abs().max() > 1e-3 for name in trained)
-    (start / DISCRIMINATOR).write_bytes(b"broken")
-    with pytest.raises(CheckpointError, match=r"discriminator.safetensors: could not be loaded"):
-        load_discriminator(start)
     taken_in = json.loads((tmp_path / "taken" / "checkpoint" / "vae" / "config.json").read_text())
     assert "_name_or_path" not in taken_in  # a path of the machine alone
 
@@ -204,6 +209,7 @@ def test_a_decoder_alone_is_trained_and_latents_and_their_mem_stay(
         ("rcod.vsd_weight=1", "nano", "rcod.vsd_weight: expected 0 with --from, found 1.0"),
         ("rcod.vsd_weight=0", "rcod-o", '"_class_name": expected one of SdVae'),
         ("rcod.vsd_weight=0", None, "not found. Expected a merged checkpoint"),
+        ("rcod.vsd_weight=0", "broken", "discriminator.safetensors: could not be loaded"),
     ],
 )
 def test_what_a_run_cannot_go_on_from_is_named_before_anything_is_written(
@@ -218,6 +224,9 @@ def test_what_a_run_cannot_go_on_from_is_named_before_anything_is_written(
     start, out = tmp_path / "start", tmp_path / "out"
     if family is not None:
         shutil.copytree(whole / "checkpoint", start)
+    if family == "broken":
+        (start / DISCRIMINATOR).write_bytes(b"broken")
+    elif family is not None:
         record = json.loads((start / "rcod.json").read_text())
         (start / "rcod.json").write_text(json.dumps(record | {"family": family}))
     assert main(arguments(photos, out, "--from", str(start), "--set", setting)) in (2, 9)

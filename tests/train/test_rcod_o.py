@@ -70,6 +70,13 @@ def rows(run: Path, stage: str = "rcod") -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
+def test_no_part_of_a_checkpoint_names_the_folder_that_it_came_from(run: Path, base: Path) -> None:
+    configs = list((run / "checkpoint").rglob("*.json"))
+    assert len(configs) > 3
+    for path in configs:
+        assert str(base) not in path.read_text() and "_name_or_path" not in path.read_text()
+
+
 def test_the_losses_fall(run: Path) -> None:
     log = rows(run)
     assert [row["step"] for row in log] == list(range(STEPS))
