@@ -79,6 +79,10 @@ def test_all_convolutions_but_the_last_of_encoder_and_decoder_take_8_bits(
             if tensor.data_type == onnx.TensorProto.INT8 and len(tensor.dims) == 4
         ]
         assert len(weights) == len(eight)
+        # What goes into a convolution is rounded, and nothing else.
+        rounded = {n.output[0]: n for n in model.node if n.op_type == "DequantizeLinear"}
+        into = {rounded[n.input[0]].input[0] for n in model.node if n.name in eight}
+        assert into == {n.output[0] for n in model.node if n.op_type == "QuantizeLinear"}
         # 7 bits: sums of two products in 16 bits do not overflow without VNNI.
         assert all(np.abs(w.astype(int)).max() <= 64 for w in weights)
 
