@@ -200,7 +200,8 @@ def _variants(
     variants = tuple(
         (name, precision)
         for name in backends or filter(installed, BACKENDS)
-        for precision in precisions(name)
+        # fp32 first: what the others are compared with
+        for precision in sorted(precisions(name), key=lambda precision: precision != "fp32")
         if wanted is None or precision in wanted
     )
     if not variants:
