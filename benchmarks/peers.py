@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,6 +39,7 @@ from rcod_train.quality.pristine import load_pristine
 SCHEMA_VERSION = 2
 METRICS = ("psnr_y", "ssim_y", "niqe")
 MEMORY_SIDE_PX = 128
+EMBEDDED = "nano"
 RATIO_TO = "Real-ESRGAN x4plus"
 
 
@@ -65,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--limit", type=int, metavar="N", help="only the first N of them")
     add("--engines", nargs="+", choices=ENGINES, metavar="NAME", default=list(ENGINES),
         help=f"of the peers: {', '.join(ENGINES)} (default: all)")  # fmt: skip
+    add("--bundle", type=Path, nargs="+", default=[], metavar="DIR", dest="bundles",
+        help="bundles beside the embedded model, called as their folders are")  # fmt: skip
     add("--threads", type=int, metavar="N", help="of every contestant (default: all CPUs)")
     add("--runs", type=int, default=5, metavar="N", help="timed runs each (%(default)s)")
     add("--niqe-params", type=Path, metavar="FILE", help="as in benchmarks.quality")
@@ -77,12 +80,13 @@ def run(arguments: argparse.Namespace) -> str:
     """Measure everything, print card and table, and return the JSON document."""
     if arguments.runs < 1:
         raise UsageError(f"--runs {arguments.runs}: expected at least 1.")
+    bundles = named_bundles(arguments.bundles)
     card = report.machine_card()
     pairs = select(find_pairs(arguments.dataset), arguments.names_ending, arguments.limit)
     metrics = build_metrics(METRICS, lambda: load_pristine(arguments.niqe_params))
     threads = arguments.threads or cpus_available()
     with ExitStack() as stack:
-        contestants, missing = open_contestants(arguments.engines, threads, stack)
+        contestants, missing = open_contestants(arguments.engines, bundles, threads, stack)
         memory = {c.name: measure_contestant(c.task, runs=1) for c in contestants}
         lq = read_rgb(pairs[0].lq)
         calls = {c.name: _bound(c.upscale, lq) for c in contestants}
@@ -131,10 +135,28 @@ def run(arguments: argparse.Namespace) -> str:
     )
 
 
+def named_bundles(folders: Iterable[Path]) -> dict[str, Path | None]:
+    """By the names that the table calls them: the embedded model, then those of ``folders``.
+
+    Raises:
+        UsageError: two of one name.
+    """
+    bundles: dict[str, Path | None] = {EMBEDDED: None}
+    for folder in folders:
+        name = folder.resolve().name
+        if name in bundles:
+            raise UsageError(
+                f"--bundle {folder}: expected folders of different names, and none called "
+                f"{EMBEDDED}, found {name!r} again."
+            )
+        bundles[name] = folder
+    return bundles
+
+
 def open_contestants(
-    engines: list[str], threads: int, stack: ExitStack
+    engines: list[str], bundles: Mapping[str, Path | None], threads: int, stack: ExitStack
 ) -> tuple[list[Contestant], dict[str, str]]:
-    """Bicubic, the embedded model at its levels, every peer on every engine; what is missing."""
+    """Bicubic, every bundle at its levels, every peer on every engine; what is missing."""
     contestants = [Contestant("bicubic", _bicubic, 0, {"bicubic": 4})]
     missing: dict[str, str] = {}
     for engine in engines:
@@ -143,7 +165,8 @@ def open_contestants(
             missing[engine] = "this CPU does not multiply bf16"
             continue
         if backend in BACKENDS:
-            contestants += _levels(backend, precision, threads, stack)
+            for name, folder in bundles.items():
+                contestants += _levels(name, folder, backend, precision, threads, stack)
         for peer in PEERS:
             name = f"{peer.name}, {engine}"
             try:
@@ -158,16 +181,23 @@ def open_contestants(
     return contestants, missing
 
 
-def _levels(backend: str, precision: str, threads: int, stack: ExitStack) -> Iterator[Contestant]:
-    """The embedded model at each of its levels."""
+def _levels(
+    bundle: str, folder: Path | None, backend: str, precision: str, threads: int, stack: ExitStack
+) -> Iterator[Contestant]:
+    """A bundle at each of its levels."""
     upscaler = stack.enter_context(
-        Upscaler(None, "cpu", backend, precision=precision, threads=threads)
+        Upscaler(folder, "cpu", backend, precision=precision, threads=threads)
     )
+    task = {
+        "bundle": None if folder is None else str(folder),
+        "backend": backend,
+        "precision": precision,
+    }
     size = sum(graph.bytes for graph in upscaler.manifest.graphs.values())
     for level in upscaler.manifest.levels:
-        name = f"nano {level.name}, {backend} {precision}"
-        task = {"bundle": None, "backend": backend, "precision": precision, "level": level.name}
-        yield Contestant(name, _at_level(upscaler, level.name), size, task)
+        name = f"{bundle} {level.name}, {backend} {precision}"
+        at_level = _at_level(upscaler, level.name)
+        yield Contestant(name, at_level, size, task | {"level": level.name})
 
 
 def _bicubic(lq: Image) -> Image:

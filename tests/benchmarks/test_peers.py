@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from benchmarks.ncnn_file import HALF_FLAG, read_layers, read_network
 from benchmarks.peer_models import PEERS, Peer, find_param, open_peer, weight_bytes
 from benchmarks.processes import measure_contestant
 from rcod_runtime.backends.openvino_backend import shared_core
+from rcod_runtime.bundle import default_bundle_path
 
 CHANNELS = 48  # 3 x 4 x 4: one convolution, and its pixels shuffled to four times the size
 PARAM = f"""7767517
@@ -147,19 +149,36 @@ def test_table_has_time_memory_size_and_quality_of_everyone(
     monkeypatch.setattr(peers, "RATIO_TO", PEER.name)
     arguments = ["--dataset", str(dataset), "--limit", "1", "--runs", "1", "--threads", "1"]
     arguments += ["--engines", "openvino fp32", "--niqe-params", str(tmp_path / "p.npz")]
+    own = shutil.copytree(default_bundle_path(), tmp_path / "own")
+    arguments += ["--bundle", str(own)]
     assert peers.main(arguments) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     rows = {row["name"]: row for row in document["contestants"]}
     drawn = f"{PEER.name}, openvino fp32"
-    levels = [f"nano {level}, openvino fp32" for level in ("fidelity", "neutral", "realism")]
+    levels = [
+        f"{bundle} {level}, openvino fp32"
+        for bundle in ("nano", "own")
+        for level in ("fidelity", "neutral", "realism")
+    ]
     assert set(rows) - {f"{PEERS[0].name}, openvino fp32"} == {"bicubic", *levels, drawn}
     assert document["ratio_to"] == drawn and rows[drawn]["times_as_fast"] == 1.0
     assert rows[drawn]["weight_bytes"] == weight_bytes(PEER)
     assert len(tasks) == len(rows)
+    opened = [task["bundle"] for task in tasks if "bundle" in task]
+    assert opened == [None] * 3 + [str(own)] * 3
     for row in rows.values():
         assert row["latency"]["median_ms"] > 0 and row["peak_bytes"] == 2e6
         assert set(row["mean"]) == {"psnr_y", "ssim_y", "niqe"}
     assert rows["nano fidelity, openvino fp32"]["mean"]["psnr_y"] > rows[drawn]["mean"]["psnr_y"]
+
+
+@pytest.mark.parametrize("folders", [("a/same", "b/same"), ("nano",), ("./nano/.",)])
+def test_two_bundles_of_one_name_are_refused(
+    folders: tuple[str, ...], dataset: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table and the document have a row for each name: one's figures would be the other's."""
+    assert peers.main(["--dataset", str(dataset), "--bundle", *folders]) == 2
+    assert "expected folders of different names" in capsys.readouterr().err
 
 
 def test_bicubic_in_a_process_of_its_own_is_measured() -> None:
