@@ -91,6 +91,12 @@ def base_weights(parts: Parts) -> Iterator[Tensor]:
         yield from (w for name, w in module.state_dict().items() if "lora_" not in name)
 
 
+def frozen_weights(discriminator: Discriminator | BackboneDiscriminator | None) -> Iterator[Tensor]:
+    """Of the vision model that a discriminator looks through, if it does."""
+    if isinstance(discriminator, BackboneDiscriminator):
+        yield from discriminator.backbone.state_dict().values()
+
+
 @dataclass(frozen=True)
 class Reconstruction:
     """One pass of the generator: t (B,), z_sr, sr and hq in [-1, 1], weighted losses, figures."""
@@ -145,6 +151,8 @@ class RcodStage:
         self.discriminator = None
         if config.adversarial_weight:
             self.discriminator = (discriminator or Discriminator()).to(autocast.device)
+        # Once: a checkpoint is written often, and a backbone may have a billion values.
+        self.backbone_fingerprint = fingerprint(frozen_weights(self.discriminator))
         members = self.generator_members(config.learning_rate, config.decoder_learning_rate)
         self.groups = {"generator": members}
         if config.vsd_weight:
@@ -356,6 +364,7 @@ class RcodStage:
             "m_max": self.grouping.m_max,
             "base_weights": self.base_fingerprint,
             "lpips": self.perceptual is not None,
+            "backbone": self.backbone_fingerprint,
         }
         if self.discriminator is not None:  # the vectors of the spectral norm
             state["discriminator_buffers"] = dict(self.discriminator.named_buffers())
@@ -366,6 +375,11 @@ class RcodStage:
             raise CheckpointError(
                 "the run to resume was trained on another base model or another --estimator. "
                 "Use those and its --precision, or another --out."
+            )
+        if state.get("backbone", self.backbone_fingerprint) != self.backbone_fingerprint:
+            raise CheckpointError(
+                "the run to resume was trained against a discriminator that looks through another "
+                "--backbone, or through none. Give the same one, or another --out."
             )
         here = self.perceptual is not None
         if state.get("lpips", here) != here:

@@ -18,7 +18,7 @@ from rcod_train.bases import load_backbone
 from rcod_train.checkpoint import load_merged
 from rcod_train.config import RCOD_S, SD_MEM, RcodStageConfig
 from rcod_train.data import Batch, to_unit
-from rcod_train.errors import DataError
+from rcod_train.errors import CheckpointError, DataError
 from rcod_train.grouping import Grouping
 from rcod_train.main import main
 from rcod_train.models.discriminator import BackboneDiscriminator
@@ -248,6 +248,24 @@ def test_a_discriminator_looks_through_a_frozen_vision_model(base: Path) -> None
     assert all(p.grad is not None for p in names.values())
     for name, parameter in discriminator.backbone.named_parameters():
         assert parameter.grad is None and torch.equal(parameter, before[name])
+
+
+def test_a_run_goes_on_with_the_backbone_that_it_began_with(base: Path) -> None:
+    def rcod(change: float) -> RcodStage:
+        backbone, *statistics = load_backbone(str(base / "clip"))
+        with torch.no_grad():
+            next(backbone.parameters()).add_(change)
+        seeing = BackboneDiscriminator(backbone, *statistics, heads=2)
+        return RcodStage(
+            tiny_guided_parts(), CONFIG, Grouping(0.2, 0.9), Autocast("fp32"), discriminator=seeing
+        )
+
+    state = rcod(0.0).extra_state()
+    rcod(0.0).load_extra_state(state)
+    with pytest.raises(CheckpointError, match="another --backbone, or through none"):
+        rcod(1e-3).load_extra_state(state)
+    state.pop("backbone")  # of a run before it was kept
+    rcod(1e-3).load_extra_state(state)
 
 
 def test_a_backbone_without_hidden_states_is_refused(tmp_path: Path) -> None:
