@@ -123,7 +123,7 @@ class EagerPipeline:
         as_it_is: Callable[[Any], Any] = lambda call: call  # noqa: E731
         self._adapt = torch.compile if mode.compiled else as_it_is
         self._tokens = self._adapt(self._parts.vpim)
-        self._encode = self._adapt(self._parts.vae.encode)
+        self._encode = self._adapt(self._parts.vae.encode_with_skip)
         self._denoise = self._adapt(self._eps_and_step)
         self._decode = self._adapt(self._decoded)
 
@@ -179,12 +179,16 @@ class EagerPipeline:
         return context
 
     def _eps_and_step(self, z_lq: Any, tokens: Any) -> Any:
-        from rcod_train.network import predict_eps
+        from rcod_train.network import past_the_skip, predict_eps
         from rcod_train.schedule import one_step
 
         t = self._torch.full((len(z_lq),), self._level.timestep)
-        eps = predict_eps(self._parts.unet, z_lq, t, tokens)
-        return one_step(z_lq, eps, self._level.alpha, self._level.sigma)
+
+        def denoised(z: Any) -> Any:
+            eps = predict_eps(self._parts.unet, z, t, tokens)
+            return one_step(z, eps, self._level.alpha, self._level.sigma)
+
+        return past_the_skip(z_lq, self._parts.unet.config.in_channels, denoised)
 
     def _decoded(self, z_sr: Any) -> Any:
         return self._parts.vae.decode(z_sr).clamp(-1.0, 1.0)

@@ -21,6 +21,7 @@ from rcod_train.models.guide import Guide
 from rcod_train.models.guided import BlockMatrices
 from rcod_train.models.sd import SdVae
 from rcod_train.models.vae import NanoVae
+from rcod_train.network import past_the_skip, predict_eps
 
 DTYPES = {
     Precision.FP32: torch.float32,
@@ -70,8 +71,9 @@ class GuideGraph(nn.Module):
 
 
 class EncoderGraph(nn.Module):
-    """image (B, 3, H, W) in [-1, 1] -> z_lq (B, C, H/8, W/8); with a MEM that reads it also m_l
-    (B,) and adaptive (B, n), the weights of the level that Eq. 5 gives for m_l.
+    """image (B, 3, H, W) in [-1, 1] -> z_lq (B, C + S, H/8, W/8), the latent and what skips the
+    denoiser; with a MEM that reads the latent also m_l (B,) and adaptive (B, n), the weights of the
+    level that Eq. 5 gives for m_l.
 
     With a guide there is an input vae_matrices (B, blocks, r, r).
     """
@@ -93,10 +95,10 @@ class EncoderGraph(nn.Module):
     ) -> Tensor | tuple[Tensor, Tensor, Tensor]:
         given = {} if vae_matrices is None else {"vae": vae_matrices.to(self.dtype)}
         with _filled(self.matrices, **given):
-            z_lq: Tensor = self.vae.encode(image.to(self.dtype)).float()
+            z_lq: Tensor = self.vae.encode_with_skip(image.to(self.dtype)).float()
         if self.mem is None:
             return z_lq
-        m_l = self.mem(z_lq)
+        m_l = self.mem(z_lq[:, : self.vae.config.latent_channels])
         return z_lq, m_l, adaptive_weights(m_l, self.info)
 
 
@@ -113,7 +115,7 @@ class VpimGraph(nn.Module):
 
 
 class DecoderGraph(nn.Module):
-    """z_sr (B, C, h, w) -> image (B, 3, H, W), clamped to [-1, 1]."""
+    """z_sr (B, C + S, h, w) -> image (B, 3, H, W), clamped to [-1, 1]."""
 
     def __init__(self, vae: NanoVae | SdVae, dtype: torch.dtype) -> None:
         super().__init__()
@@ -136,7 +138,8 @@ class _TableColumns(nn.Module):
 
 
 class DenoiserGraph(nn.Module):
-    """z_lq (B, C, h, w), tokens (B, N, D), level (B, n) -> z_sr (B, C, h, w).
+    """z_lq (B, C + S, h, w), tokens (B, N, D), level (B, n) -> z_sr (B, C + S, h, w), whose last S
+    channels, the decoder's skip, are those of z_lq.
 
     With one level there is no input ``level``: the row and the constants are part of the graph.
     With a guide there is an input unet_matrices (B, blocks, r, r).
@@ -176,6 +179,7 @@ class DenoiserGraph(nn.Module):
         unet.time_embedding = _Passed()
         unet.get_time_embed = lambda sample, timestep: timestep
         self.unet, self.dtype, self.matrices = _converted(unet, dtype), dtype, matrices
+        self.channels = int(unet.config.in_channels)
         self.register_buffer("table", torch.cat(columns, dim=1))  # (n, sum of C_block)
         constants = [[level.alpha, level.sigma] for level in levels]
         self.register_buffer("constants", torch.tensor(constants, dtype=torch.float32))  # (n, 2)
@@ -191,14 +195,17 @@ class DenoiserGraph(nn.Module):
             row, constants = self.table, self.constants
         else:
             row, constants = level @ self.table, level @ self.constants
-        z, row, tokens = (x.to(self.dtype) for x in (z_lq, row, tokens))
-        given = {} if unet_matrices is None else {"unet": unet_matrices.to(self.dtype)}
-        with _filled(self.matrices, **given):
-            eps = self.unet(z, row, encoder_hidden_states=tokens, return_dict=False)[0]
         alpha, sigma = constants.view(-1, 2, 1, 1, 1).unbind(1)  # (B, 1, 1, 1) each
-        # Eq. 3 in fp32: sigma/alpha is 4.1 at t = 750 and amplifies every rounding of eps.
-        z_sr: Tensor = (z_lq - sigma * eps.float()) / alpha
-        return z_sr
+        given = {} if unet_matrices is None else {"unet": unet_matrices.to(self.dtype)}
+
+        def denoised(latent: Tensor) -> Tensor:
+            inputs = (x.to(self.dtype) for x in (latent, row, tokens))
+            with _filled(self.matrices, **given):
+                eps = predict_eps(self.unet, *inputs)
+            # Eq. 3 in fp32: sigma/alpha is 4.1 at t = 750 and amplifies every rounding of eps.
+            return (latent - sigma * eps.float()) / alpha
+
+        return past_the_skip(z_lq, self.channels, denoised)
 
 
 class _Passed(nn.Module):

@@ -16,12 +16,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rcod_export.specs import MATRICES, latent_step
+from rcod_export.specs import MATRICES, handed_on, latent_step
 from rcod_runtime.arrays import guide_window
 from rcod_runtime.contract import GUIDE
 from rcod_runtime.resample import resize_for_tokens, upsample
 from rcod_train.checkpoint import CheckpointInfo
-from rcod_train.network import Parts, predict_eps
+from rcod_train.network import Parts, past_the_skip, predict_eps
 from rcod_train.schedule import one_step
 
 Array = npt.NDArray[np.float32]
@@ -55,17 +55,21 @@ def guided(parts: Parts, lq: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def denoise(parts: Parts, z_lq: Tensor, tokens: Tensor, info: CheckpointInfo, index: int) -> Tensor:
-    """The plain form: the U-Net called by its timestep, then Eq. 3."""
+    """The plain form: the U-Net called by its timestep, then Eq. 3; a skip goes past both."""
     level = info.levels[index]
     t = torch.full((len(z_lq),), level.timestep)
-    return one_step(z_lq, predict_eps(parts.unet, z_lq, t, tokens), level.alpha, level.sigma)
+
+    def denoised(z: Tensor) -> Tensor:
+        return one_step(z, predict_eps(parts.unet, z, t, tokens), level.alpha, level.sigma)
+
+    return past_the_skip(z_lq, parts.unet.config.in_channels, denoised)
 
 
 @torch.no_grad()
 def parity_cases(parts: Parts, info: CheckpointInfo) -> Iterator[Case]:
     """A case for every graph, for the denoiser one of every level; sizes that no export saw."""
     generator = torch.Generator().manual_seed(1)
-    c, side, n = int(parts.vae.config.latent_channels), parts.vpim.tokens_px, len(info.levels)
+    c, side, n = handed_on(parts), parts.vpim.tokens_px, len(info.levels)
     h, w = 2 * latent_step(parts), 3 * latent_step(parts)
     pixels = (BATCH, 3, h * parts.vae.factor, w * parts.vae.factor)
     image = torch.rand(pixels, generator=generator) * 2 - 1
@@ -74,8 +78,9 @@ def parity_cases(parts: Parts, info: CheckpointInfo) -> Iterator[Case]:
     lq = torch.rand(BATCH, 3, 20, 28, generator=generator)
 
     with guided(parts, lq) as outputs:
-        z_lq = parts.vae.encode(image)
-        m_l = None if parts.mem is None else parts.mem(outputs[0] if outputs else z_lq)
+        z_lq = parts.vae.encode_with_skip(image)
+        latent = z_lq[:, : parts.vae.config.latent_channels]
+        m_l = None if parts.mem is None else parts.mem(outputs[0] if outputs else latent)
         estimate = {} if m_l is None else {"m_l": m_l.numpy()}
         matrices = {k: v.numpy() for k, v in zip(MATRICES, outputs[1:], strict=False)}
         feeds = {"image": image.numpy()}
@@ -114,7 +119,7 @@ def photo_cases(
     image = prepared(upsample(lq, (height, width)))
     with guided(parts, torch.from_numpy(guide_window(lq))) as outputs:
         matrices = {"vae_matrices": outputs[1]} if outputs else {}
-        z_lq = parts.vae.encode(image)
+        z_lq = parts.vae.encode_with_skip(image)
         yield Case("encoder", None, _arrays({"image": image} | matrices), _arrays({"z_lq": z_lq}))
         for index, level in enumerate(info.levels):
             z_sr = denoise(parts, z_lq, tokens, info, index)

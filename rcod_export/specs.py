@@ -46,11 +46,16 @@ def latent_step(parts: Parts) -> int:
     return int(2 ** (len(parts.unet.config.block_out_channels) - 1))
 
 
+def handed_on(parts: Parts) -> int:
+    """Channels of z_lq and z_sr: the latent's, and the skip's where there is one."""
+    return int(parts.vae.config.latent_channels + parts.vae.config.get("skip_channels", 0))
+
+
 def graph_specs(
     parts: Parts, info: CheckpointInfo, precision: Precision, scale: int
 ) -> Iterator[GraphSpec]:
     """The graphs, one after another. Each takes its modules over and converts them."""
-    c, side = int(parts.vae.config.latent_channels), parts.vpim.tokens_px
+    c, side = handed_on(parts), parts.vpim.tokens_px
     factor, n, step = parts.vae.factor, len(info.levels), latent_step(parts)
     dtype = DTYPES[precision]
     batch = Dim("batch", min=1, max=MAX_BATCH)

@@ -106,8 +106,8 @@ class SwitchedUnet:
 
 class SwitchedVae:
     """The autoencoder with a LoRA on its encoder (every convolution and projection, and what
-    follows it up to the latent); the decoder is trained in full or not at all. ``alpha`` is as
-    the U-Net's."""
+    follows it up to the latent); the decoder, and nano's skip to it, are trained in full or not at
+    all. ``alpha`` is as the U-Net's."""
 
     def __init__(
         self, vae: NanoVae | SdVae, rank: int, train_decoder: bool, alpha: int = 0
@@ -121,8 +121,12 @@ class SwitchedVae:
         ]
         vae.add_adapter(_lora(rank, alpha, targets), adapter_name="generator")
         _trained(vae)
+        self.decoder = {"": vae.decoder}
+        if isinstance(vae, NanoVae) and vae.skip is not None:
+            self.decoder["skip."] = vae.skip
         if train_decoder:
-            vae.decoder.float().requires_grad_(True)
+            for module in self.decoder.values():
+                module.float().requires_grad_(True)
         self.vae = vae
         self.layers = [module for module in vae.modules() if isinstance(module, LoraLayer)]
 
@@ -143,7 +147,12 @@ class SwitchedVae:
         return {n: p for n, p in self.vae.named_parameters() if "lora_" in n}
 
     def decoder_parameters(self) -> dict[str, Parameter]:
-        return {n: p for n, p in self.vae.decoder.named_parameters() if p.requires_grad}
+        return {
+            prefix + name: parameter
+            for prefix, module in self.decoder.items()
+            for name, parameter in module.named_parameters()
+            if parameter.requires_grad
+        }
 
     def merge(self) -> NanoVae | SdVae:
         self.vae.float()

@@ -15,7 +15,14 @@ from rcod_train.errors import CheckpointError, ConfigError
 from rcod_train.models.discriminator import BackboneDiscriminator, Discriminator
 from rcod_train.models.mem import Mem
 from rcod_train.models.vae import NanoVae
-from rcod_train.network import NANO_LATENT_CHANNELS, Parts, build_nano, freeze, seeded
+from rcod_train.network import (
+    NANO_LATENT_CHANNELS,
+    NANO_SKIP_CHANNELS,
+    Parts,
+    build_nano,
+    freeze,
+    seeded,
+)
 from rcod_train.run import Run
 from rcod_train.stages.base import BaseStage, measure_scaling_factor
 from rcod_train.stages.mem import MemStage
@@ -37,7 +44,8 @@ def train_nano(
     """Run all stages and write ``<out>/checkpoint``; returns that folder.
 
     With ``config.start`` the RCOD stage and the MEM go on from that checkpoint, against the
-    discriminator that it holds, or a new one; VAE, base and regression are left out. Where the
+    discriminator that it holds, or a new one; VAE, base and regression are left out. A checkpoint
+    without a skip gets one. Where the
     decoder alone is trained, so that latents stay as they are, the checkpoint's MEM stays too.
 
     With ``resume``, finished stages are loaded and the newest whole checkpoint is continued.
@@ -116,6 +124,11 @@ def load_start(config: TrainConfig) -> tuple[Parts, CheckpointInfo, Discriminato
     parts, info = load_merged(config.start)
     if info.family != "nano":
         raise CheckpointError(f"{config.start}: expected a nano checkpoint, found {info.family}.")
+    assert isinstance(parts.vae, NanoVae)
+    if parts.vae.skip is None:
+        log.info("%s: no skip past the denoiser in it: a new one is trained", config.start)
+        with seeded(config.seed):
+            parts.vae = parts.vae.with_skip(NANO_SKIP_CHANNELS)
     freeze(parts, torch.device("cpu"))
     discriminator = load_discriminator(config.start)
     if config.rcod.adversarial_weight:

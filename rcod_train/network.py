@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -21,8 +21,8 @@ from rcod_train.models.vpim import Vpim
 class Parts:
     """The modules of one model. ``vae`` works on scaled latents; ``mem`` may be absent.
 
-    Both kinds of VAE have ``encode``, ``decode``, ``factor``; every kind of VPIM turns an image of
-    ``tokens_px`` into tokens.
+    Both kinds of VAE have ``encode``, ``encode_with_skip``, ``decode``, ``factor``; every kind of
+    VPIM turns an image of ``tokens_px`` into tokens.
 
     With a ``guide`` (rcod-s) the encoder and the U-Net have branches that it feeds, and ``mem``
     reads the guide's features in the place of z_lq. Both are called inside
@@ -45,12 +45,13 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 NANO_LATENT_CHANNELS = 32
+NANO_SKIP_CHANNELS = 64
 
 
 def build_nano(seed: int) -> Parts:
     """nano's parts with random weights: 29 GMAC for one 512x512 image, 18 M parameters."""
     with seeded(seed):
-        vae = NanoVae(NANO_LATENT_CHANNELS)
+        vae = NanoVae(NANO_LATENT_CHANNELS, skip_channels=NANO_SKIP_CHANNELS)
         unet = UNet2DConditionModel(
             sample_size=64,
             in_channels=NANO_LATENT_CHANNELS,
@@ -96,3 +97,10 @@ def predict_eps(unet: UNet2DConditionModel, z_t: Tensor, t: Tensor, tokens: Tens
     """eps_theta(z_t; t, c): z_t (B, C, h, w), t (B,) int64, tokens (B, N, D) -> (B, C, h, w)."""
     eps: Tensor = unet(z_t, t, encoder_hidden_states=tokens, return_dict=False)[0]
     return eps
+
+
+def past_the_skip(z_lq: Tensor, channels: int, denoised: Callable[[Tensor], Tensor]) -> Tensor:
+    """What the decoder takes, (B, C + S, h, w): ``denoised`` of the first C ``channels`` of
+    z_lq, and the rest, the skip, as it came."""
+    z_sr = denoised(z_lq[:, :channels])
+    return torch.cat([z_sr, z_lq[:, channels:]], 1) if z_lq.shape[1] > channels else z_sr

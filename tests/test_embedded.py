@@ -58,13 +58,14 @@ def test_it_computes_what_the_committed_checkpoint_does() -> None:
     from rcod_export.bundle import moved_levels
     from rcod_export.parity import onnxruntime_session
     from rcod_export.reference import denoise
+    from rcod_export.specs import handed_on
     from rcod_train.checkpoint import load_merged
 
     parts, info = load_merged(CHECKPOINT)
     info = moved_levels(info, tuple(level.timestep for level in open_bundle().manifest.levels))
     run = onnxruntime_session(open_bundle().graph_path("denoiser"))
     generator = torch.Generator().manual_seed(5)
-    z = torch.randn(1, parts.vae.config.latent_channels, 16, 24, generator=generator)
+    z = torch.randn(1, handed_on(parts), 16, 24, generator=generator)
     tokens = torch.randn(1, 64, 128, generator=generator)
     for index, level in enumerate(info.levels):
         one_hot = np.eye(len(info.levels), dtype=np.float32)[index][None]

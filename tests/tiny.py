@@ -28,7 +28,10 @@ def tiny_parts(seed: int = 0) -> Parts:
         norm_num_groups=8,
     )
     vae = NanoVae(4, (8, 16, 16), (1, 1, 1), (1, 1, 1), scaling_factor=1.7)
-    return Parts(vae, unet, Vpim(32, 16, 1, 16), Mem(4, 8))
+    parts = Parts(vae, unet, Vpim(32, 16, 1, 16), Mem(4, 8))
+    parts.vae = vae.with_skip(8)
+    torch.nn.init.normal_(parts.vae.skip.enter.weight, std=0.03)  # as if it had been trained
+    return parts
 
 
 def tiny_info(**changes: object) -> CheckpointInfo:

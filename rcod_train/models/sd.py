@@ -27,6 +27,10 @@ class SdVae(AutoencoderKL):
         moments = self.quant_conv(self.encoder(image))
         return moments.chunk(2, dim=1)[0] * self.config.scaling_factor
 
+    def encode_with_skip(self, image: Tensor) -> Tensor:
+        """As ``encode``: there is no skip."""
+        return self.encode(image)
+
     def decode(self, z: Tensor) -> Tensor:
         """Scaled z (B, 4, h, w) -> image (B, 3, 8h, 8w), about [-1, 1], not clamped."""
         return self.decoder(self.post_quant_conv(z / self.config.scaling_factor))

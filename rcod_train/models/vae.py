@@ -36,17 +36,48 @@ class Upsample(nn.Module):
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
+class Skip(nn.Module):
+    """From the encoder's features at 1/4 of the resolution to the decoder's, past the denoiser.
+
+    It travels at the latent's resolution, so that it fits behind the latent's channels. What enters
+    is added, and is nothing before it is trained.
+
+    Args:
+        features: channels at 1/4 of the resolution.
+        channels: channels that travel, a multiple of 4.
+    """
+
+    def __init__(self, features: int, channels: int) -> None:
+        super().__init__()
+        self.leave = nn.Conv2d(features, channels // 4, 1)
+        self.enter = nn.Conv2d(channels // 4, features, 3, padding=1)
+        nn.init.zeros_(self.enter.weight)
+        nn.init.zeros_(self.enter.bias)
+
+    def packed(self, features: Tensor) -> Tensor:
+        """(B, F, H/4, W/4) -> (B, S, H/8, W/8)."""
+        return F.pixel_unshuffle(self.leave(features), 2)
+
+    def added(self, features: Tensor, packed: Tensor) -> Tensor:
+        """The decoder's (B, F, H/4, W/4), with what was packed."""
+        return features + self.enter(F.pixel_shuffle(packed, 2))
+
+
 class NanoVae(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Autoencoder of the nano family.
 
     The pixels enter and leave through a 2x2 space-to-depth, so that no convolution runs at full
     resolution, where a CPU is bound by memory.
 
+    What no latent holds, the decoder takes from the photo itself: ``skip_channels`` travel from the
+    encoder beside the latent (Parmar et al. 2024 have such connections in their one-step models).
+
     Args:
         latent_channels: channels of the latent.
         block_channels: width at 1/2, 1/4 and 1/8 resolution.
         encoder_blocks: residual blocks per resolution in the encoder.
         decoder_blocks: the same in the decoder.
+        skip_channels: channels beside the latent, a multiple of 4; 0: none.
         scaling_factor: latents leave ``encode`` multiplied by it, as in Stable Diffusion.
     """
 
@@ -60,6 +91,7 @@ class NanoVae(ModelMixin, ConfigMixin, PeftAdapterMixin):
         encoder_blocks: tuple[int, int, int] = (1, 2, 2),
         decoder_blocks: tuple[int, int, int] = (2, 3, 3),
         scaling_factor: float = 1.0,
+        skip_channels: int = 0,
     ) -> None:
         super().__init__()
         half, quarter, eighth = block_channels
@@ -87,11 +119,36 @@ class NanoVae(ModelMixin, ConfigMixin, PeftAdapterMixin):
             nn.Conv2d(half, 12, 3, padding=1),
             nn.PixelShuffle(2),
         )
+        self.skip = Skip(quarter, skip_channels) if skip_channels else None
+        # Where both sequences are at 1/4 of the resolution, before the next change of it.
+        self._leaves_after = 2 + encoder_blocks[0] + 1 + encoder_blocks[1]
+        self._enters_after = 1 + decoder_blocks[2] + 1
 
     def encode(self, image: Tensor) -> Tensor:
         """image (B, 3, H, W) in [-1, 1], H and W multiples of 8 -> scaled z (B, C, H/8, W/8)."""
         return self.encoder(image) * self.config.scaling_factor
 
+    def encode_with_skip(self, image: Tensor) -> Tensor:
+        """image (B, 3, H, W) -> (B, C + S, H/8, W/8): z as ``encode`` gives it, then the skip."""
+        if self.skip is None:
+            return self.encode(image)
+        quarter = self.encoder[: self._leaves_after](image)
+        z = self.encoder[self._leaves_after :](quarter) * self.config.scaling_factor
+        return torch.cat([z, self.skip.packed(quarter)], 1)
+
     def decode(self, z: Tensor) -> Tensor:
-        """Scaled z (B, C, h, w) -> image (B, 3, 8h, 8w), about [-1, 1], not clamped."""
-        return self.decoder(z / self.config.scaling_factor)
+        """Scaled z (B, C, h, w), or with the skip behind it (B, C + S, h, w) -> image
+        (B, 3, 8h, 8w), about [-1, 1], not clamped."""
+        c = self.config.latent_channels
+        latent, packed = z[:, :c] / self.config.scaling_factor, z[:, c:]
+        if self.skip is None or not packed.shape[1]:
+            return self.decoder(latent)
+        quarter = self.skip.added(self.decoder[: self._enters_after](latent), packed)
+        return self.decoder[self._enters_after :](quarter)
+
+    def with_skip(self, channels: int) -> NanoVae:
+        """A copy that has a new skip, which adds nothing yet: it decodes the same images."""
+        geometry = {name: v for name, v in self.config.items() if not name.startswith("_")}
+        vae = NanoVae(**geometry | {"skip_channels": channels})
+        vae.load_state_dict(vae.state_dict() | self.state_dict())
+        return vae

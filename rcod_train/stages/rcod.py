@@ -41,7 +41,7 @@ from rcod_train.models.discriminator import (
     feature_loss,
     hinge_loss,
 )
-from rcod_train.network import Parts, predict_eps
+from rcod_train.network import Parts, past_the_skip, predict_eps
 from rcod_train.precision import Autocast
 from rcod_train.schedule import (
     OFFICIAL_ALPHA_BAR,
@@ -211,16 +211,22 @@ class RcodStage:
         the colour match where the losses look at its result."""
         self.model.adapt(batch)
         with self.autocast():
-            z_lq = self.parts.vae.encode(to_unit(batch.lq))
+            z_lq = self.parts.vae.encode_with_skip(to_unit(batch.lq))
             tokens = self.parts.vpim(to_unit(batch.tokens_lq))
-            eps = predict_eps(self.parts.unet, z_lq, t, tokens)
-        z_sr = one_step(z_lq, eps, *self.alpha_sigma(t))
+
+        def denoised(z: Tensor) -> Tensor:
+            with self.autocast():
+                eps = predict_eps(self.parts.unet, z, t, tokens)
+            return one_step(z, eps, *self.alpha_sigma(t))
+
+        c = int(self.parts.unet.config.in_channels)
+        z_sr = past_the_skip(z_lq, c, denoised)
         with self.autocast():
             sr = self.parts.vae.decode(z_sr).float()
         if self.config.consistent:
             assert batch.lq_native is not None, "a batch that was degraded"
             sr = match_consistently(sr, batch.lq_native)
-        return z_sr, sr
+        return z_sr[:, :c], sr
 
     def regulariser_t(self, t: Tensor, generator: torch.Generator) -> Tensor:
         """DAS: the regulariser's timestep (B,) for the generator's t (B,)."""

@@ -20,12 +20,18 @@ class VaeStage:
 
     def __init__(self, parts: Parts, config: VaeStageConfig, autocast: Autocast) -> None:
         self.vae, self.config, self.autocast = parts.vae, config, autocast
-        self.groups = {"vae": [(dict(parts.vae.named_parameters()), config.learning_rate)]}
+        coders = {"encoder": parts.vae.encoder, "decoder": parts.vae.decoder}
+        named = {
+            f"{coder}.{name}": parameter
+            for coder, module in coders.items()
+            for name, parameter in module.named_parameters()
+        }
+        self.groups = {"vae": [(named, config.learning_rate)]}
 
     def updates(self, batch: Batch, generator: torch.Generator) -> Iterator[Update]:
         hq = to_unit(batch.hq)
         with self.autocast():
-            z = self.vae.encode(hq)  # (B, C, H/8, W/8)
+            z = self.vae.encode(hq)  # (B, C, H/8, W/8); with the skip z would hold little
             decoded = self.vae.decode(z)
         decoded, z = decoded.float(), z.float()
         l1 = (decoded - hq).abs().mean()

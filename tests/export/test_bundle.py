@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import rcod_export.bundle
 import rcod_export.onnx_file
-from rcod_export.bundle import ExportConfig, build_bundle, moved_levels
+from rcod_export.bundle import MAX_SAMPLE_DIFF_U8, ExportConfig, build_bundle, moved_levels
 from rcod_export.main import main
 from rcod_export.parity import LIMITS, Limit, measure
 from rcod_runtime import Upscaler
@@ -214,9 +214,11 @@ def test_eq_3_stays_in_fp32_in_half_graphs(half_bundle: Path) -> None:
     model = onnx.shape_inference.infer_shapes(onnx.load(half_bundle / "onnx/denoiser.onnx"))
     types = {v.name: v.type.tensor_type.elem_type for v in model.graph.value_info}
     last = {output: node for node in model.graph.node for output in node.output}
-    division = last["z_sr"]
+    joined = last["z_sr"]  # with the decoder's skip, which is handed on
+    division = last[joined.input[0]]
     difference = last[division.input[0]]
-    assert (division.op_type, difference.op_type) == ("Div", "Sub")
+    kinds = [node.op_type for node in (joined, division, difference)]
+    assert kinds == ["Concat", "Div", "Sub"]
     inner = [*division.input, *difference.input, *last[difference.input[1]].input]
     assert {types.get(name, TensorProto.FLOAT) for name in inner} == {TensorProto.FLOAT}
 
@@ -265,7 +267,10 @@ def test_a_folded_level_is_the_level_and_nothing_is_left_to_choose(
     ):
         expected = all_levels(lq, "realism").astype(int)
         for setting in ("realism", 0.0, 1.0):
-            assert np.abs(one(lq, setting).astype(int) - expected).max() <= 1
+            # Half precision rounds otherwise where the graphs differ: the self-test's limit.
+            error = np.abs(one(lq, setting).astype(int) - expected)
+            assert error.max() <= MAX_SAMPLE_DIFF_U8[manifest.graphs["decoder"].precision]
+            assert error.mean() < 0.1
         with pytest.raises(UsageError, match="expected one of realism"):
             one(lq, "fidelity")
         with pytest.raises(UsageError, match="no metric estimation module"):

@@ -57,7 +57,7 @@ def test_every_graph_has_an_engine_for_both_gpus(built: Path) -> None:
         assert engine.sm == (89, 120) and engine.scratch_bytes >= 0
         assert engine.onnx_sha256 == manifest.graphs[engine.graph].sha256
     denoiser = next(e for e in manifest.engines if e.graph == "denoiser")
-    assert denoiser.profile["z_lq"] == ((1, 4, 8, 8), (2, 4, 8, 8), (2, 4, 8, 8))
+    assert denoiser.profile["z_lq"] == ((1, 12, 8, 8), (2, 12, 8, 8), (2, 12, 8, 8))
     assert denoiser.profile["level"] == ((1, 3), (2, 3), (2, 3))
 
 

@@ -48,14 +48,15 @@ def test_no_time_embedding_remains_in_the_denoiser(tiny_bundle: Path) -> None:
 def test_a_mix_of_levels_mixes_the_rows_of_the_table(tiny_bundle: Path) -> None:
     """The graph's answer to weights (0.25, 0.75, 0) is the U-Net on that mix of table rows."""
     graph = DenoiserGraph(load_merged_unet(tiny_bundle), tiny_info().levels)
-    z, tokens = torch.randn(1, 4, 8, 8), torch.randn(1, 16, 16)
+    z, skip, tokens = torch.randn(1, 4, 8, 8), torch.randn(1, 8, 8, 8), torch.randn(1, 16, 16)
     level = torch.tensor([[0.25, 0.75, 0.0]])
     row = 0.25 * graph.table[:1] + 0.75 * graph.table[1:2]
     alpha, sigma = (0.25 * graph.constants[0] + 0.75 * graph.constants[1]).tolist()
     with torch.no_grad():
         eps = graph.unet(z, row, encoder_hidden_states=tokens).sample
-    expected = ((z - sigma * eps) / alpha).numpy()
-    feeds = {"z_lq": z.numpy(), "tokens": tokens.numpy(), "level": level.numpy()}
+    expected = torch.cat([(z - sigma * eps) / alpha, skip], 1).numpy()
+    z_lq = torch.cat([z, skip], 1)
+    feeds = {"z_lq": z_lq.numpy(), "tokens": tokens.numpy(), "level": level.numpy()}
     found = session(tiny_bundle, "denoiser").run(None, feeds)[0]
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
@@ -72,7 +73,7 @@ def test_graphs_take_any_batch_and_any_multiple_of_32(
     batch, height, width = shape
     image = np.zeros((batch, 3, height, width), np.float32)
     z_lq, m_l, adaptive = session(tiny_bundle, "encoder").run(None, {"image": image})
-    assert z_lq.shape == (batch, 4, height // 8, width // 8) and m_l.shape == (batch,)
+    assert z_lq.shape == (batch, 4 + 8, height // 8, width // 8) and m_l.shape == (batch,)
     assert adaptive.shape == (batch, 3) and (adaptive.sum(1) == 1).all()
     tokens = np.zeros((batch, 16, 16), np.float32)
     level = np.tile(np.float32([1, 0, 0]), (batch, 1))

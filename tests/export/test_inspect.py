@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from rcod_export.cost import Gpu, measure_cost
 from rcod_export.inspect import inspect_bundle, verify_bundle
 from rcod_export.main import main
+from rcod_export.specs import handed_on
 from rcod_runtime.errors import BackendError, ExportError, HashMismatch
 from rcod_runtime.manifest import read_manifest, sha256_file
 from rcod_train.network import predict_eps
@@ -24,9 +25,9 @@ from tests.tiny import tiny_parts
 def test_macs_are_those_that_torch_counts(tiny_bundle: Path) -> None:
     parts = tiny_parts()
     calls = {
-        "encoder": lambda: parts.vae.encode(torch.zeros(1, 3, 64, 64)),
+        "encoder": lambda: parts.vae.encode_with_skip(torch.zeros(1, 3, 64, 64)),
         "vpim": lambda: parts.vpim(torch.zeros(1, 3, 32, 32)),
-        "decoder": lambda: parts.vae.decode(torch.zeros(1, 4, 8, 8)),
+        "decoder": lambda: parts.vae.decode(torch.zeros(1, handed_on(parts), 8, 8)),
     }
     manifest = read_manifest(tiny_bundle / "manifest.json")
     for name, call in calls.items():

@@ -18,7 +18,9 @@ from safetensors.torch import load_file
 
 from rcod_train.checkpoint import DISCRIMINATOR, load_merged
 from rcod_train.main import main
+from rcod_train.models.vae import NanoVae
 from rcod_train.nano import NEW, TAKEN_OVER
+from rcod_train.network import NANO_SKIP_CHANNELS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = [
@@ -187,6 +189,24 @@ def test_a_run_goes_on_from_a_merged_checkpoint(photos: Path, whole: Path, tmp_p
             assert torch.allclose(weight, new[name], rtol=1e-2, atol=1e-4), name
 
 
+def test_a_checkpoint_without_a_skip_gets_one(
+    photos: Path, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    start, out = tmp_path / "start", tmp_path / "out"
+    shutil.copytree(whole / "checkpoint", start)
+    vae = NanoVae.from_pretrained(start / "vae")
+    geometry = {k: v for k, v in vae.config.items() if k[0] != "_"} | {"skip_channels": 0}
+    before = NanoVae(**geometry)
+    before.load_state_dict(vae.state_dict(), strict=False)
+    before.save_pretrained(start / "vae")
+    with caplog.at_level(logging.INFO, "rcod_train"):
+        assert main(arguments(photos, out, "--from", str(start))) == 0
+    assert "no skip past the denoiser in it" in caplog.text
+    parts, _ = load_merged(out / "checkpoint")
+    assert parts.vae.config.skip_channels == NANO_SKIP_CHANNELS
+    assert parts.vae.skip.enter.weight.abs().max() > 0  # trained
+
+
 def test_a_decoder_alone_is_trained_and_latents_and_their_mem_stay(
     photos: Path, whole: Path, tmp_path: Path
 ) -> None:
@@ -196,7 +216,7 @@ def test_a_decoder_alone_is_trained_and_latents_and_their_mem_stay(
     assert [p.parent.name for p in tmp_path.glob("*/losses.jsonl")] == ["rcod"]
     old, new = weights(whole), weights(tmp_path)
     changed = {name.split(".")[1] for name in old if not torch.equal(old[name], new[name])}
-    assert old.keys() == new.keys() and changed == {"decoder"}
+    assert old.keys() == new.keys() and changed == {"decoder", "skip"}
     _, before = load_merged(whole / "checkpoint")
     _, info = load_merged(tmp_path / "checkpoint")
     assert (info.m_min, info.m_max) == (before.m_min, before.m_max)  # what its MEM estimates
