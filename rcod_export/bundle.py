@@ -148,7 +148,7 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
         [
             dataclasses.replace(case, expected={})
             for photo in photos
-            for case in photo_cases(parts, info, photo, contract.scale)
+            for case in photo_cases(parts, info, photo, contract.scale, decoded=False)
         ],
     )
     images = whole_images(references.sample)

@@ -22,7 +22,7 @@ def write_card(path: Path, manifest: Manifest, training: Mapping[str, Any]) -> N
 
 def _int8_lines(manifest: Manifest) -> list[str]:
     names = [name for name, graph in manifest.graphs.items() if graph.precision is Precision.INT8]
-    return [f"Convolutions of {' and '.join(names)} in 8 bits, for CPUs.", ""] if names else []
+    return [f"Convolutions in 8 bits, for CPUs: {', '.join(names)}.", ""] if names else []
 
 
 def card(manifest: Manifest, training: Mapping[str, Any]) -> str:

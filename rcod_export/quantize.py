@@ -21,8 +21,7 @@ log = logging.getLogger(__name__)
 Array = npt.NDArray[np.float32]
 Photo = npt.NDArray[np.uint8]  # (H, W, 3)
 
-# Eq. 3 enlarges what the denoiser rounds off, 2.5 times at t = 625: it stays fp32.
-QUANTIZED = ("encoder", "decoder")
+QUANTIZED = ("encoder", "denoiser", "decoder")
 MAX_PHOTOS = 64
 MAX_SIDE_PX = 64  # of a photo's middle, before it is upscaled
 
@@ -64,13 +63,12 @@ def calibration_photos(folder: Path, multiple: int) -> Iterator[Photo]:
 
 
 def quantize(path: Path, feeds: Sequence[Mapping[str, Array]]) -> tuple[str, ...]:
-    """Replace an fp32 graph by one whose convolutions multiply 8 bits.
+    """Replace an fp32 graph by one whose convolutions multiply 8 bits, where ``convolutions`` says.
 
     What goes into a convolution has one range, from the least and the greatest value over
     ``feeds``; weights have one for each output channel, in 7 bits: processors without VNNI add
     pairs of products in 16 bits. What comes out is fp32, which costs nothing: rounding it too would
-    lose 3 dB. All else stays fp32, and so does the last convolution: what it rounded would be the
-    image or the latent.
+    lose 3 dB. All else stays fp32.
 
     Args:
         path: an fp32 graph.
@@ -117,14 +115,15 @@ def _quantize(path: Path, result: Path, feeds: Sequence[Mapping[str, Array]]) ->
 
     prepared = result.with_name("prepared.onnx")
     quant_pre_process(path, prepared, skip_symbolic_shape=True)  # weights to fp32, shapes
-    names = convolutions(onnx.load(prepared).graph)
+    graph = onnx.load(prepared).graph
+    names = convolutions(graph)
     quantize_static(
         prepared,
         result,
         _Feeds(feeds),
         quant_format=QuantFormat.QDQ,
         op_types_to_quantize=["Conv"],
-        nodes_to_exclude=names[-1:],
+        nodes_to_quantize=names,
         per_channel=True,
         reduce_range=True,
         activation_type=QuantType.QUInt8,
@@ -132,16 +131,35 @@ def _quantize(path: Path, result: Path, feeds: Sequence[Mapping[str, Array]]) ->
         extra_options={"OpTypesToExcludeOutputQuantization": ["Conv"]},
     )
     found = quantized_convolutions(onnx.load(result).graph)
-    if found != names[:-1]:  # a failed preparation is a line in its log, and it goes on without
+    if not names or found != names:  # a failed preparation is a line in its log, no more
         raise ExportError(
-            f"{path.name}: expected {len(names) - 1} convolutions with weights in 8 bits, ONNX "
+            f"{path.name}: expected {len(names)} convolutions with weights in 8 bits, ONNX "
             f"Runtime made {len(found)}. Its log says why; is there room in {result.parent}?"
         )
 
 
 def convolutions(graph: onnx.GraphProto) -> list[str]:
-    """Names of a graph's convolutions in the order in which they run."""
-    return [node.name for node in graph.node if node.op_type == "Conv"]
+    """Names of those that are to multiply 8 bits, in the order in which they run: they read an
+    activation or an enlargement, and are not the last one.
+
+    Those that read the image, the latent or a sum of blocks stay fp32: they are few, and flat areas
+    there are all rounded to one side, which shifts colours. What the last one rounded would be the
+    image or the latent, and Eq. 3 enlarges that.
+    """
+    made_by = {output: node for node in graph.node for output in node.output}
+    all_ = [node for node in graph.node if node.op_type == "Conv"]
+    return [n.name for n in all_[:-1] if _is_activated(made_by.get(n.input[0]), made_by)]
+
+
+def _is_activated(node: onnx.NodeProto | None, made_by: Mapping[str, onnx.NodeProto]) -> bool:
+    """ReLU, SiLU (x times its sigmoid) or an enlargement."""
+    if node is None or node.op_type != "Mul":
+        return node is not None and node.op_type in ("Relu", "Resize")
+    factors = [made_by.get(name) for name in node.input]
+    return any(
+        factor is not None and factor.op_type == "Sigmoid" and factor.input[0] in node.input
+        for factor in factors
+    )
 
 
 def quantized_convolutions(graph: onnx.GraphProto) -> list[str]:

@@ -106,10 +106,13 @@ def parity_cases(parts: Parts, info: CheckpointInfo) -> Iterator[Case]:
 
 @torch.no_grad()
 def photo_cases(
-    parts: Parts, info: CheckpointInfo, lq: npt.NDArray[np.uint8], scale: int
+    parts: Parts, info: CheckpointInfo, lq: npt.NDArray[np.uint8], scale: int, decoded: bool = True
 ) -> Iterator[Case]:
     """The pipeline in one piece, lq (h, w, 3) uint8 -> sr (3, scale h, scale w) in [-1, 1] of every
-    level, as a call of the encoder and one of the decoder for each level."""
+    level, as a call of the encoder and one of denoiser and decoder for each level.
+
+    Without ``decoded`` what is expected of the decoder, most of the work, is left out.
+    """
     height, width = (side * scale for side in lq.shape[:2])
 
     def prepared(image: Any) -> Tensor:
@@ -123,8 +126,15 @@ def photo_cases(
         yield Case("encoder", None, _arrays({"image": image} | matrices), _arrays({"z_lq": z_lq}))
         for index, level in enumerate(info.levels):
             z_sr = denoise(parts, z_lq, tokens, info, index)
-            sr = parts.vae.decode(z_sr).clamp(-1, 1)
-            yield Case("decoder", level.name, _arrays({"z_sr": z_sr}), _arrays({"image": sr}))
+            feeds = {"z_lq": z_lq, "tokens": tokens}
+            if len(info.levels) > 1:
+                feeds["level"] = torch.eye(len(info.levels))[index : index + 1]
+            if outputs:
+                feeds["unet_matrices"] = outputs[2]
+            made = _arrays({"z_sr": z_sr})
+            yield Case("denoiser", level.name, _arrays(feeds), made, level.sigma / level.alpha)
+            images = {"image": parts.vae.decode(z_sr).clamp(-1, 1)} if decoded else {}
+            yield Case("decoder", level.name, made, _arrays(images))
 
 
 def _arrays(tensors: dict[str, Tensor]) -> dict[str, Array]:
@@ -138,5 +148,5 @@ def whole_images(cases: Iterable[Case]) -> dict[str, npt.NDArray[np.uint8]]:
             np.uint8
         )
         for case in cases
-        if case.level is not None
+        if case.graph == "decoder"
     }
