@@ -33,6 +33,7 @@ from benchmarks.scores import Image, Method, bicubic, build_metrics, mean_of, sc
 from benchmarks.timing import time_in_turns, times_as_fast
 from rcod_runtime import Upscaler, UsageError
 from rcod_runtime.backends import BACKENDS, precisions
+from rcod_runtime.bundle import open_bundle
 from rcod_runtime.parallel import cpus_available
 from rcod_train.quality.pristine import load_pristine
 
@@ -96,7 +97,7 @@ def run(arguments: argparse.Namespace) -> str:
         scores = list(
             tqdm(score_pairs(pairs, methods, metrics), total=total, unit="image", disable=None)
         )
-    slowest = _baseline(times)
+    slowest = _baseline({c.name: times[c.name] for c in contestants if "peer" in c.task})
     rows = []
     for contestant in contestants:
         name = contestant.name
@@ -193,9 +194,10 @@ def _levels(
         "backend": backend,
         "precision": precision,
     }
-    size = sum(graph.bytes for graph in upscaler.manifest.graphs.values())
+    opened = open_bundle(folder)
+    size = sum(opened.graph_bytes(name) for name in opened.manifest.graphs)
     for level in upscaler.manifest.levels:
-        name = f"{bundle} {level.name}, {backend} {precision}"
+        name = f"{bundle} {level.name}, {backend} {opened.manifest.precision_with(precision)}"
         at_level = _at_level(upscaler, level.name)
         yield Contestant(name, at_level, size, task | {"level": level.name})
 

@@ -257,16 +257,17 @@ def _exported(
 ) -> Iterator[tuple[Graph, str, list[Parity]]]:
     """The graphs, written and compared with their cases, one after another."""
     integer = config.precision is Precision.INT8
+    c = int(parts.vae.config.latent_channels)
     for spec in graph_specs(parts, info, Precision.FP32 if integer else config.precision, SCALE):
         log.info("%s: exporting", spec.name)
         graph = _export(spec, folder, opset)
         path = folder / graph.file
-        rows = list(compare(_of(references.graphs, spec.name), path, spec.precision))
+        rows = list(compare(_of(references.graphs, spec.name), path, spec.precision, c))
         if integer and spec.name in QUANTIZED:
             log.info("%s: calibrating", spec.name)
             feeds = [case.feeds for case in _of(references.calibration, spec.name)]
             graph = _quantized(graph, path, quantize(path, feeds))
-            rows = list(compare(_of(references.sample, spec.name), path, Precision.INT8))
+            rows = list(compare(_of(references.sample, spec.name), path, Precision.INT8, c))
         yield graph, spec.name, rows
 
 

@@ -140,15 +140,39 @@ def _quantize(path: Path, result: Path, feeds: Sequence[Mapping[str, Array]]) ->
 
 def convolutions(graph: onnx.GraphProto) -> list[str]:
     """Names of those that are to multiply 8 bits, in the order in which they run: they read an
-    activation or an enlargement, and are not the last one.
+    activation or an enlargement, and more convolutions follow.
 
     Those that read the image, the latent or a sum of blocks stay fp32: they are few, and flat areas
-    there are all rounded to one side, which shifts colours. What the last one rounded would be the
-    image or the latent, and Eq. 3 enlarges that.
+    there are all rounded to one side, which shifts colours. An enlarged sum doesn't, and is most of
+    the decoder's work. The last ones make the image or what Eq. 3 enlarges.
     """
     made_by = {output: node for node in graph.node for output in node.output}
-    all_ = [node for node in graph.node if node.op_type == "Conv"]
-    return [n.name for n in all_[:-1] if _is_activated(made_by.get(n.input[0]), made_by)]
+    last = _last_convolutions(graph, made_by)
+    return [
+        node.name
+        for node in graph.node
+        if node.op_type == "Conv"
+        and node.name not in last
+        and _is_activated(made_by.get(node.input[0]), made_by)
+    ]
+
+
+def _last_convolutions(graph: onnx.GraphProto, made_by: Mapping[str, onnx.NodeProto]) -> set[str]:
+    """Names of those from which an output of the graph is reached without another one."""
+    names: set[str] = set()
+    seen: set[str] = set()
+    values = [output.name for output in graph.output]
+    while values:
+        value = values.pop()
+        node = made_by.get(value)
+        if value in seen or node is None:
+            continue
+        seen.add(value)
+        if node.op_type == "Conv":
+            names.add(node.name)
+        else:
+            values += node.input
+    return names
 
 
 def _is_activated(node: onnx.NodeProto | None, made_by: Mapping[str, onnx.NodeProto]) -> bool:

@@ -39,8 +39,9 @@ class ImageFeed:
 
 
 class TileOutputs(NamedTuple):
-    """What a tile batch gives: the latents before and after (B, C, h/8, w/8), and the image
-    (B, h, w, 3) in 0..255. The arrays are the caller's."""
+    """What a tile batch gives: z_lq and z_sr (B, C, h/8, w/8), with channels behind the latent's
+    where something skips the denoiser, and the image (B, h, w, 3) in 0..255. The arrays are the
+    caller's."""
 
     z_lq: Array
     z_sr: Array

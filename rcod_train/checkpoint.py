@@ -37,7 +37,8 @@ from rcod_train.models.vpim import Vpim
 from rcod_train.network import Parts
 from rcod_train.schedule import alpha_sigma
 
-VERSION = 1
+VERSION = 2  # since nano's vae may have a skip, which version 1 would have read without it
+READABLE = (1, VERSION)
 DISCRIMINATOR = "discriminator.safetensors"
 LEVEL_NAMES = {
     1: ("neutral",),
@@ -231,8 +232,9 @@ def read_info(path: Path) -> CheckpointInfo:
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as exc:
         raise CheckpointError(f"{path}: not readable as JSON ({exc}).") from exc
     version = raw.get("version") if isinstance(raw, dict) else None
-    if version != VERSION:
-        raise CheckpointError(f'{path}: "version": expected {VERSION}, found {version!r}.')
+    if version not in READABLE:
+        expected = " or ".join(map(str, READABLE))
+        raise CheckpointError(f'{path}: "version": expected {expected}, found {version!r}.')
     fields = {f.name for f in dataclasses.fields(CheckpointInfo)}
     if raw.keys() != fields:
         raise CheckpointError(

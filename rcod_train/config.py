@@ -180,7 +180,7 @@ class RcodStageConfig(LoopConfig):
     feature_weight: float = 0.5  # distance of the discriminator's features; shared the same way
     realism_power: float = 1.5  # the share of a level in both is (t / nk) to this power
     discriminator_learning_rate: float = 1e-3
-    train_adapters: bool = True  # without, the decoder alone: latents stay as they are
+    train_adapters: bool = True  # without, decoder and skip alone: latents stay as they are
     train_decoder: bool = True
     decoder_learning_rate: float = 2e-4
     gradient_checkpointing: bool = False  # blocks are computed again in the backward pass

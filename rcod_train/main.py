@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         default="",
         metavar="DIR",
         help="go on from a merged nano checkpoint, for photos of your own: the RCOD stage and the "
-        "MEM alone",
+        "MEM alone; one without a skip past the U-Net gets one",
     )
     _add_rcod_o(commands)
     _add_rcod_s(commands)

@@ -45,8 +45,8 @@ def train_nano(
 
     With ``config.start`` the RCOD stage and the MEM go on from that checkpoint, against the
     discriminator that it holds, or a new one; VAE, base and regression are left out. A checkpoint
-    without a skip gets one. Where the
-    decoder alone is trained, so that latents stay as they are, the checkpoint's MEM stays too.
+    without a skip gets one where the decoder, which it belongs to, is trained. Where the decoder
+    alone is trained, so that latents stay as they are, the checkpoint's MEM stays too.
 
     With ``resume``, finished stages are loaded and the newest whole checkpoint is continued.
     The result depends on the configuration, the photos and the number of threads alone.
@@ -58,7 +58,9 @@ def train_nano(
     first = () if config.start else (config.vae, config.base, config.regression)
     run = Run(config, (*first, config.rcod, config.mem), resume)
     parts, start, taught = (
-        load_start(config) if config.start else (build_nano(config.seed), None, None)
+        load_start(config)
+        if config.start
+        else (build_nano(config.seed, skip=config.rcod.train_decoder), None, None)
     )
     keeps_mem = start is not None and parts.mem is not None and not config.rcod.train_adapters
     if parts.mem is None:
@@ -125,7 +127,7 @@ def load_start(config: TrainConfig) -> tuple[Parts, CheckpointInfo, Discriminato
     if info.family != "nano":
         raise CheckpointError(f"{config.start}: expected a nano checkpoint, found {info.family}.")
     assert isinstance(parts.vae, NanoVae)
-    if parts.vae.skip is None:
+    if parts.vae.skip is None and config.rcod.train_decoder:
         log.info("%s: no skip past the denoiser in it: a new one is trained", config.start)
         with seeded(config.seed):
             parts.vae = parts.vae.with_skip(NANO_SKIP_CHANNELS)

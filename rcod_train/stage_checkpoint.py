@@ -116,7 +116,11 @@ def check_parameters(path: Path, state: dict[str, Any], ours: Mapping[str, Tenso
     """
     missing = ours.keys() ^ state["parameters"].keys()
     if missing:
-        raise CheckpointError(f"{path}: parameters differ, e.g. {sorted(missing)[:3]}.")
+        raise CheckpointError(
+            f"{path}: parameters differ, e.g. {sorted(missing)[:3]}: made by another version of "
+            "rcod or with other parts (a --backbone, for example). Go on with those, or choose "
+            "another --out."
+        )
     for name, parameter in ours.items():
         found, expected = state["parameters"][name].shape, parameter.shape
         if found != expected:

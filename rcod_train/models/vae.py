@@ -63,6 +63,12 @@ class Skip(nn.Module):
         return features + self.enter(F.pixel_shuffle(packed, 2))
 
 
+def _through(layers: list[nn.Module], x: Tensor) -> Tensor:
+    for layer in layers:
+        x = layer(x)
+    return x
+
+
 class NanoVae(ModelMixin, ConfigMixin, PeftAdapterMixin):
     """Autoencoder of the nano family.
 
@@ -77,8 +83,11 @@ class NanoVae(ModelMixin, ConfigMixin, PeftAdapterMixin):
         block_channels: width at 1/2, 1/4 and 1/8 resolution.
         encoder_blocks: residual blocks per resolution in the encoder.
         decoder_blocks: the same in the decoder.
-        skip_channels: channels beside the latent, a multiple of 4; 0: none.
         scaling_factor: latents leave ``encode`` multiplied by it, as in Stable Diffusion.
+        skip_channels: channels beside the latent, a multiple of 4; 0: none.
+
+    Raises:
+        ValueError: another number of ``skip_channels``.
     """
 
     factor = 8
@@ -94,6 +103,8 @@ class NanoVae(ModelMixin, ConfigMixin, PeftAdapterMixin):
         skip_channels: int = 0,
     ) -> None:
         super().__init__()
+        if skip_channels % 4:
+            raise ValueError(f"skip_channels: expected a multiple of 4, found {skip_channels}.")
         half, quarter, eighth = block_channels
 
         def blocks(channels: int, count: int) -> list[nn.Module]:
@@ -132,8 +143,9 @@ class NanoVae(ModelMixin, ConfigMixin, PeftAdapterMixin):
         """image (B, 3, H, W) -> (B, C + S, H/8, W/8): z as ``encode`` gives it, then the skip."""
         if self.skip is None:
             return self.encode(image)
-        quarter = self.encoder[: self._leaves_after](image)
-        z = self.encoder[self._leaves_after :](quarter) * self.config.scaling_factor
+        layers = list(self.encoder)
+        quarter = _through(layers[: self._leaves_after], image)
+        z = _through(layers[self._leaves_after :], quarter) * self.config.scaling_factor
         return torch.cat([z, self.skip.packed(quarter)], 1)
 
     def decode(self, z: Tensor) -> Tensor:
@@ -141,10 +153,12 @@ class NanoVae(ModelMixin, ConfigMixin, PeftAdapterMixin):
         (B, 3, 8h, 8w), about [-1, 1], not clamped."""
         c = self.config.latent_channels
         latent, packed = z[:, :c] / self.config.scaling_factor, z[:, c:]
-        if self.skip is None or not packed.shape[1]:
+        if not packed.shape[1]:
             return self.decoder(latent)
-        quarter = self.skip.added(self.decoder[: self._enters_after](latent), packed)
-        return self.decoder[self._enters_after :](quarter)
+        assert self.skip is not None, "channels behind the latent, and no skip that takes them"
+        layers = list(self.decoder)
+        quarter = self.skip.added(_through(layers[: self._enters_after], latent), packed)
+        return _through(layers[self._enters_after :], quarter)
 
     def with_skip(self, channels: int) -> NanoVae:
         """A copy that has a new skip, which adds nothing yet: it decodes the same images."""

@@ -385,7 +385,7 @@ class RcodStage:
         if state.get("backbone", self.backbone_fingerprint) != self.backbone_fingerprint:
             raise CheckpointError(
                 "the run to resume was trained against a discriminator that looks through another "
-                "--backbone, or through none. Give the same one, or another --out."
+                "--backbone. Give the same one, or another --out."
             )
         here = self.perceptual is not None
         if state.get("lpips", here) != here:

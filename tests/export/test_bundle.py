@@ -18,14 +18,16 @@ from safetensors.torch import save_file
 
 import rcod_export.bundle
 import rcod_export.onnx_file
+import rcod_export.parity
 from rcod_export.bundle import MAX_SAMPLE_DIFF_U8, ExportConfig, build_bundle, moved_levels
 from rcod_export.main import main
-from rcod_export.parity import LIMITS, Limit, measure
+from rcod_export.parity import LIMITS, Limit, compare, measure
+from rcod_export.reference import Case
 from rcod_runtime import Upscaler
 from rcod_runtime.colour import SAMPLE_COLOUR_MATCH
 from rcod_runtime.errors import ExportError, HashMismatch, OutputError, ParityError, UsageError
 from rcod_runtime.image_io import read_image, write_image
-from rcod_runtime.manifest import Precision, read_manifest, sha256_file
+from rcod_runtime.manifest import Parity, Precision, read_manifest, sha256_file
 from rcod_train.checkpoint import levels_of, save_merged
 from rcod_train.errors import CheckpointError
 from rcod_train.grouping import Grouping
@@ -48,11 +50,36 @@ def test_parity_is_recorded_for_each_graph_and_each_level(tiny_bundle: Path) -> 
     evidence = read_manifest(tiny_bundle / "manifest.json").evidence
     rows = {(row.graph, row.level) for row in evidence.parity}
     plain = {("encoder", None), ("encoder", "m_l"), ("vpim", None), ("decoder", None)}
-    assert rows == plain | {("denoiser", name) for name in ("fidelity", "neutral", "realism")}
+    skips = {("encoder", "skip"), ("denoiser", "skip")}
+    levels = {("denoiser", name) for name in ("fidelity", "neutral", "realism")}
+    assert rows == plain | skips | levels
     for row in evidence.parity:
         assert row.max_abs <= row.limit_max_abs and row.limit_cosine <= row.cosine
-        assert row.max_abs > 0 or row.level == "m_l"  # three numbers may be equal to the last bit
+        # Three numbers may be equal to the last bit, and what skips the denoiser must be.
+        assert row.max_abs > 0 or row.level in ("m_l", "skip")
+        assert not row.max_abs or (row.graph, row.level) != ("denoiser", "skip")
     assert evidence.sample_psnr_db is not None and evidence.sample_psnr_db >= 40
+
+
+def test_what_skips_the_denoiser_does_not_hide_a_wrong_latent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Sixteen times as many channels, handed on as they came, and ten times as large."""
+    random = np.random.default_rng(0)
+    z, skip = random.normal(size=(1, 4, 8, 8)), 10 * random.normal(size=(1, 64, 8, 8))
+    expected = np.concatenate([z, skip], 1).astype(np.float32)
+    case = Case("denoiser", "realism", {}, {"z_sr": expected})
+
+    def off_by(error: float) -> list[Parity]:
+        found = expected.copy()
+        found[:, :4] += error * random.normal(size=z.shape).astype(np.float32)
+        run = lambda _: {"z_sr": found}  # noqa: E731
+        monkeypatch.setattr(rcod_export.parity, "onnxruntime_session", lambda _: run)
+        return list(compare([case], Path("denoiser.onnx"), Precision.INT8, 4))
+
+    assert [row.level for row in off_by(0.05)] == ["skip", "realism"]
+    with pytest.raises(ParityError, match="denoiser, level realism"):
+        off_by(0.3)
 
 
 def test_the_runtime_gives_the_bundles_sample_again(tiny_bundle: Path) -> None:
@@ -206,7 +233,9 @@ def test_half_graphs_compute_in_half_and_take_and_give_fp32(half_bundle: Path) -
         ends = [*model.graph.input, *model.graph.output]
         assert {e.type.tensor_type.elem_type for e in ends} == {TensorProto.FLOAT}
     for row in manifest.evidence.parity:
-        assert row.precision is precision and 0 < row.max_abs <= row.limit_max_abs
+        assert row.precision is precision and row.max_abs <= row.limit_max_abs
+        handed_on = (row.graph, row.level) == ("denoiser", "skip")  # which stays fp32
+        assert (row.max_abs == 0) == handed_on
 
 
 def test_eq_3_stays_in_fp32_in_half_graphs(half_bundle: Path) -> None:

@@ -201,7 +201,7 @@ def test_branches_in_half_hold_their_limits_and_the_guide_stays_in_fp32(
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
     kinds = {types.get(node.input[1]) for node in graph.node if node.op_type == "Conv"}
     assert kinds == {onnx.TensorProto.FLOAT16}
-    rows = list(compare(cases, path, Precision.FP16))
+    rows = list(compare(cases, path, Precision.FP16, 4))
     assert rows and all(0 < row.max_abs <= row.limit_max_abs for row in rows)
 
 

@@ -5,8 +5,9 @@ shape as a CUDA graph and launched again for any level, because the level is dat
 copies of one tile batch overlap the computation of another.
 
 Tiles travel as float32, four times the bytes of uint8: 3.1 MB for 512 px, 0.1 ms of a PCIe 4.0 x16
-link, behind a computation that takes longer (README, Backends). As uint8 they would not be the same
-tiles: the upsampled input is rounded nowhere, and the result only after blending and colours.
+link (and as much again on the way down of nano's latents, which are checked), behind a computation
+that takes longer (README, Backends). As uint8 they would not be the same tiles: the upsampled input
+is rounded nowhere, and the result only after blending and colours.
 """
 
 from __future__ import annotations
