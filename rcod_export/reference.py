@@ -148,5 +148,5 @@ def whole_images(cases: Iterable[Case]) -> dict[str, npt.NDArray[np.uint8]]:
             np.uint8
         )
         for case in cases
-        if case.graph == "decoder"
+        if case.graph == "decoder" and case.level is not None
     }
