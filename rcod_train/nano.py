@@ -90,6 +90,8 @@ def train_nano(
     info = run.info(rcod, "nano", name, summary, licence, sources)
     if start is not None:
         info.training["from"] = {"name": start.name, "training": start.training}
+        # It has learned from those photos too, and their licences ask to be named.
+        info = dataclasses.replace(info, sources=tuple(dict.fromkeys(start.sources + sources)))
         if keeps_mem:  # what it estimates is M as it was measured then
             info = dataclasses.replace(info, m_min=start.m_min, m_max=start.m_max)
     assert not isinstance(rcod.discriminator, BackboneDiscriminator)

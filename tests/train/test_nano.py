@@ -170,13 +170,16 @@ def test_a_run_takes_over_the_discriminator_of_the_checkpoint(
 
 def test_a_run_goes_on_from_a_merged_checkpoint(photos: Path, whole: Path, tmp_path: Path) -> None:
     start = ("--from", str(whole / "checkpoint"), "--set", "rcod.learning_rate=1e-9",
-             "--set", "rcod.decoder_learning_rate=1e-9", "--name", "mine")  # fmt: skip
+             "--set", "rcod.decoder_learning_rate=1e-9", "--name", "mine",
+             "--source", "photos of my own")  # fmt: skip
     assert main(arguments(photos, tmp_path, *start)) == 0
     assert sorted(p.parent.name for p in tmp_path.glob("*/losses.jsonl")) == ["mem", "rcod"]
     _, before = load_merged(whole / "checkpoint")
     _, info = load_merged(tmp_path / "checkpoint")
     assert info.name == "mine" and info.levels == before.levels
     assert info.training["from"] == {"name": "nano", "training": before.training}
+    assert before.sources == ("drawn by the test",)
+    assert info.sources == ("drawn by the test", "photos of my own")
     assert info.training["rcod"]["vsd_weight"] == 0 and "vae" not in info.training
     assert str(tmp_path) not in (tmp_path / "checkpoint" / "rcod.json").read_text()
     # With no learning rate to speak of what ships is what it started from; the MEM is trained.
