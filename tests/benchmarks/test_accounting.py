@@ -93,7 +93,7 @@ def test_counter_and_exported_graph_agree_on_nano() -> None:
     _, tile_px, work = count_work(None)
     vae = build_nano(0).vae.eval()
     with torch.no_grad(), ProductCounter() as counter:
-        vae.encode(torch.zeros(1, 3, tile_px, tile_px))
+        vae.encode_with_skip(torch.zeros(1, 3, tile_px, tile_px))
     # The graph has the MEM's two small products too.
     assert counter.count.macs == pytest.approx(work["encoder"].macs, rel=1e-5)
     assert 4 * counter.count.activations == pytest.approx(work["encoder"].product_bytes, rel=1e-4)
