@@ -296,10 +296,10 @@ def test_a_folded_level_is_the_level_and_nothing_is_left_to_choose(
     ):
         expected = all_levels(lq, "realism").astype(int)
         for setting in ("realism", 0.0, 1.0):
-            # Half precision rounds otherwise where the graphs differ: the self-test's limit.
+            # Half precision moves some six values in 786432 by two; another level moves most.
             error = np.abs(one(lq, setting).astype(int) - expected)
             assert error.max() <= MAX_SAMPLE_DIFF_U8[manifest.graphs["decoder"].precision]
-            assert error.mean() < 0.1
+            assert (error > 1).mean() < 1e-4 and error.mean() < 0.02
         with pytest.raises(UsageError, match="expected one of realism"):
             one(lq, "fidelity")
         with pytest.raises(UsageError, match="no metric estimation module"):

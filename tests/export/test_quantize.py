@@ -65,8 +65,8 @@ def int8_bundle(
 def test_convolutions_that_read_an_activation_or_an_enlargement_take_8_bits(
     int8_bundle: Path,
 ) -> None:
-    # Two of each residual block of the tiny networks; what enlarges, three in the decoder and the
-    # denoiser; not the first, the last, the ones that make smaller, shortcuts and the skip.
+    # Two of each residual block of the tiny networks, and two that enlarge in denoiser and decoder
+    # each; not the first, the last, the ones that make smaller, shortcuts and the skip.
     expected = {"encoder": 2 * 3, "denoiser": 2 * (3 + 2 + 6) + 2, "decoder": 2 * 3 + 2}
     manifest = read_manifest(int8_bundle / "manifest.json")
     for name, graph in manifest.graphs.items():
