@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from rcod_train.allocator import keep_freed_memory
 from rcod_train.board import Board
 from rcod_train.checkpoint import CheckpointInfo, levels_of, save_merged
 from rcod_train.config import (
@@ -89,6 +90,8 @@ class Run:
             torch.set_num_threads(config.threads)
         self.ranks = join(on_cpu=config.device == "cpu")
         self.device = resolve_device(config.device, self.ranks)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         if not self.ranks.writes:
             logging.getLogger("rcod_train").setLevel(logging.WARNING)
         self.autocast = Autocast(resolve_precision(config.precision, self.device), self.device)
@@ -275,7 +278,7 @@ class Run:
 
 def _perceptual(device: torch.device) -> Lpips:
     try:
-        return Lpips("vgg").to(device)
+        return Lpips("vgg").to(device).to(memory_format=torch.channels_last)
     except MissingPackage as exc:
         raise MissingPackage(
             f"{exc}\n    or train without it: nano without --lpips, the others with --no-lpips"

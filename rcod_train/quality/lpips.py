@@ -14,6 +14,7 @@ SMALLEST_PX = 32  # a side; below, AlexNet's last features are nothing
 class Lpips(nn.Module):
     """Two images (B, 3, H, W), RGB in [-1, 1] -> (B,), fp32, from 0 on; 0 for equal ones.
 
+    Under autocast its convolutions run in the lower precision, and what is made of them in fp32.
     Gradients go to both images. Published figures of super-resolution are "alex"; trainings use
     "vgg".
 
@@ -52,5 +53,6 @@ class Lpips(nn.Module):
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Of length 1 at each place."""
+    """Of length 1 at each place, fp32; channel by channel in memory, which is faster on a CPU."""
+    features = features.float().contiguous()
     return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)

@@ -318,7 +318,9 @@ class RcodStage:
                 for size in (height, width)
             )
             sr, hq = (image[..., y : y + side, x : x + side] for image in (sr, hq))
-        return (self.perceptual(sr, hq) * self.share(t, c.lpips_power)).mean()
+        with self.autocast():
+            distance = self.perceptual(sr, hq)
+        return (distance * self.share(t, c.lpips_power)).mean()
 
     def reconstruct(self, batch: Batch, generator: torch.Generator) -> Reconstruction:
         """A level for each sample and what the model makes of it there."""
