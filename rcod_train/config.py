@@ -119,7 +119,7 @@ class BaseStageConfig(LoopConfig):
 
 @dataclass(frozen=True)
 class RcodStageConfig(LoopConfig):
-    """The paper's method on a base; the defaults are nano's. Loss weights follow OSEDiff.
+    """The paper's method on a base. Loss weights follow OSEDiff.
 
     grouping: "paper" is Eq. 5 with M_min and M_max measured, "official" the published code's bins
     and timesteps. metric: M of Eq. 6, or a plain distance in its place. das: Eq. 7, the published
@@ -195,9 +195,10 @@ class RegressionStageConfig(LoopConfig):
     """nano's RCOD model on the distances to the photo alone, before its realism terms: a step costs
     half of theirs, and a small base leaves most to learn here. Weights are those of ``rcod``."""
 
-    steps: int = 1500
+    steps: int = 1800
     learning_rate: float = 5e-4
     decoder_learning_rate: float = 5e-4
+    crop_px: int = 192
 
 
 @dataclass(frozen=True)
@@ -274,8 +275,27 @@ RCOD_S = dataclasses.replace(
     realism_power=0.0,
     discriminator_learning_rate=2e-5,
 )
-# nano from a merged checkpoint. Its U-Net no longer denoises photos: VSD would have no teacher.
-NANO_FROM = RcodStageConfig(steps=500, learning_rate=1.5e-4, vsd_weight=0.0)
+# nano: realism terms grow with the square of the level; MSE beside L1 is against rims on edges,
+# SSIM against a weave on smooth areas, both of which an adversary likes.
+NANO = RcodStageConfig(
+    steps=2400,
+    decoder_learning_rate=4e-4,
+    crop_px=192,
+    k=275,
+    metric_quantile=0.0,
+    heavy_share=0.25,
+    mild_share=0.5,
+    mse_weight=2.0,
+    ssim_weight=1.0,
+    lpips_power=2.0,
+    lpips_crop_px=96,
+    adversarial_weight=0.1,
+    realism_power=2.0,
+)
+# From a merged checkpoint. Its U-Net no longer denoises photos: VSD would have no teacher.
+NANO_FROM = dataclasses.replace(
+    NANO, steps=500, learning_rate=1.5e-4, decoder_learning_rate=3e-4, vsd_weight=0.0
+)
 SD_MEM = MemStageConfig(
     steps=1000, photos_per_batch=4, crops_per_photo=1, crop_px=512, context_px=512
 )
@@ -338,7 +358,7 @@ class TrainConfig(RunConfig):
     vae: VaeStageConfig = field(default_factory=VaeStageConfig)
     base: BaseStageConfig = field(default_factory=BaseStageConfig)
     regression: RegressionStageConfig = field(default_factory=RegressionStageConfig)
-    rcod: RcodStageConfig = field(default_factory=RcodStageConfig)
+    rcod: RcodStageConfig = NANO
     mem: MemStageConfig = field(default_factory=MemStageConfig)
 
 

@@ -242,10 +242,10 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_nano(arguments: argparse.Namespace) -> int:
-    from rcod_train.config import NANO_FROM, RcodStageConfig, TrainConfig, with_overrides
+    from rcod_train.config import NANO, NANO_FROM, TrainConfig, with_overrides
     from rcod_train.nano import train_nano
 
-    rcod = NANO_FROM if arguments.start else RcodStageConfig()
+    rcod = NANO_FROM if arguments.start else NANO
     config = TrainConfig(
         **_common(arguments), use_lpips=arguments.lpips, start=arguments.start, rcod=rcod
     )

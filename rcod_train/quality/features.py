@@ -125,7 +125,7 @@ def read_weights(architecture: Architecture) -> dict[str, Any]:
 
 
 def _empty(kind: type, shape: tuple[int, ...], typecode: bytes) -> np.ndarray[Any, Any]:
-    return np.ndarray.__new__(np.ndarray, shape, typecode)
+    return np.ndarray.__new__(np.ndarray, shape, np.dtype(typecode.decode()))
 
 
 class _Arrays(pickle.Unpickler):

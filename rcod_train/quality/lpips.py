@@ -55,4 +55,5 @@ class Lpips(nn.Module):
 def _unit(features: Tensor) -> Tensor:
     """Of length 1 at each place, fp32; channel by channel in memory, which is faster on a CPU."""
     features = features.float().contiguous()
-    return features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
+    unit: Tensor = features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
+    return unit
