@@ -179,16 +179,10 @@ class EagerPipeline:
         return context
 
     def _eps_and_step(self, z_lq: Any, tokens: Any) -> Any:
-        from rcod_train.network import past_the_skip, predict_eps
-        from rcod_train.schedule import one_step
+        from rcod_train.network import denoise
 
         t = self._torch.full((len(z_lq),), self._level.timestep)
-
-        def denoised(z: Any) -> Any:
-            eps = predict_eps(self._parts.unet, z, t, tokens)
-            return one_step(z, eps, self._level.alpha, self._level.sigma)
-
-        return past_the_skip(z_lq, self._parts.unet.config.in_channels, denoised)
+        return denoise(self._parts.unet, z_lq, t, tokens, self._level.alpha, self._level.sigma)
 
     def _decoded(self, z_sr: Any) -> Any:
         return self._parts.vae.decode(z_sr).clamp(-1.0, 1.0)

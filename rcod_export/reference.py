@@ -20,9 +20,9 @@ from rcod_export.specs import MATRICES, handed_on, latent_step
 from rcod_runtime.arrays import guide_window
 from rcod_runtime.contract import GUIDE
 from rcod_runtime.resample import resize_for_tokens, upsample
+from rcod_train import network
 from rcod_train.checkpoint import CheckpointInfo
-from rcod_train.network import Parts, past_the_skip, predict_eps
-from rcod_train.schedule import one_step
+from rcod_train.network import Parts
 
 Array = npt.NDArray[np.float32]
 BATCH = 3
@@ -55,14 +55,10 @@ def guided(parts: Parts, lq: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def denoise(parts: Parts, z_lq: Tensor, tokens: Tensor, info: CheckpointInfo, index: int) -> Tensor:
-    """The plain form: the U-Net called by its timestep, then Eq. 3; a skip goes past both."""
+    """The plain form at a level: the U-Net called by its timestep, then Eq. 3."""
     level = info.levels[index]
     t = torch.full((len(z_lq),), level.timestep)
-
-    def denoised(z: Tensor) -> Tensor:
-        return one_step(z, predict_eps(parts.unet, z, t, tokens), level.alpha, level.sigma)
-
-    return past_the_skip(z_lq, parts.unet.config.in_channels, denoised)
+    return network.denoise(parts.unet, z_lq, t, tokens, level.alpha, level.sigma)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """The configuration of a run: one frozen dataclass tree from the command line to the files.
 
-nano's defaults are the settings that the embedded model was trained with.
+nano's defaults are what the runs behind the embedded model came to (docs/training.md).
 """
 
 from __future__ import annotations
@@ -281,7 +281,6 @@ NANO = RcodStageConfig(
     steps=2400,
     decoder_learning_rate=4e-4,
     crop_px=192,
-    k=275,
     metric_quantile=0.0,
     heavy_share=0.25,
     mild_share=0.5,
@@ -289,12 +288,19 @@ NANO = RcodStageConfig(
     ssim_weight=1.0,
     lpips_power=2.0,
     lpips_crop_px=96,
-    adversarial_weight=0.1,
+    adversarial_weight=0.12,
     realism_power=2.0,
 )
 # From a merged checkpoint. Its U-Net no longer denoises photos: VSD would have no teacher.
 NANO_FROM = dataclasses.replace(
-    NANO, steps=500, learning_rate=1.5e-4, decoder_learning_rate=3e-4, vsd_weight=0.0
+    NANO,
+    steps=500,
+    learning_rate=1.5e-4,
+    decoder_learning_rate=3e-4,
+    warmup_steps=50,
+    any_level=1.0,
+    latent_weight=0.0,
+    vsd_weight=0.0,
 )
 SD_MEM = MemStageConfig(
     steps=1000, photos_per_batch=4, crops_per_photo=1, crop_px=512, context_px=512

@@ -15,6 +15,7 @@ from rcod_train.models.mem import Mem
 from rcod_train.models.sd import ClipVpim, FixedTokens, SdVae
 from rcod_train.models.vae import NanoVae
 from rcod_train.models.vpim import Vpim
+from rcod_train.schedule import one_step
 
 
 @dataclass
@@ -106,3 +107,20 @@ def past_the_skip(z_lq: Tensor, channels: int, denoised: Callable[[Tensor], Tens
     z_lq, and the rest, the skip, as it came."""
     z_sr = denoised(z_lq[:, :channels])
     return torch.cat([z_sr, z_lq[:, channels:]], 1) if z_lq.shape[1] > channels else z_sr
+
+
+def denoise(
+    unet: UNet2DConditionModel,
+    z_lq: Tensor,
+    t: Tensor,
+    tokens: Tensor,
+    alpha: Tensor | float,
+    sigma: Tensor | float,
+) -> Tensor:
+    """One step of the U-Net at t (B,), and Eq. 3: z_lq (B, C + S, h, w), the skip past both, to the
+    same of z_sr in fp32, which the decoder takes."""
+
+    def denoised(z: Tensor) -> Tensor:
+        return one_step(z, predict_eps(unet, z, t, tokens), alpha, sigma)
+
+    return past_the_skip(z_lq, int(unet.config.in_channels), denoised)

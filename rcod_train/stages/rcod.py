@@ -41,14 +41,13 @@ from rcod_train.models.discriminator import (
     feature_loss,
     hinge_loss,
 )
-from rcod_train.network import Parts, past_the_skip, predict_eps
+from rcod_train.network import Parts, denoise, predict_eps
 from rcod_train.precision import Autocast
 from rcod_train.schedule import (
     OFFICIAL_ALPHA_BAR,
     OFFICIAL_ALPHA_BAR_S,
     alpha_sigma_of,
     noise_like,
-    one_step,
 )
 from rcod_train.stages.base import eps_loss
 from rcod_train.vsd import guided, vsd_gradient, vsd_loss
@@ -210,23 +209,16 @@ class RcodStage:
         """lq -> z_sr (B, C, h, w) and sr (B, 3, H, W): encoder, one U-Net pass, Eq. 3, decoder, and
         the colour match where the losses look at its result."""
         self.model.adapt(batch)
+        unet = self.parts.unet
         with self.autocast():
             z_lq = self.parts.vae.encode_with_skip(to_unit(batch.lq))
             tokens = self.parts.vpim(to_unit(batch.tokens_lq))
-
-        def denoised(z: Tensor) -> Tensor:
-            with self.autocast():
-                eps = predict_eps(self.parts.unet, z, t, tokens)
-            return one_step(z, eps, *self.alpha_sigma(t))
-
-        c = int(self.parts.unet.config.in_channels)
-        z_sr = past_the_skip(z_lq, c, denoised)
-        with self.autocast():
+            z_sr = denoise(unet, z_lq, t, tokens, *self.alpha_sigma(t))
             sr = self.parts.vae.decode(z_sr).float()
         if self.config.consistent:
             assert batch.lq_native is not None, "a batch that was degraded"
             sr = match_consistently(sr, batch.lq_native)
-        return z_sr[:, :c], sr
+        return z_sr[:, : unet.config.in_channels], sr
 
     def regulariser_t(self, t: Tensor, generator: torch.Generator) -> Tensor:
         """DAS: the regulariser's timestep (B,) for the generator's t (B,)."""

@@ -55,6 +55,16 @@ def test_lpips_has_gradients_that_bring_an_image_nearer_even_where_nothing_is_se
 
 
 @installed
+def test_lpips_in_bf16_stays_near_that_in_fp32() -> None:
+    metric, a = Lpips("vgg"), image(0)
+    b = (a + 0.2 * image(1)).clamp(-1, 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = metric(a, b)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, metric(a, b), rtol=0.02, atol=0)
+
+
+@installed
 def test_an_image_too_small_for_lpips_is_named() -> None:
     with pytest.raises(MetricError, match="at least 32 px a side, found 31 x 40 px"):
         Lpips("alex")(torch.zeros(1, 3, 40, 31), torch.zeros(1, 3, 40, 31))
