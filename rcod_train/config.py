@@ -275,8 +275,8 @@ RCOD_S = dataclasses.replace(
     realism_power=0.0,
     discriminator_learning_rate=2e-5,
 )
-# nano: realism terms grow with the square of the level; MSE beside L1 is against rims on edges,
-# SSIM against a weave on smooth areas, both of which an adversary likes.
+# nano: realism terms grow with the square of the level, and SSIM holds smooth areas, which an
+# adversary likes to fill.
 NANO = RcodStageConfig(
     steps=2400,
     decoder_learning_rate=4e-4,
@@ -284,7 +284,6 @@ NANO = RcodStageConfig(
     metric_quantile=0.0,
     heavy_share=0.25,
     mild_share=0.5,
-    mse_weight=2.0,
     ssim_weight=1.0,
     lpips_power=2.0,
     lpips_crop_px=96,

@@ -1,0 +1,213 @@
+"""What averages hide: seams between tiles, shifted colours, grids.
+
+  python -m benchmarks.artefacts PHOTOS
+
+The centre of each photo in a folder is upscaled at each level, in the bundle's tiles and in one.
+
+seams: the mean difference of neighbours in luma across the lines where a tile begins or ends, over
+  that on other lines at the same places of the grid below; and over that on the same lines of the
+  image made in one tile, where what is in the photos has no part in it.
+colours: how far an image's channels are from the input's in the mean, of 255.
+grid: of the eight lines that the decoder makes of one place of the latent, the strongest in luma's
+  differences, over the mean of all; bicubic's stands beside it.
+
+Prints a machine card, a table and one JSON document as the last line. Exit codes: those of
+rcod-upscale, and 1 where seams or colours are beyond their limits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from benchmarks import report
+from benchmarks.command import Verdict, run_command
+from benchmarks.errors import DatasetError
+from benchmarks.pairs import images_by_stem, read_rgb
+from benchmarks.scores import bicubic
+from rcod_runtime import Upscaler, UsageError
+from rcod_runtime.tiles import plan_axis
+from rcod_train.quality.metrics import luma
+
+SCHEMA_VERSION = 1
+LIMITS = {"seams": 1.1, "seams_one_tile": 1.1, "colours": 1.0}
+PLACE_PX = 8  # of the result, to one place of the latent
+
+Image = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ArtefactsConfig:
+    photos: Path
+    bundle: Path | None
+    levels: tuple[str, ...]
+    crop_px: int
+    tile_px: int | None
+    limit: int
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.artefacts",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("photos", type=Path, metavar="PHOTOS", help="a folder of images to upscale")
+    add("--bundle", type=Path, metavar="DIR", help="default: the embedded model")
+    add("--levels", nargs="+", default=["fidelity", "neutral", "realism"], metavar="LEVEL")
+    add("--crop", type=int, default=256, metavar="PX", help="side (default: %(default)s)")
+    add("--tile", type=int, metavar="PX", help="of the result; default: the bundle's")
+    add("--limit", type=int, default=20, metavar="N", help="of photos (default: %(default)s)")
+    add("--json", type=Path, metavar="FILE", help="write the JSON document here too")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point; returns the exit code."""
+    arguments = build_parser().parse_args(argv)
+    return run_command(lambda: run(_config(arguments)), arguments.json)
+
+
+def _config(arguments: argparse.Namespace) -> ArtefactsConfig:
+    for name in ("crop", "limit"):
+        if getattr(arguments, name) < 1:
+            raise UsageError(f"--{name} {getattr(arguments, name)}: expected at least 1.")
+    return ArtefactsConfig(
+        arguments.photos,
+        arguments.bundle,
+        tuple(arguments.levels),
+        arguments.crop,
+        arguments.tile,
+        arguments.limit,
+    )
+
+
+def run(config: ArtefactsConfig) -> Verdict:
+    """Measure, print card and table, and return the JSON document with its verdict."""
+    card = report.machine_card()
+    paths = list(images_by_stem(config.photos).values())[: config.limit]
+    crops = [centre(read_rgb(path), config.crop_px) for path in paths]
+    crops = [crop for crop in crops if min(crop.shape[:2]) == config.crop_px]
+    if not crops:
+        raise DatasetError(
+            f"{config.photos}: expected images of at least {config.crop_px} px a side, found none. "
+            "Choose a smaller --crop."
+        )
+    with Upscaler(config.bundle, "cpu") as upscaler:
+        contract = upscaler.manifest.image
+        side = contract.scale * config.crop_px
+        tile_px = config.tile_px or contract.tile_px
+        lines = seam_lines(side, tile_px, min(contract.overlap_px, tile_px // 2))
+        if not lines:
+            raise UsageError(
+                f"--crop {config.crop_px}: one tile of {tile_px} px holds it; expected a larger "
+                "crop or a smaller --tile."
+            )
+        results: dict[str, dict[str, Any]] = {
+            "bicubic": {"grid": grid([bicubic(crop, (side, side)) for crop in crops])}
+        }
+        for level in config.levels:
+
+            def made(
+                crop: Image, tile_px: int, overlap_px: int | None = None, level: str = level
+            ) -> Image:
+                sr = upscaler(crop, level, tile_px=tile_px, overlap_px=overlap_px)
+                return sr.astype(np.uint8, copy=False)
+
+            tiled = [made(crop, tile_px) for crop in crops]
+            whole = [made(crop, side, 0) for crop in crops]
+            results[level] = judged(tiled, whole, crops, lines)
+    print(report.format_card(card))
+    print(f"\n{len(crops)} photos of {config.crop_px} px, tiles of {tile_px} px\n")
+    keys = ("seams", "seams_one_tile", "colours", "colours_worst", "grid")
+    rows = [
+        [name, *("" if key not in result else f"{result[key]:.3f}" for key in keys)]
+        for name, result in results.items()
+    ]
+    print(report.format_table(("", "seams", "to one tile", "colours", "worst", "grid"), rows))
+    print("limits: " + ", ".join(f"{key} {limit:g}" for key, limit in LIMITS.items()) + "\n")
+    passed = all(
+        result.get(key, 0.0) <= limit
+        for result in results.values()
+        for key, limit in LIMITS.items()
+    )
+    document = report.document(
+        "artefacts",
+        SCHEMA_VERSION,
+        card,
+        photos=len(crops),
+        crop_px=config.crop_px,
+        tile_px=tile_px,
+        limits=LIMITS,
+        results=results,
+    )
+    return Verdict(document, passed)
+
+
+def centre(image: Image, side_px: int) -> Image:
+    """The square in the middle, or what there is of it."""
+    top, left = (max(0, length - side_px) // 2 for length in image.shape[:2])
+    return np.ascontiguousarray(image[top : top + side_px, left : left + side_px])
+
+
+def seam_lines(length_px: int, tile_px: int, overlap_px: int) -> list[int]:
+    """Pixels that lie behind a line where a tile begins or ends, along one axis of an image."""
+    axis = plan_axis(length_px, tile_px, overlap_px, PLACE_PX)
+    ends = {start + axis.tile_px for start in axis.starts}
+    return sorted(line for line in ends.union(axis.starts) if 0 < line < length_px)
+
+
+def judged(
+    tiled: Sequence[Image], whole: Sequence[Image], inputs: Sequence[Image], lines: Sequence[int]
+) -> dict[str, Any]:
+    """The figures of one level."""
+    at, elsewhere = on_lines(tiled, lines)
+    at_one, _ = on_lines(whole, lines)
+    shifts = np.abs(
+        [sr.mean((0, 1)) - lq.mean((0, 1)) for sr, lq in zip(tiled, inputs, strict=True)]
+    )
+    return {
+        "seams": at / elsewhere,
+        "seams_one_tile": at / at_one,
+        "colours": float(shifts.mean()),
+        "colours_worst": float(shifts.max()),
+        "grid": grid(tiled),
+    }
+
+
+def on_lines(images: Sequence[Image], lines: Sequence[int]) -> tuple[float, float]:
+    """The mean difference of luma across these lines, in both directions, and across all others
+    that lie at the same places of the grid."""
+    profile = np.mean([_profile(luma(image)) for image in images], 0)
+    behind = np.arange(1, len(profile) + 1)
+    others = ~np.isin(behind, lines)
+    alike = [profile[others & (behind % PLACE_PX == line % PLACE_PX)].mean() for line in lines]
+    return float(profile[~others].mean()), float(np.mean(alike))
+
+
+def grid(images: Sequence[Image]) -> float:
+    """The mean difference of luma on the strongest of eight lines, over that of all."""
+    profile = np.mean([_profile(luma(image)) for image in images], 0)
+    phases = [profile[phase::PLACE_PX].mean() for phase in range(PLACE_PX)]
+    return float(max(phases) / np.mean(phases))
+
+
+def _profile(y: Floats) -> Floats:
+    """Of a square image: the mean difference from each pixel to the next one, rows and columns."""
+    down = np.abs(np.diff(y, axis=0)).mean(1)
+    across = np.abs(np.diff(y, axis=1)).mean(0)
+    profile: Floats = (down + across) / 2
+    return profile
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""Seams, colours and grids are found where they are put."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import artefacts
+from benchmarks.artefacts import grid, judged, main, seam_lines
+from benchmarks.picture import draw_picture
+from rcod_runtime.image_io import write_image
+
+LINES = [48, 80]
+
+
+def noise(seed: int, side: int = 128) -> np.ndarray:
+    return np.random.default_rng(seed).integers(90, 110, (side, side, 3)).astype(np.uint8)
+
+
+def test_lines_are_where_tiles_begin_and_end() -> None:
+    assert seam_lines(1024, 512, 64) == [256, 512, 768]
+    assert seam_lines(768, 512, 64) == [256, 512]
+    assert seam_lines(512, 512, 64) == []
+
+
+def test_a_step_between_tiles_is_a_seam_and_noise_is_none() -> None:
+    whole = [noise(i) for i in range(8)]
+    clean = judged(whole, whole, whole, LINES)
+    assert clean["seams"] == pytest.approx(1, abs=0.03) and clean["seams_one_tile"] == 1
+    assert clean["colours"] == 0
+    stepped = [image.copy() for image in whole]
+    for image in stepped:
+        image[48:80] += 9
+    found = judged(stepped, whole, whole, LINES)
+    assert found["seams"] > 1.1 and found["seams_one_tile"] > 1.1
+    assert found["colours"] == pytest.approx(9 * 32 / 128)
+
+
+def test_a_grid_of_the_decoder_is_found() -> None:
+    images = [noise(i) for i in range(4)]
+    assert grid(images) < 1.03
+    for image in images:
+        image[::8] += 12
+    assert grid(images) > 1.1
+
+
+def test_the_embedded_model_passes_and_a_limit_is_a_verdict(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "out.json"
+    photos.mkdir()
+    write_image(photos / "a.png", draw_picture(64, 64))
+    arguments = [str(photos), "--crop", "48", "--tile", "128", "--levels", "fidelity"]
+    assert main([*arguments, "--json", str(out)]) == 0
+    found = json.loads(out.read_text())["results"]
+    assert set(found) == {"bicubic", "fidelity"}
+    assert 0.9 < found["fidelity"]["seams_one_tile"] < 1.1
+    monkeypatch.setitem(artefacts.LIMITS, "seams", 0.1)
+    assert main(arguments) == 1
+    assert main([str(photos), "--crop", "65"]) == 11
+    assert main([str(photos), "--crop", "48"]) == 2  # one tile
+    assert "one tile of 512 px holds it" in capsys.readouterr().err
