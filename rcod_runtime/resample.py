@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,13 +30,10 @@ class Resampler:
     ) -> None:
         self.image, self.size_hw, self.unit = image, size_hw, np.float32(unit)
 
-    def box(
-        self, top: int, left: int, height: int, width: int, each: Callable[..., Any] = map
-    ) -> Floats:
+    def box(self, top: int, left: int, height: int, width: int) -> Floats:
         """Rows top.. and columns left.. of the result -> (height, width, C) float32.
 
-        In memory the channels lie one after another, as the graphs take them. ``each`` works on
-        them: ``map``, or ``in_parallel`` where no other thread works on the image.
+        In memory the channels lie one after another, as the graphs take them.
         """
         from PIL import Image
 
@@ -46,16 +41,13 @@ class Resampler:
         columns, first_x, last_x = _looked_at(left, width, self.size_hw[1], self.image.shape[1])
         region = (first_x, first_y, last_x, last_y)
         out = np.empty((self.image.shape[2], height, width), np.float32)
-
-        def resize(c: int) -> None:
+        for c in range(self.image.shape[2]):
             plane = self.image[rows, columns, c].astype(np.float32, order="C")
             plane *= self.unit
             resized = Image.fromarray(plane).resize(
                 (width, height), Image.Resampling.BICUBIC, region
             )
             out[c] = np.asarray(resized)
-
-        list(each(resize, range(self.image.shape[2])))
         return out.transpose(1, 2, 0)
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from rcod_runtime.errors import UsageError
-from rcod_runtime.parallel import in_parallel, row_bands
 
 Floats = npt.NDArray[np.float32]
+
+CACHED_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class TilePlan:
 
 
 class Blender:
-    """Adds weighted tiles and gives rows of the image as soon as no later tile touches them.
+    """Adds weighted tiles and yields rows of the image as soon as no later tile touches them.
 
     Holds one row of tiles in float32, whatever the image's height; in memory the channels lie one
     after another, as they come from the graphs.
@@ -99,22 +100,21 @@ class Blender:
         height, width = y.valid(row), x.valid(column)
         left = x.starts[column]
         weights = y.weights[row][:, None] * x.weights[column][None, :]
+        planes = tile.transpose(2, 0, 1)
+        for band, plane in zip(self._band, planes, strict=True):
+            band[:height, left : left + width] += plane[:height, :width] * weights
 
-        def blend(c: int) -> None:
-            plane = tile[:height, :width, c]
-            self._band[c, :height, left : left + width] += plane * weights
-
-        in_parallel(blend, range(len(self._band)))
-
-    def finish_row(self, row: int, use: Callable[[int, Floats], None]) -> None:
-        """After a row's last tile: ``use(top, rows (n, width, C))`` for all rows that are final, in
-        several threads, a few rows at a time, so that they stay in the processor's cache."""
+    def finish_row(self, row: int) -> Iterator[tuple[int, Floats]]:
+        """After a row's last tile: all (top, rows (n, width, C)) that are final, a few at a time,
+        so that what is made of them stays in the processor's cache. Use them before the next add.
+        """
         starts = self.plan.y.starts
         last = row == len(starts) - 1
         until = self.plan.y.length_px if last else starts[row + 1]
         ready = until - self._top
         rows = self._band.transpose(1, 2, 0)
-        in_parallel(lambda part: use(self._top + part.start, rows[part]), row_bands(ready, 16))
+        for first in range(0, ready, CACHED_ROWS):
+            yield self._top + first, rows[first : min(ready, first + CACHED_ROWS)]
         if not last:
             kept = self._band.shape[1] - ready
             self._band[:, :kept] = self._band[:, ready:].copy()

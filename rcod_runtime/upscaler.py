@@ -36,7 +36,6 @@ from rcod_runtime.colour import (
 from rcod_runtime.errors import UsageError
 from rcod_runtime.levels import ADAPTIVE, adaptive_level, level_weights
 from rcod_runtime.manifest import Manifest
-from rcod_runtime.parallel import in_parallel
 from rcod_runtime.resample import Resampler, resize_for_tokens
 from rcod_runtime.tiles import Blender, TilePlan, pad_to, plan_axis
 
@@ -375,10 +374,6 @@ class _Job:
         gain = np.iinfo(sr.dtype).max / 255.0
         blender = Blender(plan, 3)
         done = 0
-
-        def store(top: int, rows: Array) -> None:
-            sr[top : top + len(rows)] = np.rint(np.clip(rows, 0.0, 255.0) * gain)
-
         tiles = (self._tiles([(row, x) for x in columns]) for row, columns in self._chunks())
         with contextlib.closing(self.chain.run(self.feed, weights, tiles)) as results:
             for (row, columns), outputs in zip(self._chunks(), results, strict=True):
@@ -389,7 +384,8 @@ class _Job:
                 if progress is not None:
                     progress(done, plan.count)
                 if columns[-1] == len(plan.x.starts) - 1:
-                    blender.finish_row(row, store)
+                    for top, rows in blender.finish_row(row):
+                        sr[top : top + len(rows)] = np.rint(np.clip(rows, 0.0, 255.0) * gain)
 
     def adaptive_weights(self) -> Array:
         """One-hot weights of the level that Eq. 5 gives for the mean of M over the image."""
@@ -419,7 +415,7 @@ class _Job:
         for i in range(self.batch):
             row, column = positions[min(i, len(positions) - 1)]
             box = (y.starts[row], x.starts[column], y.valid(row), x.valid(column))
-            tile = pad_to(self.resampler.box(*box, each=in_parallel), y.tile_px, x.tile_px)
+            tile = pad_to(self.resampler.box(*box), y.tile_px, x.tile_px)
             np.multiply(tile.transpose(2, 0, 1), 1 / 127.5, out=image[i])
         image -= 1.0
         return image

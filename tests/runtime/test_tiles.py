@@ -50,15 +50,12 @@ def test_blended_constant_tiles_give_the_constant_row_by_row() -> None:
     plan = TilePlan(plan_axis(150, 64, 16, 32), plan_axis(90, 64, 16, 32))
     blender = Blender(plan, 2)
     seen = np.full((150, 90, 2), np.nan, np.float32)
-
-    def see(top: int, rows: np.ndarray) -> None:
-        assert np.isnan(seen[top : top + len(rows)]).all(), "a row came twice"
-        seen[top : top + len(rows)] = rows
-
     for row in range(len(plan.y.starts)):
         for column in range(len(plan.x.starts)):
             blender.add(row, column, np.full((64, 64, 2), 7.0, np.float32))
-        blender.finish_row(row, see)
+        for top, rows in blender.finish_row(row):
+            assert np.isnan(seen[top : top + len(rows)]).all(), "a row came twice"
+            seen[top : top + len(rows)] = rows
     np.testing.assert_allclose(seen, 7.0, atol=1e-5)
 
 
