@@ -20,7 +20,8 @@ HEIGHT, WIDTH = 24, 40
 
 @pytest.fixture(scope="module")
 def upscaler() -> Upscaler:
-    return Upscaler(device="cpu")
+    # bf16 with AMX gave other bytes from call to call on a busy machine.
+    return Upscaler(device="cpu", precision="fp32")
 
 
 @pytest.fixture
