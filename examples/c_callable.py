@@ -12,8 +12,8 @@ In C:
 lq is height x width x 3 RGB bytes, sr has room for the result, scale times as high and wide.
 Neither is copied: both become numpy arrays over C's memory. 0 is success; otherwise the exit code
 of rcod-upscale for that error, and the message is logged. C may call it from any thread, from
-several at once too; the interpreter's lock is free while the graphs run. Keep a reference to the
-function for as long as C may call it.
+several at once too, each with an sr of its own, which is worked on in place; the interpreter's lock
+is free while the graphs run. Keep a reference to the function for as long as C may call it.
 """
 
 from __future__ import annotations
