@@ -27,11 +27,10 @@ from typing import Any
 import numpy as np
 
 from benchmarks import report
-from benchmarks.command import run_command
+from benchmarks.command import check_at_least_1, run_command
 from benchmarks.errors import MissingPackage
 from benchmarks.rates import COPY_BYTES, MACS, copy_call, matmul_calls
 from benchmarks.timing import time_in_turns
-from rcod_runtime import UsageError
 from rcod_runtime.backends import BackendName, precisions
 from rcod_runtime.parallel import cpus_available
 
@@ -73,8 +72,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> str:
     """Count, measure, print card and tables, and return the JSON document."""
-    if arguments.runs < 1:
-        raise UsageError(f"--runs {arguments.runs}: expected at least 1.")
+    check_at_least_1(arguments, "runs")
     card = report.machine_card()
     threads = arguments.threads or cpus_available()
     if arguments.full_size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 from collections.abc import Callable
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.errors import BenchmarkError
-from rcod_runtime.errors import OutputError, RcodError
+from rcod_runtime.errors import OutputError, RcodError, UsageError
 from rcod_runtime.files import write_whole
 from rcod_train.errors import RcodTrainError
 
@@ -51,6 +52,20 @@ def run_command(work: Callable[[], str | Verdict], json_file: Path | None) -> in
     except KeyboardInterrupt:
         print("stopped; no result", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def check_at_least_1(arguments: argparse.Namespace, *names: str) -> None:
+    """Numbers of the command line, by their names in ``arguments``; None is not given.
+
+    Raises:
+        UsageError: one, or one of a list, is less than 1.
+    """
+    for name in names:
+        value = getattr(arguments, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number < 1:
+                option = name.replace("_", "-")
+                raise UsageError(f"--{option} {number}: expected at least 1.")
 
 
 def check_can_write(path: Path) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import report
-from benchmarks.command import run_command
+from benchmarks.command import check_at_least_1, run_command
 from benchmarks.picture import draw_picture
 from rcod_runtime import UsageError
 from rcod_train.config import LoopConfig
@@ -77,9 +77,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> DatarateConfig:
-    for name in ("workers", "side", "samples", "runs"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name} {getattr(arguments, name)}: expected at least 1.")
+    check_at_least_1(arguments, "workers", "side", "samples", "runs")
     if arguments.side % SCALE:
         raise UsageError(f"--side {arguments.side}: expected a multiple of {SCALE}.")
     return DatarateConfig(

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import report
-from benchmarks.command import Verdict, run_command
+from benchmarks.command import Verdict, check_at_least_1, run_command
 from benchmarks.eager import EAGER, MODES, Mode
 from benchmarks.gate import (
     WHOLE,
@@ -147,12 +147,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> LatencyConfig:
-    for name in ("size", "batch", "runs", "start_runs"):
-        value = getattr(arguments, name)
-        for number in value if isinstance(value, list) else [value]:
-            if number is not None and number < 1:
-                option = name.replace("_", "-")
-                raise UsageError(f"--{option} {number}: expected at least 1.")
+    check_at_least_1(arguments, "size", "batch", "runs", "start_runs")
     gate = None if arguments.gate is None else read_gate(arguments.gate)
     if gate is not None and arguments.checkpoint is None:
         raise UsageError("--gate: its ratios are to PyTorch, which needs --checkpoint DIR.")

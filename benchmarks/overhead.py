@@ -25,11 +25,11 @@ from statistics import median
 from typing import Any
 
 from benchmarks import report
-from benchmarks.command import run_command
+from benchmarks.command import check_at_least_1, run_command
 from benchmarks.errors import CommandFailed
 from benchmarks.picture import draw_picture
 from benchmarks.processes import UPSCALE, write_photo
-from rcod_runtime import Upscaler, UsageError
+from rcod_runtime import Upscaler
 from rcod_runtime.backends import Array, Session, Shapes
 from rcod_runtime.chain import HostChain
 from rcod_runtime.image_io import read_image, write_image
@@ -78,9 +78,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _config(arguments: argparse.Namespace) -> OverheadConfig:
-    for name in ("large", "size", "photos", "jobs", "runs"):
-        if getattr(arguments, name) < 1:
-            raise UsageError(f"--{name} {getattr(arguments, name)}: expected at least 1.")
+    check_at_least_1(arguments, "large", "size", "photos", "jobs", "runs")
     return OverheadConfig(
         arguments.bundle,
         arguments.backend,

@@ -24,7 +24,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import report
-from benchmarks.command import run_command
+from benchmarks.command import check_at_least_1, run_command
 from benchmarks.errors import MissingPackage
 from benchmarks.pairs import Pair, find_pairs, read_rgb, select
 from benchmarks.peer_models import ENGINES, PEERS, Upscale, open_peer, weight_bytes
@@ -79,8 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> str:
     """Measure everything, print card and table, and return the JSON document."""
-    if arguments.runs < 1:
-        raise UsageError(f"--runs {arguments.runs}: expected at least 1.")
+    check_at_least_1(arguments, "runs")
     bundles = named_bundles(arguments.bundles)
     card = report.machine_card()
     pairs = select(find_pairs(arguments.dataset), arguments.names_ending, arguments.limit)

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import iqa, paper, report
-from benchmarks.command import check_can_write, run_command
+from benchmarks.command import check_at_least_1, check_can_write, run_command
 from benchmarks.gather import gather
 from benchmarks.pairs import Pair, find_outputs, find_pairs, select
 from benchmarks.quality_report import (
@@ -155,8 +155,7 @@ def _config(arguments: argparse.Namespace) -> QualityConfig:
         levels = ()
     if bool(arguments.strips) != (arguments.strips_dir is not None):
         raise UsageError("--strips and --strips-dir: expected both or none.")
-    if arguments.limit is not None and arguments.limit < 1:
-        raise UsageError(f"--limit {arguments.limit}: expected at least 1.")
+    check_at_least_1(arguments, "limit")
     return QualityConfig(
         dataset=arguments.dataset,
         bundle=arguments.bundle,

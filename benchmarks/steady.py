@@ -17,7 +17,6 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.graphs import graph_stages
 from benchmarks.picture import draw_picture
 from rcod_runtime import Upscaler, UsageError
-from rcod_runtime.selftest import MIN_BF16_PSNR_DB
 
 Image = npt.NDArray[np.uint8]
 Call = Callable[[], object]
@@ -185,10 +184,9 @@ def _compare(images: dict[str, Image]) -> tuple[Agreement, ...]:
         difference = images[first].astype(np.int16) - images[name].astype(np.int16)
         error = float(np.mean(difference.astype(np.float64) ** 2))
         psnr_db = float("inf") if error == 0 else float(10 * np.log10(255.0**2 / error))
-        least_db = MIN_BF16_PSNR_DB if "bf16" in f"{first} {name}" else SAME_MODEL_PSNR_DB
-        if psnr_db < least_db:
+        if psnr_db < SAME_MODEL_PSNR_DB:
             raise BenchmarkError(
-                f"{first} and {name}: expected the same image within {least_db:g} dB, "
+                f"{first} and {name}: expected the same image within {SAME_MODEL_PSNR_DB:g} dB, "
                 f"found {psnr_db:.1f} dB. Give the checkpoint that the bundle was exported from."
             )
         agreements.append(Agreement(first, name, psnr_db, int(np.abs(difference).max())))

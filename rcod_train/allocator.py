@@ -12,7 +12,7 @@ def keep_freed_memory() -> bool:
     """Ask glibc not to give freed memory back to the system; whether it could be asked.
 
     By default large tensors are mapped anew each time, and the kernel fills them with zeros page by
-    page: a fifth to a third of a step of nano. The process keeps what it had at its peak.
+    page: a tenth to a sixth of a step of nano. The process keeps what it had at its peak.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -242,18 +242,18 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_nano(arguments: argparse.Namespace) -> int:
-    from rcod_train.config import NANO, NANO_FROM, TrainConfig, with_overrides
+    from rcod_train.config import NANO, NANO_FROM, TrainConfig
     from rcod_train.nano import train_nano
 
     rcod = NANO_FROM if arguments.start else NANO
     config = TrainConfig(
         **_common(arguments), use_lpips=arguments.lpips, start=arguments.start, rcod=rcod
     )
-    return _train(train_nano, with_overrides(config, arguments.overrides), arguments)
+    return _train(train_nano, config, arguments)
 
 
 def _run_rcod_o(arguments: argparse.Namespace) -> int:
-    from rcod_train.config import RCOD_O, RcodOConfig, with_overrides
+    from rcod_train.config import RCOD_O, RcodOConfig
     from rcod_train.rcod_o import train_rcod_o
 
     rcod = dataclasses.replace(
@@ -265,11 +265,11 @@ def _run_rcod_o(arguments: argparse.Namespace) -> int:
         guidance=RCOD_O.guidance if arguments.text else 1.0,
     )
     config = RcodOConfig(**_common(arguments), **_sd(arguments), text=arguments.text, rcod=rcod)
-    return _train(train_rcod_o, with_overrides(config, arguments.overrides), arguments)
+    return _train(train_rcod_o, config, arguments)
 
 
 def _run_rcod_s(arguments: argparse.Namespace) -> int:
-    from rcod_train.config import RCOD_S, RcodSConfig, with_overrides
+    from rcod_train.config import RCOD_S, RcodSConfig
     from rcod_train.rcod_s import train_rcod_s
 
     rcod = dataclasses.replace(RCOD_S, grouping=arguments.grouping, constants=arguments.constants)
@@ -280,7 +280,7 @@ def _run_rcod_s(arguments: argparse.Namespace) -> int:
         backbone=arguments.backbone,
         rcod=rcod,
     )
-    return _train(train_rcod_s, with_overrides(config, arguments.overrides), arguments)
+    return _train(train_rcod_s, config, arguments)
 
 
 def _sd(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -293,18 +293,20 @@ def _sd(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _train(train: Callable[..., Path], config: Any, arguments: argparse.Namespace) -> int:
+    from rcod_train.overrides import with_overrides
     from rcod_train.ranks import is_first
 
     named = (arguments.name, arguments.licence, tuple(arguments.source))
-    checkpoint = train(config, arguments.resume, *named)
+    checkpoint = train(with_overrides(config, arguments.overrides), arguments.resume, *named)
     if is_first():
         print(checkpoint)
     return 0
 
 
 def _run_estimator(arguments: argparse.Namespace) -> int:
-    from rcod_train.config import EstimatorConfig, with_overrides
+    from rcod_train.config import EstimatorConfig
     from rcod_train.estimator import train_estimator
+    from rcod_train.overrides import with_overrides
     from rcod_train.ranks import is_first
 
     config = with_overrides(EstimatorConfig(**_common(arguments)), arguments.overrides)

@@ -12,7 +12,8 @@ import pytest
 import benchmarks.ablation as ablation
 from benchmarks.ablation import BUDGET, VARIANTS, AblationConfig, shared_settings
 from benchmarks.errors import CommandFailed, DatasetError
-from rcod_train.config import TrainConfig, with_overrides
+from rcod_train.config import TrainConfig
+from rcod_train.overrides import with_overrides
 
 
 @pytest.fixture

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rcod_train.config import TrainConfig, with_overrides
+from rcod_train.config import TrainConfig
 from rcod_train.errors import ConfigError
 from rcod_train.main import main
+from rcod_train.overrides import with_overrides
 from rcod_train.precision import resolve_precision
 from rcod_train.quality.features import INSTALL_LINE
 
