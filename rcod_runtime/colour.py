@@ -194,6 +194,9 @@ def _averaged(image: npt.NDArray[Any], rows: slice, size_hw: tuple[int, ...]) ->
     """Rows of the image's area average at a size, (rows, w, C) float32."""
     from PIL import Image
 
+    whole = all(a % b == 0 for a, b in zip(image.shape, size_hw, strict=False))
+    if whole and image.dtype in (np.uint8, np.uint16):
+        return _averaged_cells(image, rows, size_hw)
     y = image.shape[0] / size_hw[0]
     first, last = int(rows.start * y), min(image.shape[0], math.ceil(rows.stop * y))
     box = (0, rows.start * y - first, image.shape[1], min(rows.stop * y - first, last - first))
@@ -202,6 +205,24 @@ def _averaged(image: npt.NDArray[Any], rows: slice, size_hw: tuple[int, ...]) ->
     for c in range(image.shape[2]):
         plane = Image.fromarray(image[first:last, :, c].astype(np.float32, order="C"))
         out[:, :, c] = np.asarray(plane.resize(size, Image.Resampling.BOX, box))
+    return out
+
+
+def _averaged_cells(image: Pixels, rows: slice, size_hw: tuple[int, ...]) -> Floats:
+    """The same for cells of whole pixels, by sums of integers, in a tenth of the time."""
+    height, width = (a // b for a, b in zip(image.shape, size_hw, strict=False))
+    largest = height * width * np.iinfo(image.dtype).max
+    cells = image[rows.start * height : rows.stop * height]
+    columns: npt.NDArray[Any]
+    columns = cells[::height].astype(np.uint16 if largest < 2**16 else np.uint32)
+    for row in range(1, height):
+        columns += cells[row::height]
+    out = np.empty((len(columns), size_hw[1], image.shape[2]), np.float32)
+    for c in range(image.shape[2]):
+        total = columns[:, ::width, c].copy()
+        for column in range(1, width):
+            total += columns[:, column::width, c]
+        np.multiply(total, np.float32(1 / (height * width)), out=out[:, :, c])
     return out
 
 

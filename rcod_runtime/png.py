@@ -23,7 +23,7 @@ Bytes = npt.NDArray[np.uint8]
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 COLOUR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}  # by channels: grey, grey and alpha, RGB, RGBA
 PAETH = 4
-STRIP_BYTES = 2**16
+STRIP_BYTES = 2**17
 ADLER_BASE = 65521
 
 
@@ -76,24 +76,43 @@ def _row_bytes(rows: Pixels) -> Bytes:
 
 
 def _paeth(rows: Bytes, above: Bytes, pixel_bytes: int) -> Bytes:
-    """Rows (n, w) less what their neighbours predict, (n, 1 + w): the filter's number first."""
+    """Rows (n, w) less what their neighbours predict, (n, 1 + w): the filter's number first.
+
+    All in 8 bits, where a processor's vectors hold most: a distance is the larger value less the
+    smaller, and that of left + up - corner to the corner is the difference of the other two where
+    they pull in opposite directions; where they don't, it is not the least.
+    """
     n, width = rows.shape
-    padded = np.zeros((n + 1, width + pixel_bytes), np.int16)
+    padded = np.zeros((n + 1, width + pixel_bytes), np.uint8)
     padded[0, pixel_bytes:] = above
     padded[1:, pixel_bytes:] = rows
     left, up = padded[1:, :-pixel_bytes], padded[:-1, pixel_bytes:]
     corner = padded[:-1, :-pixel_bytes]
-    # Distances of left + up - corner to each of the three.
-    across, down = up - corner, left - corner
-    to_corner = np.abs(across + down)
-    to_left, to_up = np.abs(across, out=across), np.abs(down, out=down)
-    predicted = np.where(to_up <= to_corner, up, corner)
-    nearest = to_left <= np.minimum(to_up, to_corner)
-    np.copyto(predicted, left, where=nearest)
+    to_left, to_up = _distance(up, corner), _distance(left, corner)
+    to_corner = _distance(to_left, to_up)
+    to_corner |= _mask((left < corner) == (up < corner))
     filtered = np.empty((n, 1 + width), np.uint8)
     filtered[:, 0] = PAETH
-    np.subtract(rows, predicted.astype(np.uint8), out=filtered[:, 1:])
+    predicted = filtered[:, 1:]
+    np.bitwise_xor(up, corner, out=predicted)
+    predicted &= _mask(to_up <= to_corner)
+    predicted ^= corner
+    nearest = to_left <= to_up
+    nearest &= to_left <= to_corner
+    predicted ^= (predicted ^ left) & _mask(nearest)
+    np.subtract(rows, predicted, out=predicted)
     return filtered
+
+
+def _distance(a: Bytes, b: Bytes) -> Bytes:
+    larger = np.maximum(a, b)
+    larger -= np.minimum(a, b)
+    return larger
+
+
+def _mask(chosen: npt.NDArray[np.bool_]) -> Bytes:
+    """All bits of a byte where it is chosen, none elsewhere."""
+    return np.negative(chosen.view(np.uint8))
 
 
 def _combined(before: int, after: int, length: int) -> int:

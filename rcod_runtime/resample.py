@@ -22,28 +22,38 @@ class Resampler:
     Args:
         image: (H, W, C), any real dtype.
         size_hw: height and width of the whole result.
-        unit: a factor on the image's values.
+        unit, offset: the result is that of ``unit`` times the image plus ``offset``.
     """
 
     def __init__(
-        self, image: npt.NDArray[np.generic], size_hw: tuple[int, int], unit: float = 1.0
+        self,
+        image: npt.NDArray[np.generic],
+        size_hw: tuple[int, int],
+        unit: float = 1.0,
+        offset: float = 0.0,
     ) -> None:
-        self.image, self.size_hw, self.unit = image, size_hw, np.float32(unit)
+        self.image, self.size_hw = image, size_hw
+        self.unit, self.offset = np.float32(unit), np.float32(offset)
 
-    def box(self, top: int, left: int, height: int, width: int) -> Floats:
+    def box(
+        self, top: int, left: int, height: int, width: int, out: Floats | None = None
+    ) -> Floats:
         """Rows top.. and columns left.. of the result -> (height, width, C) float32.
 
-        In memory the channels lie one after another, as the graphs take them.
+        In memory the channels lie one after another, as the graphs take them, or in ``out``
+        (C, height, width).
         """
         from PIL import Image
 
         rows, first_y, last_y = _looked_at(top, height, self.size_hw[0], self.image.shape[0])
         columns, first_x, last_x = _looked_at(left, width, self.size_hw[1], self.image.shape[1])
         region = (first_x, first_y, last_x, last_y)
-        out = np.empty((self.image.shape[2], height, width), np.float32)
+        if out is None:
+            out = np.empty((self.image.shape[2], height, width), np.float32)
         for c in range(self.image.shape[2]):
             plane = self.image[rows, columns, c].astype(np.float32, order="C")
             plane *= self.unit
+            plane += self.offset
             resized = Image.fromarray(plane).resize(
                 (width, height), Image.Resampling.BICUBIC, region
             )

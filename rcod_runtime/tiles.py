@@ -106,7 +106,8 @@ class Blender:
 
     def finish_row(self, row: int) -> Iterator[tuple[int, Floats]]:
         """After a row's last tile: all (top, rows (n, width, C)) that are final, a few at a time,
-        so that what is made of them stays in the processor's cache. Use them before the next add.
+        so that what is made of them stays in the processor's cache. The caller may change them,
+        and is done with them before the next add.
         """
         starts = self.plan.y.starts
         last = row == len(starts) - 1

@@ -355,7 +355,8 @@ class _Job:
     ) -> None:
         self.chain, self.manifest, self.plan = chain, manifest, plan
         self.batch = max(chain.batches[0], min(batch, plan.count))
-        self.resampler = Resampler(image.lq, (plan.y.length_px, plan.x.length_px), image.unit)
+        size = plan.y.length_px, plan.x.length_px
+        self.resampler = Resampler(image.lq, size, image.unit / 127.5, -1.0)
         small = resize_for_tokens(image.lq, manifest.image.tokens_px, image.unit)
         small = small.transpose(2, 0, 1)[None]
         self.feed = ImageFeed(
@@ -371,7 +372,8 @@ class _Job:
     ) -> None:
         """All tiles into ``sr`` (H, W, 3), uint8 or uint16; weights None: the graphs' choice."""
         plan = self.plan
-        gain = np.iinfo(sr.dtype).max / 255.0
+        limit = np.iinfo(sr.dtype).max
+        gain = np.float32(limit / 255)
         blender = Blender(plan, 3)
         done = 0
         tiles = (self._tiles([(row, x) for x in columns]) for row, columns in self._chunks())
@@ -385,7 +387,10 @@ class _Job:
                     progress(done, plan.count)
                 if columns[-1] == len(plan.x.starts) - 1:
                     for top, rows in blender.finish_row(row):
-                        sr[top : top + len(rows)] = np.rint(np.clip(rows, 0.0, 255.0) * gain)
+                        rows *= gain
+                        np.clip(rows, 0, limit, out=rows)
+                        np.rint(rows, out=rows)
+                        sr[top : top + len(rows)] = rows
 
     def adaptive_weights(self) -> Array:
         """One-hot weights of the level that Eq. 5 gives for the mean of M over the image."""
@@ -414,10 +419,13 @@ class _Job:
         image = np.empty((self.batch, 3, y.tile_px, x.tile_px), np.float32)
         for i in range(self.batch):
             row, column = positions[min(i, len(positions) - 1)]
-            box = (y.starts[row], x.starts[column], y.valid(row), x.valid(column))
-            tile = pad_to(self.resampler.box(*box), y.tile_px, x.tile_px)
-            np.multiply(tile.transpose(2, 0, 1), 1 / 127.5, out=image[i])
-        image -= 1.0
+            height, width = y.valid(row), x.valid(column)
+            box = y.starts[row], x.starts[column], height, width
+            if (height, width) == image.shape[2:]:
+                self.resampler.box(*box, out=image[i])
+            else:
+                tile = pad_to(self.resampler.box(*box), y.tile_px, x.tile_px)
+                image[i] = tile.transpose(2, 0, 1)
         return image
 
 

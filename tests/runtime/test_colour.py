@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
+import pytest
 from PIL import Image
 
+from rcod_runtime import colour
 from rcod_runtime.colour import match_colour
 
 Photo = Callable[..., np.ndarray]
@@ -63,3 +65,14 @@ def test_consistent_match_changes_nothing_that_is_consistent(photo: Photo) -> No
     matched = sr.copy()
     match_colour(matched, lq, "consistent")
     assert np.abs(matched.astype(int) - sr).max() <= 1
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("cell", [(4, 4), (3, 2), (1, 4), (24, 16)])
+def test_averages_of_whole_cells_are_those_of_pillow(dtype: type, cell: tuple[int, int]) -> None:
+    size = 4, 6
+    shape = size[0] * cell[0], size[1] * cell[1], 3
+    image = np.random.default_rng(0).integers(0, np.iinfo(dtype).max + 1, shape).astype(dtype)
+    rows = slice(1, 3)
+    expected = colour._averaged(image.astype(np.float32), rows, size)  # floats are Pillow's
+    np.testing.assert_allclose(colour._averaged(image, rows, size), expected, rtol=1e-6)
