@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ class Bundle:
             BundleError: it is not there, is no regular file, or a link leads out of the bundle.
         """
         path = _inside(self.folder, relative)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise BundleError(
                 f"{path}: the manifest names it, but it is not there, or no regular file. "
                 "Copy the whole bundle, or export it again."

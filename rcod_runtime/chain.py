@@ -193,6 +193,7 @@ class HostChain:
             raise UsageError("this Upscaler was closed while it ran.")
         shapes = input_shapes(self._manifest, feed)
         if (shapes, feed.common_tile) != self._bound:
+            self._bound = None  # neither the old shapes nor the new ones, where one graph refuses
             with ThreadPoolExecutor(len(shapes)) as pool:  # compiling releases the GIL
                 list(pool.map(lambda name: self._bind(name, shapes[name], feed), shapes))
             self._bound = shapes, feed.common_tile

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import os
+import secrets
 import stat
-import tempfile
-import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -16,7 +16,7 @@ from rcod_runtime.errors import OutputError
 
 PARTIAL_SUFFIX = ".rcod-partial"
 PREFIX_LENGTH = 14
-_umask_lock = threading.Lock()
+CHUNK_BYTES = 2**20
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -38,19 +38,33 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_bounded(path: Path, max_bytes: int) -> bytes:
-    """The content of a regular file; not more than ``max_bytes`` are ever read.
+    """The content of a regular file; of a larger one nothing is read.
 
     Raises:
         OSError: it can't be read, is not a regular file, or is larger.
     """
-    data = b""
     with open_regular(path) as file:
-        large = os.fstat(file.fileno()).st_size > max_bytes
-        if not large:
-            data = file.read(max_bytes + 1)  # it may grow meanwhile
-    if large or len(data) > max_bytes:
-        raise OSError(errno.EFBIG, f"over the limit of {max_bytes} bytes", str(path))
-    return data
+        if os.fstat(file.fileno()).st_size > max_bytes:
+            raise _too_large(max_bytes)
+        return read_stream(file, max_bytes)  # it may grow meanwhile
+
+
+def read_stream(file: BinaryIO, max_bytes: int) -> bytes:
+    """What is left of a file or a pipe; beyond ``max_bytes`` at most one chunk is read.
+
+    Raises:
+        OSError: it can't be read, or is larger.
+    """
+    data = io.BytesIO()
+    while chunk := file.read(CHUNK_BYTES):  # a read makes room at once for all that it may give
+        data.write(chunk)
+        if data.tell() > max_bytes:
+            raise _too_large(max_bytes)
+    return data.getvalue()
+
+
+def _too_large(max_bytes: int) -> OSError:
+    return OSError(errno.EFBIG, f"over the limit of {max_bytes} bytes")
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -59,17 +73,17 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises:
         OutputError: the folder is missing or can't be written, or the disk is full.
     """
+    partial = path.parent / f"{_partial_prefix(path)}{secrets.token_hex(8)}{PARTIAL_SUFFIX}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
-        handle, name = tempfile.mkstemp(PARTIAL_SUFFIX, _partial_prefix(path), path.parent)
+        handle = os.open(partial, flags, 0o666)  # less what the umask takes, as any file
     except OSError as exc:
         raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
-    partial = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        partial.chmod(0o666 & ~_umask())
         partial.replace(path)
     except OSError as exc:
         raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
@@ -102,10 +116,3 @@ def remove_partials(paths: Iterable[Path]) -> None:
 def _partial_prefix(path: Path) -> str:
     # Not the name itself: a long one would become longer than file systems take.
     return f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[: PREFIX_LENGTH - 2]}."
-
-
-def _umask() -> int:
-    with _umask_lock:  # it can only be asked for by setting another one
-        mask = os.umask(0o077)
-        os.umask(mask)
-    return mask

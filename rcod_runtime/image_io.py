@@ -44,7 +44,7 @@ MAX_SIDE_PX = {"JPEG": 65_500, "WEBP": 16_383}  # libjpeg's; 14 bits in the file
 # What Pillow's decoders raise on damaged files.
 _DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, TypeError, AttributeError,
-    OverflowError, ZeroDivisionError, MemoryError, NotImplementedError, struct.error, zlib.error,
+    OverflowError, ZeroDivisionError, NotImplementedError, struct.error, zlib.error,
 )  # fmt: skip
 
 _ORIENTATION = 0x0112  # EXIF
@@ -69,7 +69,8 @@ def read_image(path: Path | str, max_pixels: int = MAX_INPUT_PIXELS) -> Photo:
 
     EXIF orientation is applied, palettes are expanded, CMYK is converted to sRGB, of an animation
     the first frame is taken. 16-bit grey keeps its depth; 16-bit colour does where OpenCV is
-    installed and is read at 8 bits with a warning otherwise.
+    installed and is read at 8 bits with a warning otherwise. The one transparent colour that a PNG
+    may have becomes alpha.
 
     Raises:
         ImageError: missing, a folder, empty, not an image, damaged, or over ``max_pixels``.
@@ -88,7 +89,7 @@ def read_image(path: Path | str, max_pixels: int = MAX_INPUT_PIXELS) -> Photo:
 
 def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -> Photo:
     """The same for the content of a file; ``source`` names it in messages."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     if not data:
         raise ImageError(f"{source}: expected an image, found an empty file.")
@@ -98,7 +99,7 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
             if width * height > max_pixels:
                 raise ImageError(
                     f"{source}: {width} x {height} px; the limit is {max_pixels / 1e6:g} million "
-                    "pixels. Cut the image into parts, or raise the limit if you trust the file."
+                    "pixels. Cut the image into parts."
                 )
             if image.format in ("JPEG", "MPO") and _scans(data) > MAX_SCANS:
                 raise ImageError(
@@ -107,7 +108,7 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
                 )
             if getattr(image, "n_frames", 1) > 1:
                 log.warning("%s: has several frames; only the first is used", source)
-            deep = _deep_colour(data, image)
+            deep = _deep_colour(data, image, source)
             if deep is not None:
                 return Photo(deep, _profile(image))
             if _is_deep_colour(image, data):
@@ -115,8 +116,10 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
                     '%s: 16-bit colour is read at 8 bits. To keep it: pip install "rcod[opencv]"',
                     source,
                 )
-            upright = ImageOps.exif_transpose(image)
-            return _converted(upright, source)
+            if image.format == "PNG":
+                _scale_transparency(image, data)
+            photo = _converted(image, source)  # now a TIFF is upright, and doesn't say how it was
+            return Photo(_upright(photo.pixels, _orientation(image, source)), photo.icc)
     except UnidentifiedImageError as exc:
         raise ImageError(
             f"{source}: expected an image (PNG, JPEG, WebP, TIFF, BMP, GIF), found another kind of "
@@ -125,6 +128,11 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as exc:
         raise ImageError(
             f"{source}: over the limit of {max_pixels / 1e6:g} million pixels."
+        ) from exc
+    except MemoryError as exc:
+        raise ImageError(
+            f"{source}: there is not enough memory to decode it, or it is damaged and asks for too "
+            "much. Cut the image into parts."
         ) from exc
     except _DECODER_ERRORS as exc:
         raise ImageError(f"{source}: the image is damaged or cut short ({exc}).") from exc
@@ -152,7 +160,7 @@ def _is_deep_colour(image: Image, data: bytes) -> bool:
     return False
 
 
-def _deep_colour(data: bytes, image: Image) -> Pixels | None:
+def _deep_colour(data: bytes, image: Image, source: str) -> Pixels | None:
     """16-bit colour through OpenCV, upright and with straight alpha, as Pillow gives 8 bits; None
     where it isn't that, or OpenCV isn't installed."""
     if not _is_deep_colour(image, data):
@@ -171,11 +179,13 @@ def _deep_colour(data: bytes, image: Image) -> Pixels | None:
         return None
     if decoded.shape[1::-1] != image.size:
         raise ValueError(f"{image.size} px by one decoder, {decoded.shape[1::-1]} by another")
-    # A fourth channel that a TIFF doesn't call alpha is none: Pillow's mode knows.
-    order = [2, 1, 0, 3][: min(decoded.shape[2], len(image.getbands()))]
+    channels = decoded.shape[2]
+    if image.format == "TIFF":  # a fourth that it doesn't call alpha is none: Pillow's mode knows
+        channels = min(channels, len(image.getbands()))
+    order = [2, 1, 0, 3][:channels]
     pixels: npt.NDArray[np.uint16] = np.ascontiguousarray(decoded[:, :, order], np.uint16)
     if image.format == "PNG":
-        return _upright(pixels, image.getexif().get(_ORIENTATION, 1))
+        return _upright(pixels, _orientation(image, source))
     # OpenCV has turned a TIFF upright already, whatever flags it gets.
     if getattr(image, "tag_v2", {}).get(_EXTRA_SAMPLES) == (_ASSOCIATED_ALPHA,):
         _divide_by_alpha(pixels)
@@ -199,8 +209,16 @@ def _needed_chunks(data: bytes) -> bytes:
     raise ValueError("its last chunk is missing")
 
 
+def _orientation(image: Image, source: str) -> object:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except _DECODER_ERRORS as exc:
+        log.warning("%s: its EXIF can't be read (%s); it is taken to be upright", source, exc)
+        return 1
+
+
 def _upright(pixels: Pixels, orientation: object) -> Pixels:
-    """EXIF's eight orientations, as ImageOps.exif_transpose undoes them."""
+    """EXIF's eight orientations, undone."""
     if orientation in (5, 6, 7, 8):
         pixels = pixels.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
@@ -218,27 +236,47 @@ def _divide_by_alpha(pixels: npt.NDArray[np.uint16]) -> None:
         colours[:] = np.rint(np.minimum(straight, 65535))
 
 
+def _scale_transparency(image: Image, data: bytes) -> None:
+    """A PNG's transparent colour (tRNS), which Pillow keeps as the file has it, to the values that
+    it gives the pixels: 8 bits, but for 16-bit grey."""
+    depth, key = data[24], image.info.get("transparency")
+    if image.mode == "1" and isinstance(key, int):
+        image.info["transparency"] = 255 if key else 0  # newer Pillows have done it
+    elif image.mode == "L" and isinstance(key, int):
+        image.info["transparency"] = key * 255 // (2**depth - 1)
+    elif image.mode == "RGB" and isinstance(key, tuple) and depth == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+
+
 def _converted(image: Image, source: str) -> Photo:
-    icc = _profile(image)
+    icc, key = _profile(image), image.info.get("transparency")
     mode = image.mode
     if mode in ("I;16", "I;16L", "I;16B", "I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError(f"{source}: expected 8 or 16 bits a channel, found 32-bit integers.")
-        return Photo(values.astype(np.uint16), icc)
+        return Photo(_with_alpha(values.astype(np.uint16), key), icc)
     if mode == "F":
         raise ImageError(f"{source}: expected 8 or 16 bits a channel, found floating point.")
-    if mode in ("L", "LA", "RGB", "RGBA") and "transparency" not in image.info:
+    if mode in ("1", "L"):
+        grey = np.asarray(image if mode == "L" else image.convert("L"))
+        return Photo(_with_alpha(grey, key), icc)
+    if mode in ("LA", "RGB", "RGBA") and key is None:
         return Photo(np.asarray(image), icc)
-    if mode == "1":
-        return Photo(np.asarray(image.convert("L")), icc)
     if mode == "CMYK":
         return Photo(np.asarray(_cmyk_to_srgb(image, icc)))
-    has_alpha = "transparency" in image.info or mode in ("PA", "La", "RGBa")
-    kept = icc if mode in ("P", "PA", "RGB", "RGBX", "L") else None
-    if mode == "L":
-        return Photo(np.asarray(image.convert("LA")), kept)
+    has_alpha = key is not None or mode in ("PA", "La", "RGBa")
+    kept = icc if mode in ("P", "PA", "RGB", "RGBX") else None
     return Photo(np.asarray(image.convert("RGBA" if has_alpha else "RGB")), kept)
+
+
+def _with_alpha(grey: Pixels, key: object) -> Pixels:
+    """Grey (H, W), and where a value of it is transparent alpha: (H, W, 2)."""
+    if not isinstance(key, int):
+        return grey
+    alpha = np.full_like(grey, np.iinfo(grey.dtype).max)
+    alpha[grey == key] = 0
+    return cast(Pixels, np.stack([grey, alpha], axis=2))
 
 
 def _profile(image: Image) -> bytes | None:

@@ -9,17 +9,43 @@ import numpy as np
 import numpy.typing as npt
 
 from rcod_runtime.errors import UsageError
-from rcod_runtime.manifest import Level, MetricRange
+from rcod_runtime.manifest import Level, Manifest, MetricRange
 
-ADAPTIVE = "adaptive"
+ADAPTIVE, NEUTRAL = "adaptive", "neutral"
 
 
-def level_weights(realism: str | float, levels: Sequence[Level]) -> npt.NDArray[np.float32]:
+def default_level(levels: Sequence[Level]) -> str:
+    """The name of the level that is taken where none is chosen: neutral, or in a bundle without it
+    the middle one, of two the first."""
+    names = [level.name for level in levels]
+    return NEUTRAL if NEUTRAL in names else names[(len(names) - 1) // 2]
+
+
+def choice_weights(realism: str | float, manifest: Manifest) -> npt.NDArray[np.float32] | None:
+    """Weights (n,) on a bundle's levels; None, for ``adaptive``, leaves the choice to its graphs.
+
+    Raises:
+        UsageError: nothing that the bundle has.
+    """
+    if realism == ADAPTIVE and manifest.has_metric_estimator:
+        return None
+    if realism == ADAPTIVE:
+        raise UsageError(
+            f"realism adaptive: the bundle {manifest.identity.name} has no metric estimation "
+            "module. Choose a level or a number in [0, 1]."
+        )
+    return level_weights(realism, manifest.levels, manifest.has_metric_estimator)
+
+
+def level_weights(
+    realism: str | float, levels: Sequence[Level], adaptive: bool = False
+) -> npt.NDArray[np.float32]:
     """Weights (n,) float32 that sum to one.
 
     Args:
         realism: a level's name, or a number from 0 (the first level) to 1 (the last); in between
             the two neighbours are mixed linearly.
+        adaptive: whether messages offer that, too.
 
     Raises:
         UsageError: no such level, or a number outside [0, 1].
@@ -28,9 +54,9 @@ def level_weights(realism: str | float, levels: Sequence[Level]) -> npt.NDArray[
     names = [level.name for level in levels]
     if isinstance(realism, str):
         if realism not in names:
+            offered = ", ".join([*names, ADAPTIVE] if adaptive else names)
             raise UsageError(
-                f"realism {realism!r}: expected one of {', '.join(names)}, {ADAPTIVE}, "
-                "or a number in [0, 1]."
+                f"realism {realism!r}: expected one of {offered}, or a number in [0, 1]."
             )
         weights[names.index(realism)] = 1.0
         return weights

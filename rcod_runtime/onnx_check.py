@@ -19,6 +19,7 @@ from rcod_runtime.onnx_ops import required_inputs
 
 MAX_FIELDS = 1_000_000  # walked in about a second; the largest graph here has a tenth of them
 MAX_DEPTH = 64
+MAX_DIMS = 64  # of a tensor; libraries take fewer
 FLOAT = 1  # TensorProto.DataType
 # Of those that exports write: type -> bytes of a value.
 ITEM_BYTES = {1: 4, 2: 1, 3: 1, 4: 2, 5: 2, 6: 4, 7: 8, 9: 1, 10: 2, 11: 8, 12: 4, 13: 8, 16: 2}
@@ -168,6 +169,8 @@ class _Walk:
                 location[name] = _text(entry.get(_VALUE))
         if kind not in ITEM_BYTES:
             raise _Refused(f"weights of the type {kind}, expected numbers")
+        if len(dims) > MAX_DIMS:  # the product of a million takes an hour
+            raise _Refused(f"weights of {len(dims)} dimensions, expected at most {MAX_DIMS}")
         expected = prod(dims) * ITEM_BYTES[kind]
         found = self.external_bytes(location, expected) if location else raw
         if found != expected:

@@ -8,16 +8,28 @@ from pathlib import Path
 
 import numpy as np
 
+from rcod_runtime.backends import BackendName, installed
 from rcod_runtime.bundle import Bundle
 from rcod_runtime.colour import SAMPLE_COLOUR_MATCH
-from rcod_runtime.errors import BackendError, BundleError
+from rcod_runtime.errors import BackendError, BundleError, HashMismatch
 from rcod_runtime.files import read_bounded
 from rcod_runtime.image_io import MAX_INPUT_PIXELS, Pixels, decode_image
+from rcod_runtime.manifest import Manifest, Precision
 from rcod_runtime.upscaler import Upscaler
 
 MAX_SAMPLE_BYTES = 2**26
 MAX_SAMPLE_PIXELS = 2**20  # of the photo: the test runs twice with each backend
 MIN_BF16_PSNR_DB = 35.0  # against the fp32 sample, 8 bit
+
+
+def cpu_obstacle(manifest: Manifest, backend: BackendName) -> str | None:
+    """Why a CPU backend can't run a bundle on this machine, or None."""
+    if not installed(backend):
+        return "not installed"
+    precisions = {graph.precision for graph in manifest.graphs.values()}
+    if backend == "onnxruntime" and Precision.BF16 in precisions:
+        return "has no bf16 convolutions on a CPU, which this bundle needs"
+    return None
 
 
 def self_test(
@@ -35,7 +47,8 @@ def self_test(
         require_signature: public key; the bundle is opened once more for the test.
 
     Raises:
-        BackendError: the image differs by more than that, or a file of the sample was changed.
+        BackendError: the image differs by more than that.
+        BundleError: a file of the sample is missing or was changed.
     """
     with Upscaler(
         bundle.folder,
@@ -89,5 +102,8 @@ def _sample_image(path: Path, digest: str, max_pixels: int) -> Pixels:
     except OSError as exc:
         raise BundleError(f"{path}: can't be read ({exc.strerror or exc}).") from exc
     if hashlib.sha256(data).hexdigest() != digest:
-        raise BackendError(f"{path}: the self-test's file was changed.")
+        raise HashMismatch(
+            f"{path}: the sample was changed after the export. Copy the bundle again, or export it "
+            "again."
+        )
     return decode_image(data, str(path), max_pixels).pixels

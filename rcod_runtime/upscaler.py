@@ -34,7 +34,7 @@ from rcod_runtime.colour import (
     match_colour,
 )
 from rcod_runtime.errors import UsageError
-from rcod_runtime.levels import ADAPTIVE, adaptive_level, level_weights
+from rcod_runtime.levels import adaptive_level, choice_weights, default_level, level_weights
 from rcod_runtime.manifest import Manifest
 from rcod_runtime.resample import Resampler, resize_for_tokens
 from rcod_runtime.tiles import Blender, TilePlan, pad_to, plan_axis
@@ -134,7 +134,7 @@ class Upscaler:
     def __call__(
         self,
         image: Any,
-        realism: str | float = "neutral",
+        realism: str | float | None = None,
         scale: float | None = None,
         out: Pixels | None = None,
         *,
@@ -151,7 +151,8 @@ class Upscaler:
                 RGB or (H, W, 4) RGBA; sRGB values, alpha straight. A numpy array, or one of the
                 host's memory by DLPack (a torch tensor on the CPU).
             realism: a level's name, ``adaptive`` (the level is chosen from the image, Eq. 5), or a
-                number from 0 (fidelity) to 1 (realism).
+                number from 0 (fidelity) to 1 (realism). None is neutral, or the middle level of a
+                bundle that has no neutral.
             scale: 1 to 4, fractions too; None is the bundle's own (4). The result has exactly
                 round(H * scale) x round(W * scale) pixels.
             out: array for the result; without it a fresh one is made, which the caller owns.
@@ -174,7 +175,8 @@ class Upscaler:
                 f"colour_match {colour_match!r}: expected one of {', '.join(COLOUR_MATCHES)}."
             )
         batch = self._batch(batch)
-        weights = self._weights(realism)
+        realism = default_level(self.manifest.levels) if realism is None else realism
+        weights = choice_weights(realism, self.manifest)
 
         image = host_array(image)
         prepared = prepare_image(image)
@@ -237,7 +239,7 @@ class Upscaler:
         image: Any,
         thumbnail: Any,
         out: Any = None,
-        realism: str | float = "neutral",
+        realism: str | float | None = None,
         stream: Any = 0,
         *,
         window: Any = None,
@@ -281,7 +283,9 @@ class Upscaler:
                 f"arrays on the GPU need the bundle's engines, {self.backend} is in use. "
                 'Open it with backend="tensorrt".'
             )
-        return run(stream, image, thumbnail, window, out, self._weights(realism))
+        realism = default_level(self.manifest.levels) if realism is None else realism
+        weights = choice_weights(realism, self.manifest)
+        return run(stream, image, thumbnail, window, out, weights)
 
     def warmup(self, batch: int | None = None) -> None:
         """Do now what the first image of a shape would wait for: compiling, capturing."""
@@ -304,17 +308,6 @@ class Upscaler:
         job = _Job(chain, manifest, prepared, TilePlan(axis, axis), batch, side)
         feed = dataclasses.replace(job.feed, batch=batch)
         return chain.profile(feed, np.zeros((batch, 3, side, side), np.float32), runs)
-
-    def _weights(self, realism: str | float) -> Array | None:
-        """Weights on the levels, (n,); None leaves the choice to the graphs."""
-        if realism != ADAPTIVE:
-            return level_weights(realism, self.manifest.levels)
-        if not self.manifest.has_metric_estimator:
-            raise UsageError(
-                f"realism adaptive: the bundle {self.manifest.identity.name} has no metric "
-                "estimation module. Choose a level or a number in [0, 1]."
-            )
-        return None
 
     def _tile_lq(self) -> tuple[int, int]:
         """(H, W) of an input that fills one tile."""
@@ -399,6 +392,7 @@ class _Job:
         chosen = [positions[i * len(positions) // count] for i in range(count)]
         tiles = (self._tiles(chosen[i : i + self.batch]) for i in range(0, count, self.batch))
         estimates = np.concatenate(self.chain.estimate(self.feed, tiles))
+        check_finite(estimates, STAGES[0], ", realism adaptive")
         m_l = float(np.mean(estimates[:count]))
         manifest = self.manifest
         level = adaptive_level(m_l, manifest.metric, manifest.levels)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -59,10 +60,31 @@ def installed(name: BackendName) -> bool:
     return importlib.util.find_spec(name) is not None
 
 
+@contextmanager
+def importing(name: BackendName) -> Iterator[None]:
+    """For the imports of an installed backend's library.
+
+    Raises:
+        BackendError: it can't be loaded; says why.
+    """
+    try:
+        yield
+    except (ImportError, OSError) as exc:
+        raise BackendError(
+            f"backend {name}: installed, but it can't be loaded ({exc}). Install it again, with "
+            "what its message names, or choose another --backend."
+        ) from exc
+
+
 def precisions(name: BackendName) -> tuple[str, ...]:
-    """What an installed backend computes in on this machine, the fastest last: auto takes it."""
+    """What an installed backend computes in on this machine, the fastest last: auto takes it.
+
+    Raises:
+        BackendError: its library can't be loaded.
+    """
     if name == "openvino":
-        from rcod_runtime.backends.openvino_backend import has_native_bf16
+        with importing(name):
+            from rcod_runtime.backends.openvino_backend import has_native_bf16
 
         if has_native_bf16():
             return ("fp32", "bf16") if read_processor().gains_from_bf16 else ("bf16", "fp32")
@@ -78,11 +100,10 @@ def choose(name: str, precision: str, threads: int) -> Backend:
         threads: compute threads, 0 for the library's choice.
 
     Raises:
-        UsageError: an unknown backend or precision, or one that this processor has not.
-        BackendError: its library is not installed (the message has the pip line).
+        UsageError: an unknown backend, or a precision that this processor has not.
+        BackendError: its library is not installed (the message has the pip line), or can't be
+            loaded.
     """
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}.")
     if name not in ("auto", *BACKENDS):
         raise UsageError(f"backend {name!r}: expected auto or one of {', '.join(BACKENDS)}.")
     available = [b for b in BACKENDS if installed(b)]
@@ -98,9 +119,11 @@ def choose(name: str, precision: str, threads: int) -> Backend:
             f"{' and '.join(precisions(chosen))} on this machine. Choose one of these, or auto."
         )
     if chosen == "openvino":
-        from rcod_runtime.backends.openvino_backend import OpenVinoBackend
+        with importing(chosen):
+            from rcod_runtime.backends.openvino_backend import OpenVinoBackend
 
         return OpenVinoBackend(precision, threads)
-    from rcod_runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
+    with importing("onnxruntime"):
+        from rcod_runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
     return OnnxRuntimeBackend(precision, threads)

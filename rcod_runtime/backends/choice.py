@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 
-from rcod_runtime.backends import BACKENDS, PRECISIONS, choose, installed
+from rcod_runtime.backends import BACKENDS, PRECISIONS, choose, importing, installed
 from rcod_runtime.bundle import Bundle
 from rcod_runtime.chain import Chain, HostChain
 from rcod_runtime.errors import BackendError, EngineMismatch, UsageError
@@ -80,7 +80,8 @@ def _onnxruntime(bundle: Bundle, backend: str, index: int, precision: str) -> Ho
         )
     if not installed("onnxruntime"):
         raise BackendError(f'backend {backend}: not installed. pip install "rcod[cuda]"')
-    from rcod_runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
+    with importing("onnxruntime"):
+        from rcod_runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
     return HostChain(bundle, OnnxRuntimeBackend(own, 0, index, backend == ORT_TENSORRT))
 
@@ -88,7 +89,8 @@ def _onnxruntime(bundle: Bundle, backend: str, index: int, precision: str) -> Ho
 def _has_cuda_provider() -> bool:
     if not installed("onnxruntime"):
         return False
-    import onnxruntime
+    with importing("onnxruntime"):
+        import onnxruntime
 
     return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
 

@@ -186,9 +186,13 @@ class Actor(ABC):
 
     def upscale(self, task: Task, data: bytes | None = None) -> Record:
         assert task.target is not None
-        if task.target.is_file():  # by another run, or by a worker that died before it said so
-            return Record(str(task), str(task.target), "skipped")
-        return upscale_image(self.upscaler, task, self.options, data=data)[0]
+        target = str(task.target)
+        if os.path.isfile(target):  # by another run, or by a worker that died before it said so
+            return Record(str(task), target, "skipped")
+        try:
+            return upscale_image(self.upscaler, task, self.options, data=data)[0]
+        except Exception as exc:  # the unit's other images go on
+            return failed(str(task), target, _fault(str(task), exc))
 
 
 class FileActor(Actor):
@@ -232,6 +236,8 @@ class _Rows:
             self.actor = actor()
         except RcodError as error:
             self.error = error
+        except Exception as exc:
+            self.error = _fault("it can't be started", exc)
 
     def __call__(self, batch: Any) -> Iterator[dict[str, list[Any]]]:
         if self.error is not None:
@@ -248,12 +254,16 @@ class _Rows:
             yield from self.actor.records(unit)
         except Exception as exc:  # Ray would drop the block and say nothing of it
             name = str(unit.get("source") or unit.get("path"))
-            yield failed(name, "", BackendError(f"{name}: {type(exc).__name__}: {exc}"))
+            yield failed(name, "", _fault(name, exc))
 
 
 def failed(name: str, output: str, error: RcodError) -> Record:
     """The record of an image that failed before it was in work."""
     return Record(name, output, "failed", error=type(error).__name__, message=str(error))
+
+
+def _fault(what: str, exc: Exception) -> BackendError:
+    return BackendError(f"{what}: {type(exc).__name__}: {exc}")
 
 
 def _absolute(path: Path | None) -> str:

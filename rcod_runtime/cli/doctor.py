@@ -76,17 +76,17 @@ def examine(
         EngineMismatch: a GPU is asked for, and no engine of the bundle fits it.
         UsageError: an unknown device.
     """
-    from rcod_runtime.backends import BACKENDS, installed, precisions
+    from rcod_runtime.backends import BACKENDS, precisions
     from rcod_runtime.backends.choice import gpu_index
     from rcod_runtime.bundle import open_bundle
-    from rcod_runtime.selftest import self_test
+    from rcod_runtime.selftest import cpu_obstacle, self_test
 
     gpu = gpu_index(device)
     yield f"python {platform.python_version()}, {platform.system()} {platform.machine()}"
     yield ", ".join(f"{name} {version}" for name, version in _versions())
     bundle = open_bundle(folder, require_signature)
     identity, levels = bundle.manifest.identity, bundle.manifest.levels
-    yield f"bundle {identity.name} ({identity.family}): files are whole"
+    yield f"bundle {identity.name} ({identity.family}): graphs are whole"
     if require_signature is not None:
         yield f"signed by {require_signature}"
     yield "levels " + ", ".join(f"{level.name} t={level.timestep}" for level in levels)
@@ -94,12 +94,13 @@ def examine(
     if engines is not None:
         line = self_test(bundle, "tensorrt", "auto", require_signature, f"cuda:{gpu or 0}")
         yield f"backend tensorrt: {line}"
-    usable = [name for name in BACKENDS if installed(name)]
-    for name in BACKENDS:
-        if name not in usable:
-            yield f"backend {name}: not installed"
+    obstacles = {name: cpu_obstacle(bundle.manifest, name) for name in BACKENDS}
+    usable = [name for name, reason in obstacles.items() if reason is None]
+    for name, reason in obstacles.items():
+        if reason is not None:
+            yield f"backend {name}: {reason}"
     if not usable and engines is None:
-        raise BackendError("no backend is installed. pip install rcod")
+        raise BackendError("no backend that is installed runs this bundle. pip install rcod")
     for name in usable:
         for precision in precisions(name):
             yield f"backend {name}: {self_test(bundle, name, precision, require_signature)}"

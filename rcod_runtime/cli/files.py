@@ -66,7 +66,8 @@ def plan_tasks(
         return [Task(sources[0][0], None, FORMATS[chosen or ".png"])]
     folder = Path(out)
     single = len(sources) == 1 and not os.path.isdir(inputs[0])
-    is_name = not folder.is_dir() and folder.suffix != ""
+    # os.path, as everywhere here: before Python 3.14 pathlib raises where it may not look.
+    is_name = not os.path.isdir(folder) and folder.suffix != ""
     if is_name and not single and folder.suffix.lower() in FORMATS:
         raise UsageError(f"{out}: expected a folder for several images, found an image's name.")
     if is_name and single:
@@ -110,13 +111,22 @@ def check_folders(tasks: Iterable[Task]) -> None:
             )
 
 
+def identity(path: Path) -> object:
+    """What all names of a file have in common: two that differ in case are one on some disks."""
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return os.path.realpath(path)  # no file yet
+    return status.st_dev, status.st_ino
+
+
 def _file_format(target: Path, format_choice: str | None) -> str:
     from rcod_runtime.image_io import FORMATS, format_of
 
     format_name = format_of(target)
     if format_choice is not None and format_name != FORMATS[SUFFIXES[format_choice]]:
         raise UsageError(f"{target}: its name says {format_name}, --format {format_choice}.")
-    if not target.parent.is_dir():
+    if not os.path.isdir(target.parent):
         raise OutputError(f"{target}: the folder {target.parent} does not exist. Make it first.")
     return format_name
 
@@ -125,7 +135,7 @@ def _sources(inputs: Sequence[str], out: Path, recursive: bool) -> Iterator[tupl
     """(file, its path below the input folder, or its name) of every image."""
     for text in inputs:
         path = Path(text)
-        if path.is_dir():
+        if os.path.isdir(path):
             try:
                 found = list(_walk(path, out) if recursive else _images(path, os.listdir(path)))
             except OSError as exc:
@@ -134,7 +144,7 @@ def _sources(inputs: Sequence[str], out: Path, recursive: bool) -> Iterator[tupl
             if not found:
                 raise ImageError(f"{path}: a folder without images ({_known()}).")
             yield from ((image, image.relative_to(path)) for image in found)
-        elif path.exists():
+        elif os.path.exists(path):
             yield path, Path(path.name)
         elif glob.has_magic(text):
             matches = sorted(glob.glob(text, recursive=True))
@@ -143,7 +153,7 @@ def _sources(inputs: Sequence[str], out: Path, recursive: bool) -> Iterator[tupl
                 raise ImageError(f"{text}: no image matches this pattern ({_known()}).")
             yield from ((image, Path(image.name)) for image in images)
         else:
-            raise ImageError(f"{path}: not found.")
+            raise ImageError(f"{path}: not found, or can't be reached.")
 
 
 def _walk(top: Path, out: Path) -> Iterator[Path]:
@@ -158,7 +168,7 @@ def _walk(top: Path, out: Path) -> Iterator[Path]:
             name
             for name in subfolders
             if not name.startswith(".")
-            and not (out.is_dir() and os.path.samefile(here / name, out))
+            and not (os.path.isdir(out) and os.path.samefile(here / name, out))
         )
         yield from _images(here, names)
 
@@ -184,11 +194,11 @@ def _known() -> str:
 
 
 def _check_targets(tasks: Sequence[Task]) -> None:
-    sources = {os.path.realpath(task.source): task.source for task in tasks if task.source}
+    sources = {identity(task.source) for task in tasks if task.source is not None}
     writers: dict[Path, Task] = {}
     for task in tasks:
         assert task.target is not None
-        if os.path.realpath(task.target) in sources:
+        if identity(task.target) in sources:
             raise UsageError(f"{task.target}: would replace an input. Choose another -o.")
         if task.target in writers:
             raise OutputError(

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rcod_runtime.cli.files import STREAM, Task, check_folders
 from rcod_runtime.cli.report import Record
 from rcod_runtime.errors import ImageError, OutputError, RcodError
+from rcod_runtime.files import read_stream
 from rcod_runtime.image_io import (
+    MAX_INPUT_BYTES,
     check_format,
     decode_image,
     encode_image,
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 class Options:
     """What a run does to each image: arguments of Upscaler's call."""
 
-    realism: str | float
+    realism: str | float | None
     scale: float | None
     colour_match: Any
     tile_px: int | None
@@ -82,7 +84,7 @@ def _upscale(
     if data is not None:
         photo = decode_image(data, str(task))
     elif task.source is None:
-        photo = decode_image(sys.stdin.buffer.read(), "stdin")
+        photo = decode_image(_stdin(), "stdin")
     else:
         photo = read_image(task.source)
     sizes["input_height_px"], sizes["input_width_px"] = photo.pixels.shape[:2]
@@ -111,3 +113,10 @@ def _upscale(
         except OSError as exc:
             raise OutputError(f"stdout: can't be written ({exc.strerror or exc}).") from exc
     sizes["output_height_px"], sizes["output_width_px"] = sr.shape[:2]
+
+
+def _stdin() -> bytes:
+    try:
+        return read_stream(sys.stdin.buffer, MAX_INPUT_BYTES)
+    except OSError as exc:
+        raise ImageError(f"stdin: can't be read ({exc.strerror or exc}).") from exc

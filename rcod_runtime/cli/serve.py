@@ -5,17 +5,19 @@
   curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/upscale?realism=0.3' -o sharp.png
 
 SIGTERM and Ctrl-C: no new connections, what is in work is finished. There is no TLS and no login:
-put a proxy in front where strangers can reach it. Exit codes: those of rcod-upscale.
+put a proxy in front where strangers can reach it. Exit codes: those of rcod-upscale; 6 where it
+can't listen.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import signal
 import sys
 
 from rcod_runtime.cli.opening import add_opening_options, opening
-from rcod_runtime.errors import BackendError, RcodError, UsageError
+from rcod_runtime.errors import BackendError, OutputError, RcodError, UsageError
 from rcod_runtime.serve.limits import Limits
 
 GRACE_S = 30
@@ -94,8 +96,9 @@ def _serve(arguments: argparse.Namespace) -> int:
     server = uvicorn.Server(config)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after its stop
         signal.signal(number, lambda *_: None)
-    server.run()
-    return 0 if server.started else 6
+    with contextlib.suppress(SystemExit):  # with a code of uvicorn's, where it can't listen
+        server.run()
+    return 0 if server.started else OutputError.exit_code
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import os
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from rcod_runtime.cli.files import is_table
@@ -107,8 +107,8 @@ def target_of(name: str, out: Path, suffix: str | None) -> Path:
     Raises:
         ImageError: the name leads out of ``out``, or its folder can't be made.
     """
-    relative = PurePosixPath(name)
-    if relative.is_absolute() or ".." in relative.parts or not relative.name or "\0" in name:
+    relative, strict = PurePosixPath(name), PureWindowsPath(name)  # which knows \\ and C: as well
+    if strict.anchor or ".." in strict.parts or not relative.name or "\0" in name:
         raise ImageError(f"{name}: expected a name inside the output's folder.")
     own = relative.suffix.lower() if relative.suffix.lower() in FORMATS else ".png"
     known = relative.suffix.lower() in READ_SUFFIXES

@@ -32,6 +32,7 @@ from rcod_runtime.cli.files import (
     SUFFIXES,
     Task,
     check_folders,
+    identity,
     is_table,
     make_folders,
     plan_tasks,
@@ -71,9 +72,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add(
         "--realism",
-        default="neutral",
         metavar="LEVEL",
-        help="fidelity, neutral, realism, adaptive, or a number in 0..1 (default: %(default)s)",
+        help="fidelity, neutral, realism, adaptive, or a number in 0..1 (default: neutral, or the "
+        "middle level of a bundle without it)",
     )
     add("--scale", type=float, metavar="S", help="1 to 4 (default: the bundle's, 4)")
     add("--recursive", action="store_true", help="folders with their subfolders, kept in OUT")
@@ -127,10 +128,13 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of ``rcod-upscale``; returns the exit code."""
     arguments = build_parser().parse_args(argv)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="surrogateescape")  # file names are bytes
+        # As file names are, which it prints: a redirected one may have another encoding.
+        sys.stdout.reconfigure(
+            encoding=sys.getfilesystemencoding(), errors=sys.getfilesystemencodeerrors()
+        )
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        with _sigterm_raises():
+        with sigterm_raises():
             _run(arguments)
     except RcodError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -142,7 +146,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
+def sigterm_raises() -> Iterator[None]:
     """SIGTERM ends the run as Ctrl-C does, in the block."""
 
     def terminate(number: int, frame: FrameType | None) -> None:
@@ -189,7 +193,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _check_report(path: Path | None, images: Iterable[Path]) -> None:
     """A report must not replace a photo, or a file of many."""
-    if path is not None and os.path.realpath(path) in map(os.path.realpath, images):
+    if path is not None and identity(path) in map(identity, images):
         raise UsageError(f"--report {path}: expected a file of its own, found an image's name.")
 
 
@@ -197,7 +201,7 @@ def _pending(tasks: Sequence[Task], report: Report) -> list[Task]:
     """The tasks whose output is not there. Outputs appear whole, so what is there is done."""
     pending = []
     for task in tasks:
-        if task.target is not None and task.target.is_file():
+        if task.target is not None and os.path.isfile(task.target):
             report.add(Record(str(task), str(task.target), "skipped"))
         else:
             pending.append(task)
@@ -253,7 +257,9 @@ def _options(arguments: argparse.Namespace) -> Options:
     )
 
 
-def _realism(text: str) -> str | float:
+def _realism(text: str | None) -> str | float | None:
+    if text is None:
+        return None
     try:
         return float(text)
     except ValueError:

@@ -32,7 +32,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from rcod_runtime import ImageError, OutputError, Upscaler, UsageError
 from rcod_runtime.colour import COLOUR_MATCHES, DEFAULT_COLOUR_MATCH, ColourMatch
-from rcod_runtime.levels import level_weights
+from rcod_runtime.levels import choice_weights, default_level
 from rcod_runtime.serve.jobs import MEDIA_TYPES, Choice, Job, Jobs
 from rcod_runtime.serve.limits import Limits, Refused
 from rcod_runtime.serve.measures import Measures
@@ -152,7 +152,7 @@ def _choice(request: Request, upscaler: Upscaler) -> Choice:
     unknown = set(query) - {"realism", "scale", "colour_match", "format"}
     if unknown:
         raise Refused(400, "UsageError", f"unknown parameter {sorted(unknown)[0]!r}.")
-    realism: str | float = query.get("realism", "neutral")
+    realism: str | float = query.get("realism", default_level(upscaler.manifest.levels))
     with contextlib.suppress(ValueError):
         realism = float(realism)
     colour_match = query.get("colour_match", DEFAULT_COLOUR_MATCH)
@@ -168,8 +168,7 @@ def _choice(request: Request, upscaler: Upscaler) -> Choice:
     except ValueError as exc:
         raise Refused(400, "UsageError", "scale: expected a number from 1 to 4.") from exc
     try:
-        if realism != "adaptive":
-            level_weights(realism, upscaler.manifest.levels)
+        choice_weights(realism, upscaler.manifest)
     except UsageError as exc:
         raise Refused(400, "UsageError", str(exc)) from exc
     return Choice(realism, scale, colour_match, kind)
@@ -200,19 +199,25 @@ async def _body(request: Request, limits: Limits) -> bytes:
     Raises:
         Refused: 408, 413 or 499.
     """
-    chunks, size = [], 0
+    chunks: list[bytes] = []
+
+    async def read() -> None:
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limits.body_bytes:
+                raise _too_large(limits)
+            chunks.append(chunk)
+
     try:
-        async with asyncio.timeout(limits.body_s):
-            async for chunk in request.stream():
-                size += len(chunk)
-                if size > limits.body_bytes:
-                    raise _too_large(limits)
-                chunks.append(chunk)
-    except TimeoutError as exc:
+        await asyncio.wait_for(read(), limits.body_s)
+        return b"".join(chunks)
+    except asyncio.TimeoutError as exc:  # Python 3.10's is not the builtin one
         raise Refused(408, "UsageError", f"no whole body in {limits.body_s:g} s.") from exc
     except ClientDisconnect as exc:
         raise Refused(499, "Abandoned", "the client closed the connection.") from exc
-    return b"".join(chunks)
+    finally:
+        chunks.clear()  # what is raised through wait_for is in a cycle with them
 
 
 async def _wait(request: Request, result: asyncio.Task[bytes], job: Job, limits: Limits) -> bytes:
@@ -283,10 +288,12 @@ class Unread(JSONResponse):
             more = {"more_body": True} if message["type"] == "http.response.body" else {}
             await send({**message, **more})
 
-        await super().__call__(scope, receive, send_open)
-        with contextlib.suppress(TimeoutError):
+        async def throw_away() -> None:
             left = self.limits.body_bytes
-            async with asyncio.timeout(self.limits.body_s):
-                while left >= 0 and (message := await receive()).get("more_body"):
-                    left -= len(message.get("body", b""))
+            while left >= 0 and (message := await receive()).get("more_body"):
+                left -= len(message.get("body", b""))
+
+        await super().__call__(scope, receive, send_open)
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(throw_away(), self.limits.body_s)
         await send({"type": "http.response.body"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +95,14 @@ def test_choices_that_exclude_each_other_are_refused(
     Recorder(monkeypatch)
     with pytest.raises(UsageError):
         Upscaler(bundle, **options)
+
+
+@pytest.mark.parametrize("name", ["openvino", "onnxruntime"])
+def test_a_backend_that_is_installed_but_cannot_be_imported_is_named(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, name: str
+) -> None:
+    monkeypatch.setattr("rcod_runtime.backends.installed", lambda name: True)
+    monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, f"rcod_runtime.backends.{name}_backend", raising=False)
+    with pytest.raises(BackendError, match=rf"backend {name}: installed, but it can't be loaded"):
+        Upscaler(bundle, backend=name)

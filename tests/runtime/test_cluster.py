@@ -15,11 +15,16 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rcod_runtime.cli import upscale
+from rcod_runtime.cli.files import Task
+from rcod_runtime.cli.report import Record
+from rcod_runtime.cli.tables import target_of
+from rcod_runtime.errors import ImageError
 from rcod_runtime.image_io import encode_image, read_image, write_image
 
 pytest.importorskip("ray", reason='needs pip install "rcod[ray]"')
@@ -201,6 +206,25 @@ def test_an_image_that_kills_its_workers_is_given_up_and_a_fault_of_ours_is_name
     assert all(r["output"] == str(tmp_path / name) for name, r in told.items())
 
 
+def rows_of(actor: Callable[[], Any], units: list[dict[str, object]]) -> list[Any]:
+    """The records that Ray gets of an actor, here without Ray."""
+    from rcod_runtime.cli.cluster import _Rows
+
+    batches = list(_Rows(actor)(pa.Table.from_pylist(units)))
+    return [json.loads(text) for batch in batches for text in batch["record"]]
+
+
+def test_an_actor_that_cannot_be_made_says_why() -> None:
+    """Ray would try for ever to make it."""
+
+    def broken() -> None:
+        raise RuntimeError("no such symbol")
+
+    (record,) = rows_of(broken, [{"number": 0}])
+    assert record["error"] == "BackendError"
+    assert record["message"] == "it can't be started: RuntimeError: no such symbol"
+
+
 # -- tables ----------------------------------------------------------------------------------------
 
 
@@ -269,6 +293,43 @@ def test_images_come_from_tar_shards_up_to_where_one_is_damaged(
     assert code == 0 and out == f"{tmp_path / 'out' / 'd.png'}\n", err
     names = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.*")}
     assert names == {"a.png", "sub/b.png", "d.png"}
+
+
+def test_a_fault_of_ours_costs_one_image_of_a_shard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rcod_runtime.cli import cluster
+
+    def upscale_image(_: object, task: Task, *rest: object, data: bytes) -> tuple[Record, None]:
+        if data == b"b":
+            raise ValueError("a fault of our own")
+        return Record(str(task), str(task.target), "written"), None
+
+    def opened(upscaler: object, **_: object) -> None: ...
+
+    monkeypatch.setattr(cluster, "upscale_image", upscale_image)
+    monkeypatch.setattr("rcod_runtime.Upscaler.__init__", opened)
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name in "abc":
+            info = tarfile.TarInfo(f"{name}.png")
+            info.size = 1
+            tar.addfile(info, io.BytesIO(name.encode()))
+    unit = {"number": 0, "path": str(tmp_path / "s.tar"), "part": 0}
+    told = rows_of(lambda: cluster.TableActor({}, None, tmp_path, None), [unit])  # type: ignore[arg-type]
+    assert told.pop() is None, "the unit is done"
+    assert [r["status"] for r in told] == ["written", "failed", "written"]
+    assert told[1]["message"] == "b.png: ValueError: a fault of our own"
+    assert told[1]["output"] == str(tmp_path / "b.png")
+
+
+@pytest.mark.parametrize(
+    "name", ["/etc/x.png", "a/../../x.png", "..\\x.png", "C:x.png", "C:\\x.png", r"\\host\s\x.png"]
+)
+def test_no_name_in_a_table_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
+    """On Windows a backslash separates and C: is another disk."""
+    with pytest.raises(ImageError, match="expected a name inside the output's folder"):
+        target_of(name, tmp_path, None)
+    assert target_of("2026-01-01T10:00:00.png", tmp_path, None).parent == tmp_path
 
 
 # -- what can't be used ----------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import rcod_runtime
 from rcod_runtime import Upscaler
 from rcod_runtime.cli import doctor, upscale
 from rcod_runtime.image_io import read_image, write_image
+from tests.runtime.fakes import make_bundle
 
 Photo = Callable[..., np.ndarray]
 Capture = pytest.CaptureFixture[str]
@@ -63,6 +64,16 @@ def test_alpha_and_grey_files_keep_their_kind(bundle: Path, tmp_path: Path, phot
     assert read_image(tmp_path / "out/g.png").pixels.shape == (96, 160)
 
 
+def test_a_bundle_without_neutral_is_run_at_its_own_level(
+    tmp_path: Path, photos: Path, capsys: Capture
+) -> None:
+    make_bundle(tmp_path / "folded", gains=(1.0,), mem=False)  # its level is fidelity
+    out = tmp_path / "o.png"
+    assert run(tmp_path / "folded", photos / "0.png", "-o", out) == 0
+    assert run(tmp_path / "folded", photos / "0.png", "-o", out, "--realism", "neutral") == 2
+    assert "expected one of fidelity, or a number in [0, 1]." in capsys.readouterr().err
+
+
 def bad_runs(bundle: Path, photos: Path, tmp_path: Path) -> dict[str, tuple[list[object], int]]:
     good, out = photos / "0.png", tmp_path / "o.png"
     (tmp_path / "empty.png").touch()
@@ -71,6 +82,9 @@ def bad_runs(bundle: Path, photos: Path, tmp_path: Path) -> dict[str, tuple[list
     return {
         "missing input": ([tmp_path / "none.png", "-o", out], 3),
         "empty input": ([tmp_path / "empty.png", "-o", out], 3),
+        "input's name too long": ([tmp_path / f"{'n' * 300}.png", "-o", out], 3),
+        "output's name too long": ([good, "-o", tmp_path / f"{'n' * 300}.png", "--skip-existing"],
+                                   6),
         "folder without images": ([tmp_path / "folder", "-o", tmp_path / "x"], 3),
         "unknown level": ([good, "-o", out, "--realism", "best"], 2),
         "realism outside": ([good, "-o", out, "--realism", "1.5"], 2),
@@ -184,13 +198,15 @@ def test_doctor_reports_backends_and_fails_on_a_damaged_bundle(
 ) -> None:
     assert doctor.main(["--bundle", str(bundle)]) == 0
     report = capsys.readouterr().out
-    assert "files are whole" in report and "used by default: openvino" in report
+    assert "graphs are whole" in report and "used by default: openvino" in report
     (own_bundle / "onnx/vpim.onnx").write_bytes(b"x")
     assert doctor.main(["--bundle", str(own_bundle)]) == 4
     assert "HashMismatch" in capsys.readouterr().err
 
 
-def test_doctor_finds_a_sample_that_differs(own_bundle: Path, photo: Photo) -> None:
+def test_doctor_finds_a_sample_that_differs_and_one_that_was_changed(
+    own_bundle: Path, photo: Photo
+) -> None:
     from rcod_runtime.manifest import sha256_file
 
     lq = photo(8, 8)
@@ -207,6 +223,8 @@ def test_doctor_finds_a_sample_that_differs(own_bundle: Path, photo: Photo) -> N
     }
     (own_bundle / "manifest.json").write_text(json.dumps(manifest))
     assert doctor.main(["--bundle", str(own_bundle)]) == 5
+    write_image(own_bundle / "sr.png", np.ones((32, 32, 3), np.uint8))
+    assert doctor.main(["--bundle", str(own_bundle)]) == 4
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:

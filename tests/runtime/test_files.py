@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,8 @@ def test_a_format_is_chosen_for_results_in_a_folder_or_on_stdout(tree: Path) -> 
     ("inputs", "out", "options", "error", "message"),
     [
         (["none.png"], "out", {}, ImageError, "none.png: not found"),
+        (["n" * 300], "out", {}, ImageError, "nnn: not found, or can't be reached"),
+        (["in/b.jpg"], f"{'n' * 300}/o.png", {}, OutputError, "does not exist"),
         (["in/*.webp"], "out", {}, ImageError, r"no image matches"),
         (["in/sub/deep/../../.trash/.."], "-", {}, UsageError, "expected one image, found 4"),
         (["-", "in/b.jpg"], "out", {}, UsageError, "no other input"),
@@ -101,3 +104,10 @@ def test_what_cannot_be_meant_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         plan_tasks(inputs, out, **options)  # type: ignore[arg-type]
+
+
+def test_an_input_is_not_replaced_under_another_of_its_names(tree: Path) -> None:
+    """A second link stands in for a disk that takes B.JPG for b.jpg."""
+    os.link("in/b.jpg", "second.jpg")
+    with pytest.raises(UsageError, match=r"second.jpg: would replace an input"):
+        plan_tasks(["in/b.jpg"], "second.jpg")

@@ -81,6 +81,10 @@ WRONG: dict[str, tuple[Change, str]] = {
         lambda m: setattr(m.graph.initializer[0], "raw_data", b"1234"),
         "weights of 4 bytes, where the shape .* needs 324",
     ),
+    "weights of many dimensions": (
+        lambda m: m.graph.initializer[0].dims.extend([1] * 61),
+        "weights of 65 dimensions, expected at most 64",
+    ),
     "no weights": (lambda m: m.graph.initializer[0].ClearField("raw_data"), "weights of 0 bytes"),
     "weights of text": (lambda m: setattr(m.graph.initializer[0], "data_type", 8), "the type 8"),
     "sparse weights": (lambda m: m.graph.sparse_initializer.add(), "a sparse"),

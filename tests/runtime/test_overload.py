@@ -7,16 +7,18 @@ import concurrent.futures
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from rcod_runtime import Upscaler
 from rcod_runtime.serve.jobs import Choice, Job, Jobs
-from rcod_runtime.serve.limits import Limits
+from rcod_runtime.serve.limits import Limits, Refused
 from tests.runtime.test_serve import Server, error_of, large, png, wait_for
 
 
@@ -142,6 +144,33 @@ def test_a_client_that_leaves_while_its_photo_waits_frees_its_place_at_once(
 
     with Upscaler(bundle) as host:
         asyncio.run(work(host))
+
+
+def test_a_body_is_timed_without_asyncio_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.10 has none, and another TimeoutError."""
+    from rcod_runtime.serve.app import Unread, _body
+
+    monkeypatch.delattr(asyncio, "timeout", raising=False)
+    limits, sent = Limits(body_s=0.01), list[Any]()
+
+    async def silent() -> AsyncIterator[bytes]:
+        await asyncio.sleep(60)
+        yield b""
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(60)
+        return {}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def both() -> None:
+        with pytest.raises(Refused, match="no whole body in 0.01 s"):
+            await _body(SimpleNamespace(stream=silent), limits)  # type: ignore[arg-type]
+        await Unread(Refused(400, "UsageError", "no"), limits)({"type": "http"}, receive, send)
+
+    asyncio.run(both())
+    assert [message.get("more_body") for message in sent] == [None, True, None]
 
 
 def test_a_client_that_leaves_frees_its_place(bundle: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -107,6 +108,8 @@ def test_a_report_does_not_replace_a_photo(
 ) -> None:
     before = contents(photos)
     assert run(bundle, photos, "-o", tmp_path / "o", "--report", photos / "0.png") == 2
+    os.link(photos / "0.png", tmp_path / "second")  # as 0.PNG is on some disks
+    assert run(bundle, photos, "-o", tmp_path / "o", "--report", tmp_path / "second") == 2
     assert contents(photos) == before
     assert run(bundle, photos, "-o", tmp_path / "o", "--report", tmp_path / "none/r") == 6
     assert "the report can't be written" in capsys.readouterr().err
@@ -163,6 +166,15 @@ def test_stdin_to_stdout_gives_the_bytes_of_the_file(
     assert done.stdout[:2] == b"\xff\xd8" and decode_image(done.stdout, "o").pixels.shape[0] == 40
 
 
+def test_no_more_than_an_image_may_have_is_taken_from_stdin(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr("rcod_runtime.cli.image.MAX_INPUT_BYTES", 9)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(bytes(10))))
+    assert run(bundle, "-", "-o", tmp_path / "o.png") == 3
+    assert "stdin: can't be read (over the limit of 9 bytes)" in capsys.readouterr().err
+
+
 def test_a_reader_that_went_away_is_an_output_error(
     bundle: Path, photos: Path, tmp_path: Path
 ) -> None:
@@ -176,18 +188,19 @@ def test_a_reader_that_went_away_is_an_output_error(
         assert b"stdout: can't be written" in done.stderr and b"Traceback" not in done.stderr
 
 
-def test_names_that_are_not_unicode_are_written_and_printed(
+def test_names_that_are_not_unicode_or_not_in_stdouts_encoding_are_written_and_printed(
     bundle: Path, photos: Path, tmp_path: Path
 ) -> None:
-    odd = os.fsencode(photos) + b"/caf\xe9.png"
+    name = "写真".encode() + b"caf\xe9.png"
+    odd = os.fsencode(photos) + b"/" + name
     os.rename(photos / "0.png", odd)
     out, report = tmp_path / "out", tmp_path / "r"
     arguments = (os.fsdecode(odd), photos / "1.png", "-o", out, "--report", report)
-    strict = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}
+    strict = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
     call = command(*arguments, "--bundle", bundle)
     done = subprocess.run(call, capture_output=True, timeout=300, env=strict)
     assert done.returncode == 0, done.stderr
-    assert os.fsencode(out) + b"/caf\xe9.png" in done.stdout.splitlines()
+    assert os.fsencode(out) + b"/" + name in done.stdout.splitlines()
     assert len(records(report)) == 2
 
 

@@ -25,6 +25,7 @@ from PIL import Image
 
 from benchmarks.corpus import image_corpus
 from rcod_runtime import OutputError, Upscaler
+from tests.runtime.fakes import make_bundle
 
 pytest.importorskip("uvicorn")
 
@@ -159,6 +160,21 @@ def test_other_formats_and_a_head_of_an_id_are_taken(
     headers = {"X-Request-Id": "a-1"}
     assert server.ask("/v1/upscale", png(photo()), headers)[0] == 200
     assert server.ask("/v1/progress/a-1")[0] == 404, "it is done"
+
+
+def test_a_bundle_without_neutral_is_served_at_its_own_level(tmp_path: Path) -> None:
+    from starlette.requests import Request
+
+    from rcod_runtime.serve.app import _choice
+    from rcod_runtime.serve.limits import Refused
+
+    make_bundle(tmp_path, gains=(1.0,), mem=False)  # its level is fidelity
+    with Upscaler(tmp_path) as upscaler:
+        request = Request({"type": "http", "query_string": b""})
+        assert _choice(request, upscaler).realism == "fidelity"
+        request = Request({"type": "http", "query_string": b"realism=adaptive"})
+        with pytest.raises(Refused, match="no metric estimation module"):
+            _choice(request, upscaler)
 
 
 def test_model_health_and_page(server: Server, bundle: Path) -> None:
@@ -418,7 +434,7 @@ def test_what_cannot_be_served_is_named(bundle: Path, tmp_path: Path) -> None:
         taken.listen()
         port = str(taken.getsockname()[1])
         done = run("--bundle", str(bundle), "--port", port, "--threads", "1")
-    assert done.returncode != 0 and "address already in use" in done.stderr.lower()
+    assert done.returncode == 6 and "address already in use" in done.stderr.lower()
     without = "import sys; sys.modules['uvicorn'] = None\n"
     code = without + "from rcod_runtime.cli.serve import main\nsys.exit(main([]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300,

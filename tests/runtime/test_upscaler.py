@@ -15,7 +15,7 @@ from rcod_runtime import Upscaler
 from rcod_runtime.backends import BACKENDS, precisions
 from rcod_runtime.colour import ColourMatch
 from rcod_runtime.errors import BackendError, NonFiniteOutput, UsageError
-from rcod_runtime.levels import adaptive_level, level_weights
+from rcod_runtime.levels import adaptive_level, default_level, level_weights
 from rcod_runtime.manifest import MetricRange
 from tests.runtime.fakes import GAINS, LEVELS, make_bundle
 
@@ -84,6 +84,9 @@ def test_one_level_with_a_metric_estimator_has_nothing_to_choose(
     with Upscaler(tmp_path, backend=backend, precision="fp32") as upscaler:
         expected = upscaler(photo(), "fidelity")  # the one level's name in this bundle
         assert expected.std() > 10
+        np.testing.assert_array_equal(upscaler(photo()), expected)
+        with pytest.raises(UsageError, match="expected one of fidelity, adaptive, or a number"):
+            upscaler(photo(), "neutral")
         np.testing.assert_array_equal(upscaler(photo(), "adaptive"), expected)
         np.testing.assert_array_equal(upscaler(photo(8, 8), 0.7), upscaler(photo(8, 8), "adaptive"))
 
@@ -112,10 +115,15 @@ def test_adaptive_without_a_metric_estimator_is_refused(tmp_path: Path, photo: P
         upscaler(photo(), "adaptive")
 
 
-@pytest.mark.parametrize("realism", ["sharp", "", -0.01, 1.01, float("nan"), None, True])
+@pytest.mark.parametrize("realism", ["sharp", "", -0.01, 1.01, float("nan"), True])
 def test_unknown_realism_is_refused(upscaler: Upscaler, photo: Photo, realism: object) -> None:
     with pytest.raises(UsageError, match="realism.*expected"):
         upscaler(photo(), realism)  # type: ignore[arg-type]
+
+
+def test_the_default_is_neutral_or_the_middle_level() -> None:
+    assert default_level(LEVELS) == default_level(LEVELS[1:]) == "neutral"
+    assert default_level(LEVELS[2:]) == "realism" and default_level(LEVELS[::2]) == "fidelity"
 
 
 def test_level_weights_sum_to_one_everywhere() -> None:
@@ -337,6 +345,30 @@ def test_infinity_from_a_graph_is_named_and_not_returned(
         pytest.raises(NonFiniteOutput, match="graph denoiser, realism realism, tile row 0"),
     ):
         upscaler(photo(), "realism")
+
+
+def test_nan_for_the_degradation_is_named(
+    upscaler: Upscaler, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        upscaler._chain, "estimate", lambda feed, tiles: [np.full(len(t), np.nan) for t in tiles]
+    )
+    with pytest.raises(NonFiniteOutput, match="graph encoder, realism adaptive: gave NaN"):
+        upscaler(photo(40, 40), "adaptive")  # several tiles
+
+
+def test_after_shapes_that_a_graph_refused_the_ones_before_work_again(
+    upscaler: Upscaler, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise BackendError("too large")
+
+    expected = upscaler(photo(40, 40), tile_px=64)
+    sessions = upscaler._chain._sessions  # type: ignore[attr-defined]
+    with monkeypatch.context() as patched, pytest.raises(BackendError, match="too large"):
+        patched.setattr(sessions["decoder"], "bind", refuse)
+        upscaler(photo(40, 40), tile_px=96)
+    np.testing.assert_array_equal(upscaler(photo(40, 40), tile_px=64), expected)
 
 
 def test_a_closed_upscaler_says_so_and_closing_twice_is_harmless(

@@ -60,6 +60,19 @@ def gpu_count(runtime: Any) -> int:
     return int(count)
 
 
+def gpu_name(runtime: Any, index: int) -> str:
+    """A GPU's name, e.g. NVIDIA GeForce RTX 4090.
+
+    Raises:
+        BackendError: it doesn't say its name.
+    """
+    error, properties = runtime.cudaGetDeviceProperties(index)
+    if int(error) != 0:
+        raise BackendError(f"cuda:{index}: does not say its name ({error.name})")
+    name: bytes = properties.name
+    return name.decode(errors="replace")
+
+
 def sm_of(runtime: Any, index: int) -> int:
     """Compute capability of a GPU, e.g. 89.
 
