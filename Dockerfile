@@ -3,7 +3,7 @@
 #   docker build -t rcod .
 #   docker run --gpus all -p 8000:8000 -v "$PWD/my_bundle:/bundle:ro" rcod
 #
-# Engines in the bundle must be for this GPU: rcod-export engines my_bundle --sm ...
+# Engines in the bundle must be for this GPU: rcod-export engines my_bundle (--sm for RTX engines).
 # The CUDA libraries come with the packages; the driver comes from the host.
 FROM python:3.12-slim AS build
 WORKDIR /src

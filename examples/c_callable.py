@@ -47,7 +47,7 @@ def c_function(upscaler: Upscaler) -> Any:
         except RcodError as error:
             log.error("%s: %s", type(error).__name__, error)
             return error.exit_code
-        except Exception:  # nothing may be raised into C
+        except BaseException:  # nothing may be raised into C, Ctrl-C neither
             log.exception("upscale")
             return UNEXPECTED
         return 0

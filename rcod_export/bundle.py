@@ -7,7 +7,7 @@ import logging
 import math
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,15 +18,18 @@ import onnx
 
 from rcod_export.card import CARD, write_card
 from rcod_export.onnx_file import export_onnx
+from rcod_export.output import check_replaceable, written_output
 from rcod_export.parity import check_levels_differ, check_sample, compare
 from rcod_export.quantize import QUANTIZED, calibration_photos, quantize
 from rcod_export.reference import Case, parity_cases, photo_cases, whole_images
 from rcod_export.specs import GraphSpec, graph_specs, latent_step
 from rcod_runtime import Upscaler
 from rcod_runtime.colour import SAMPLE_COLOUR_MATCH
-from rcod_runtime.errors import ExportError, OutputError, UsageError
+from rcod_runtime.errors import BundleError, UsageError
 from rcod_runtime.image_io import read_image, write_image
+from rcod_runtime.levels import default_level
 from rcod_runtime.manifest import (
+    MANIFEST_FILE,
     Evidence,
     Graph,
     Identity,
@@ -37,14 +40,15 @@ from rcod_runtime.manifest import (
     Parity,
     Precision,
     Sample,
+    read_manifest_bytes,
     sha256_file,
 )
 from rcod_runtime.manifest import Tensor as TensorSpec
+from rcod_runtime.schema import parse_json
 from rcod_runtime.selftest import MAX_SAMPLE_PIXELS
 from rcod_runtime.signature import SIGNATURE_FILE
 from rcod_train.adapter_files import are_adapters, load_adapters
 from rcod_train.checkpoint import CheckpointInfo, CheckpointLevel, load_merged
-from rcod_train.files import written_whole
 from rcod_train.network import Parts
 from rcod_train.schedule import alpha_sigma
 
@@ -52,8 +56,8 @@ log = logging.getLogger(__name__)
 
 Photo = npt.NDArray[np.uint8]  # (H, W, 3)
 
+CONTENT = {MANIFEST_FILE, SIGNATURE_FILE, CARD, "onnx", "sample", "engines"}  # of a bundle
 DEFAULT_SAMPLE = Path(__file__).with_name("sample.png")
-SAMPLE_REALISM = "neutral"
 SCALE = 4
 COMPARED_PX = 64  # sides of what is compared as a whole image, before it is upscaled
 COMPATIBLE_OPSET = 20  # TensorRT 10.3 reads it
@@ -120,11 +124,10 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
         CheckpointError: the checkpoint can't be read.
         ExportError: a graph can't be exported.
         ParityError: a graph differs from PyTorch beyond its limit, or levels don't differ.
-        OutputError: ``out`` can't be written, or holds something that is not a bundle.
+        OutputError: ``out`` can't be written, or holds something else than a bundle.
         UsageError: a choice that can't be had, such as a level that the checkpoint has not.
     """
-    if out.exists() and not (out / "manifest.json").is_file():
-        raise OutputError(f"{out}: exists and is not a bundle. Choose another -o.")
+    check_replaceable(out, "bundle", _is_bundle(out), CONTENT)
     if (out / SIGNATURE_FILE).exists():
         log.warning("%s: its signature will go with it; sign the new bundle", out)
     if (config.precision is Precision.INT8) != (config.calibration is not None):
@@ -133,6 +136,12 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
             "upscaled; no other precision takes one."
         )
     opset = opset_of(config)
+    # The manifest's rules, before anything is loaded.
+    if not (0 < config.tile_px <= 4096 and 0 <= config.overlap_px <= config.tile_px // 2):
+        raise UsageError(
+            f"--tile {config.tile_px} --overlap {config.overlap_px}: expected a tile of at most "
+            "4096 px and an overlap of at most half of it."
+        )
     parts, info = _loaded(checkpoint, config)
     if config.timesteps:
         info = moved_levels(info, config.timesteps)
@@ -153,7 +162,7 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
     )
     images = whole_images(references.sample)
     check_levels_differ(images)  # PyTorch's, before the export takes its minutes
-    with _written_whole(out) as folder:
+    with written_output(out) as folder:
         (folder / "onnx").mkdir()
         graphs: dict[str, Graph] = {}
         parity: list[Parity] = []
@@ -175,6 +184,14 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
         manifest = _with_sample(manifest, folder, images, config)
         write_card(folder / CARD, manifest, info.training)
     return manifest
+
+
+def _is_bundle(folder: Path) -> bool:
+    """By its manifest, which may be of another version: other things have a manifest.json too."""
+    with suppress(BundleError, ValueError):
+        manifest = parse_json(read_manifest_bytes(folder / MANIFEST_FILE).decode())
+        return isinstance(manifest, dict) and {"identity", "levels", "graphs"} <= manifest.keys()
+    return False
 
 
 def _loaded(checkpoint: Path, config: ExportConfig) -> tuple[Parts, CheckpointInfo]:
@@ -332,7 +349,7 @@ def _identity(info: CheckpointInfo) -> Identity:
 def _image_contract(parts: Parts, config: ExportConfig) -> ImageContract:
     multiple = parts.vae.factor * latent_step(parts)
     if config.tile_px % multiple:
-        raise ExportError(f"tile size {config.tile_px} px: expected a multiple of {multiple}.")
+        raise UsageError(f"--tile {config.tile_px}: expected a multiple of {multiple}.")
     return ImageContract(
         scale=SCALE,
         channels=3,
@@ -377,7 +394,7 @@ def _with_sample(
     _write(manifest, folder)
     lq = _sample_photo(lq_path)
     names = [level.name for level in manifest.levels]
-    realism = SAMPLE_REALISM if SAMPLE_REALISM in names else names[0]
+    realism = default_level(manifest.levels)
     multiple, scale = manifest.image.size_multiple, manifest.image.scale
     compared = _centre(lq)
     whole_px = -(-max(compared.shape[:2]) * scale // multiple) * multiple  # one tile, as PyTorch
@@ -405,15 +422,4 @@ def _with_sample(
 
 
 def _write(manifest: Manifest, folder: Path) -> None:
-    (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
-
-
-@contextmanager
-def _written_whole(out: Path) -> Iterator[Path]:
-    try:
-        with written_whole(out) as folder:
-            yield folder
-    except OSError as exc:
-        raise OutputError(
-            f"{out}: could not be written ({exc.strerror or exc}). Free space or choose another -o."
-        ) from exc
+    (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")

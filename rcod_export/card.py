@@ -25,6 +25,21 @@ def _int8_lines(manifest: Manifest) -> list[str]:
     return [f"Convolutions in 8 bits, for CPUs: {', '.join(names)}.", ""] if names else []
 
 
+def _moved_lines(manifest: Manifest, training: Mapping[str, Any]) -> list[str]:
+    trained = _trained_timesteps(training)
+    if not trained or {level.timestep for level in manifest.levels} <= set(trained):
+        return []
+    return [f"Moved at the export from {', '.join(map(str, trained))}.", ""]
+
+
+def _trained_timesteps(training: Mapping[str, Any]) -> list[int]:
+    """Of the levels; none where the record doesn't say."""
+    stage = training.get("rcod", {})
+    if stage.get("grouping") != "paper":
+        return []
+    return [stage["k"] * i for i in range(1, stage["n"] + 1)]
+
+
 def card(manifest: Manifest, training: Mapping[str, Any]) -> str:
     identity = manifest.identity
     lines = [
@@ -42,6 +57,7 @@ def card(manifest: Manifest, training: Mapping[str, Any]) -> str:
         "|---|---|---|---|",
         *(f"| {x.name} | {x.timestep} | {x.alpha:.4f} | {x.sigma:.4f} |" for x in manifest.levels),
         "",
+        *_moved_lines(manifest, training),
         f"Latent metric M in the training data: {manifest.metric.m_min:.4f} to "
         f"{manifest.metric.m_max:.4f}.",
         "",
@@ -81,7 +97,7 @@ def add_quality(bundle: Path, quality: Path) -> Path:
         document = json.loads(quality.read_text(encoding="utf-8"))
         lines = _quality_lines(document)
         measured = document["model"]["graph_sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as exc:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as exc:
         raise UsageError(
             f"{quality}: expected the JSON document of benchmarks.quality ({exc!r})."
         ) from exc
@@ -120,15 +136,19 @@ def _training_lines(training: Mapping[str, Any]) -> list[str]:
     lines = []
     if "photos" in training:
         lpips = "with" if training.get("use_lpips") else "without"
-        lines.append(f"{training['photos']} photo crops, seed {training['seed']}, {lpips} LPIPS.")
+        share = training.get("validation_share")
+        held_out = f", {100 * share:g} % of all held out" if share else ""
+        lines.append(
+            f"{training['photos']} photo crops{held_out}, seed {training['seed']}, {lpips} LPIPS."
+        )
         lines.append("")
     for stage in ("vae", "base", "regression", "rcod", "mem"):
         if stage in training:
             c = training[stage]
             images = c["photos_per_batch"] * c["crops_per_photo"]
             trained, rate = "", c["learning_rate"]
-            if stage == "rcod" and c.get("grouping") == "paper":
-                trained = ", at t = " + ", ".join(str(c["k"] * i) for i in range(1, c["n"] + 1))
+            if stage == "rcod" and (timesteps := _trained_timesteps(training)):
+                trained = f", at t = {', '.join(map(str, timesteps))}"
             if not c.get("train_adapters", True):
                 trained, rate = f"{trained}, the decoder alone", c["decoder_learning_rate"]
             lines.append(
@@ -137,5 +157,6 @@ def _training_lines(training: Mapping[str, Any]) -> list[str]:
             )
     if "from" in training:
         start = training["from"]
-        lines += ["", f"It goes on from {start['name']}:", "", *_training_lines(start["training"])]
+        lines += ["", f"It went on from an earlier {start['name']}, trained so:", ""]
+        lines += _training_lines(start["training"])
     return lines or ["No record."]

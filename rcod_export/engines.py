@@ -38,13 +38,14 @@ from rcod_runtime.manifest import (
 log = logging.getLogger(__name__)
 
 LOG_LINES_SHOWN = 8
-MIN_GUIDE_PX = 16
+DEFAULT_SMS = (89, 120)
 DEFAULT_WORKSPACE_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What to build for. ``tile_px`` None is the bundle's; ``batch`` is smallest and largest."""
+    """What to build for. ``sms`` are of RTX GPUs, () is DEFAULT_SMS; tensorrt takes that of this
+    machine's GPU. ``tile_px`` None is the bundle's; ``batch`` is smallest and largest."""
 
     target: str = "tensorrt-rtx"
     sms: tuple[int, ...] = ()
@@ -75,8 +76,9 @@ class EngineConfig:
 def build_engines(folder: Path, config: EngineConfig) -> Manifest:
     """Build the engines of a bundle that are missing or out of date, and enter them.
 
-    Every engine is entered into the manifest as soon as it is whole, so an interrupted run goes on
-    where it stopped.
+    Entries of engines that are out of date leave the manifest first; every new one is entered as
+    soon as it is whole. So an interrupted run goes on where it stopped, and engines that were not
+    built together never pass for a set.
 
     Raises:
         BundleError: the bundle is not whole.
@@ -90,20 +92,32 @@ def build_engines(folder: Path, config: EngineConfig) -> Manifest:
             f"{bundle.folder}: its int8 graphs are for CPUs; their ranges are not centred on zero, "
             "which TensorRT asks for. Export the bundle for engines with --precision fp16."
         )
+    _check(bundle, config)
     try:
         version = str(load_tensorrt(config.target).__version__)
-        sms = config.sms if config.target == "tensorrt-rtx" else (sm_of(load_cuda(), 0),)
+        rtx = config.target == "tensorrt-rtx"
+        sms = (config.sms or DEFAULT_SMS) if rtx else (sm_of(load_cuda(), 0),)
     except BackendError as exc:
         raise ExportError(str(exc)) from exc
+    if config.sms not in ((), sms):
+        raise UsageError(
+            f"--sm {' '.join(map(str, config.sms))}: --target tensorrt builds for this machine's "
+            f"GPU, sm_{sms[0]}. Leave --sm out."
+        )
     config = dataclasses.replace(config, sms=sms)
-    _check(bundle, config)
     manifest = bundle.manifest
-    with tqdm(
-        manifest.graphs.items(), desc=config.target, unit="engine", dynamic_ncols=True
-    ) as bar:
-        for name, graph in bar:
-            wanted = planned_engine(manifest, name, graph, config, version)
-            reason = _out_of_date(bundle.folder, manifest, wanted)
+    planned = [
+        planned_engine(manifest, name, graph, config, version)
+        for name, graph in manifest.graphs.items()
+    ]
+    reasons = {e.file: _out_of_date(bundle.folder, manifest, e) for e in planned}
+    current = tuple(e for e in manifest.engines if reasons.get(e.file) is None)
+    if current != manifest.engines:
+        manifest = dataclasses.replace(manifest, engines=current)
+        _write_manifest(bundle.folder, manifest)
+    with tqdm(planned, desc=config.target, unit="engine", dynamic_ncols=True) as bar:
+        for wanted in bar:
+            reason = reasons[wanted.file]
             if reason is None:
                 log.info("%s: up to date", wanted.file)
                 continue
@@ -118,16 +132,19 @@ def _check(bundle: Bundle, config: EngineConfig) -> None:
     low, high = config.batch
     if not 1 <= low <= high <= 64:
         raise UsageError(f"batch {low} {high}: expected 1 <= smallest <= largest <= 64.")
-    if not config.sms:
-        raise UsageError("target tensorrt-rtx: expected at least one --sm, e.g. --sm 89 120.")
     if config.hardware_compatibility != "none" and config.target == "tensorrt-rtx":
         raise UsageError(
             f"--hardware-compatibility {config.hardware_compatibility}: TensorRT-RTX has no such "
             "engines. Name all GPUs that they are for by --sm."
         )
-    multiple = bundle.manifest.image.size_multiple
-    if config.tile_px is not None and (config.tile_px < multiple or config.tile_px % multiple):
-        raise UsageError(f"tile {config.tile_px} px: expected a multiple of {multiple}.")
+    check_tile(bundle.manifest, config.tile_px)
+
+
+def check_tile(manifest: Manifest, tile_px: int | None) -> None:
+    """Raises UsageError where the graphs can't take tiles of this size; None is the bundle's."""
+    multiple = manifest.image.size_multiple
+    if tile_px is not None and (tile_px < multiple or tile_px % multiple):
+        raise UsageError(f"--tile {tile_px}: expected a multiple of {multiple}.")
 
 
 def planned_engine(
@@ -139,7 +156,7 @@ def planned_engine(
     sides = (tile, tile, tile)
     if name == GUIDE:  # it looks at the photo, not at tiles
         scale = manifest.image.scale
-        sides = (MIN_GUIDE_PX * scale, min(tile, MAX_GUIDE_PX * scale), MAX_GUIDE_PX * scale)
+        sides = (scale, min(tile, MAX_GUIDE_PX * scale), MAX_GUIDE_PX * scale)
     profile: Shapes = {
         tensor.name: tuple(
             tensor.sized(batch, side, side)
@@ -178,17 +195,18 @@ def _out_of_date(folder: Path, manifest: Manifest, wanted: Engine) -> str | None
     path = folder / present.file
     if not path.is_file():
         return "its file is missing"
-    if sha256_file(path) != present.sha256:
-        return "its file was changed"
-    return None
+    try:
+        changed = sha256_file(path) != present.sha256
+    except OSError as exc:
+        return f"its file can't be read ({exc.strerror or exc})"
+    return "its file was changed" if changed else None
 
 
 def _build(bundle: Bundle, wanted: Engine, config: EngineConfig, bar: Any) -> Engine:
     path = bundle.folder / wanted.file
     partial = path.with_suffix(".partial")
-    timing = None
-    if config.target == "tensorrt":  # the RTX builder compiles without timing
-        timing = config.cache / "timing" / f"{wanted.version}-sm{wanted.sm[0]}.bin"
+    # The RTX builder compiles without timing.
+    timings = str(config.cache / "timing") if config.target == "tensorrt" else None
     job = Job(
         target=wanted.target,
         onnx=str(bundle.graph_path(wanted.graph)),
@@ -199,11 +217,11 @@ def _build(bundle: Bundle, wanted: Engine, config: EngineConfig, bar: Any) -> En
         optimization_level=config.optimization_level,
         hardware_compatibility=config.hardware_compatibility,
         detailed=config.detailed,
-        timing_cache=None if timing is None else str(timing),
+        timings=timings,
     )
     log_file = config.cache / "logs" / f"{bundle.manifest.identity.name}-{wanted.graph}.log"
     try:
-        for parent in filter(None, (path.parent, log_file.parent, timing and timing.parent)):
+        for parent in (path.parent, log_file.parent):
             parent.mkdir(parents=True, exist_ok=True)
         result = _run(job, log_file, config.timeout_s, bar)
         engine = dataclasses.replace(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from rcod_export.cost import GPUS, Cost, measure_cost
-from rcod_runtime.backends import BACKENDS, installed, precisions
+from rcod_runtime.backends import BACKENDS, precisions
 from rcod_runtime.backends.trt.engines import obstacle
-from rcod_runtime.bundle import Bundle, open_bundle
-from rcod_runtime.errors import HashMismatch
-from rcod_runtime.manifest import Precision, sha256_file
-from rcod_runtime.selftest import self_test
+from rcod_runtime.bundle import Bundle, check_hash, open_bundle
+from rcod_runtime.errors import BundleError, HashMismatch
+from rcod_runtime.manifest import Engine, Precision
+from rcod_runtime.selftest import cpu_obstacle, self_test
 
 NODE_KINDS_SHOWN = 12
 
@@ -71,27 +71,45 @@ def verify_bundle(folder: Path) -> Iterator[str]:
     """
     bundle = open_bundle(folder)
     yield f"{len(bundle.manifest.graphs)} graphs: files are whole"
-    check_engines(bundle)
+    check_engines(bundle, bundle.manifest.engines)
     if bundle.manifest.engines:
         yield f"{len(bundle.manifest.engines)} engines: files are whole"
     for name in BACKENDS:
-        for precision in precisions(name) if installed(name) else ():
+        reason = cpu_obstacle(bundle.manifest, name)
+        if reason is not None:
+            yield f"backend {name}: {reason}"
+            continue
+        for precision in precisions(name):
             yield f"backend {name}: {self_test(bundle, name, precision)}"
     yield from _loadable(bundle)
 
 
-def check_engines(bundle: Bundle) -> None:
-    """Hold every engine's file to its hash.
+def check_file(bundle: Bundle, file: str, digest: str) -> None:
+    """Hold a file that the manifest names to its hash.
 
     Raises:
-        BundleError: a file is missing, or is not the one that was built.
+        BundleError: it is missing, can't be read, or was changed.
     """
-    for engine in bundle.manifest.engines:
-        if sha256_file(bundle.path(engine.file)) != engine.sha256:
+    path = bundle.path(file)
+    try:
+        check_hash(path, digest)
+    except OSError as exc:
+        raise BundleError(f"{path}: can't be read ({exc.strerror or exc}).") from exc
+
+
+def check_engines(bundle: Bundle, engines: Iterable[Engine]) -> None:
+    """Hold the files of engines to their hashes.
+
+    Raises:
+        BundleError: a file is missing, can't be read, or is not the one that was built.
+    """
+    for engine in engines:
+        try:
+            check_file(bundle, engine.file, engine.sha256)
+        except HashMismatch as exc:
             raise HashMismatch(
-                f"{bundle.folder / engine.file}: changed after it was built. Engines are programs: "
-                "don't load it. Build it again: rcod-export engines"
-            )
+                f"{exc} Engines are programs: don't load it; rcod-export engines builds it again."
+            ) from exc
 
 
 def _loadable(bundle: Bundle) -> Iterator[str]:

@@ -10,9 +10,10 @@
   rcod-export sign BUNDLE --key PRIVATE.pem  an Ed25519 signature over the manifest and its hashes
 
 The path of what was written, or the report, goes to stdout. Exit codes: 0 done, 2 wrong arguments
-or key, 4 the bundle is damaged, 5 a backend fails its self-test, 6 output not writable, 8 the
-export, its comparison with PyTorch or a builder failed, 9 the checkpoint can't be read, 130
-stopped; engines that were done are kept.
+or key, 3 a photo of --sample or --calibration can't be read, 4 the bundle is damaged, 5 a backend
+fails its self-test, 6 output not writable, 8 the export, its comparison with PyTorch or a builder
+failed, 9 the checkpoint can't be read, 130 stopped by Ctrl-C, 143 by SIGTERM; engines that were
+done are kept.
 """
 
 from __future__ import annotations
@@ -22,8 +23,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rcod_runtime.cli.upscale import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    Terminated,
+    sigterm_raises,
+)
 from rcod_runtime.errors import RcodError
 from rcod_train.errors import RcodTrainError
+
+MAX_NUMBER = 1_000_000  # GiB, or seconds
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -137,9 +146,9 @@ def _add_engines(commands: Any) -> None:
         "--sm",
         nargs="+",
         type=int,
-        default=[89, 120],
+        default=[],
         metavar="SM",
-        help="compute capabilities of the RTX GPUs (default: 89 120)",
+        help="compute capabilities of the RTX GPUs (default: 89 120); not for --target tensorrt",
     )
     add("--tile", type=int, metavar="PX", help="tile side (default: the bundle's)")
     add(
@@ -150,7 +159,7 @@ def _add_engines(commands: Any) -> None:
         metavar=("MIN", "MAX"),
         help="tiles in one call; tuned for MAX (default: 1 4)",
     )
-    add("--workspace", type=float, default=4.0, metavar="GIB", help="default: %(default)s")
+    add("--workspace", type=positive, default=4.0, metavar="GIB", help="default: %(default)s")
     add("--optimization-level", type=int, choices=range(6), help="default: the builder's")
     add(
         "--hardware-compatibility",
@@ -159,17 +168,26 @@ def _add_engines(commands: Any) -> None:
         help="tensorrt: let engines run on other GPUs too, slower (default: %(default)s)",
     )
     add("--detailed", action="store_true", help="keep layer details in the engine for profilers")
-    add("--timeout", type=float, default=3600.0, metavar="S", help="per engine (default: 3600)")
+    add("--timeout", type=positive, default=3600.0, metavar="S", help="per engine (default: 3600)")
+
+
+def positive(text: str) -> float:
+    """A number that a size or a wait can have, for argparse."""
+    value = float(text)
+    if not 0 < value <= MAX_NUMBER:  # NaN neither
+        raise argparse.ArgumentTypeError(f"expected a number above 0, at most {MAX_NUMBER}")
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``rcod-export``; returns the exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        return _COMMANDS[arguments.command](arguments)
-    except KeyboardInterrupt:
+        with sigterm_raises():
+            return _COMMANDS[arguments.command](arguments)
+    except (KeyboardInterrupt, Terminated) as stop:
         print("stopped", file=sys.stderr)
-        return 130
+        return EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
     except (RcodError, RcodTrainError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code

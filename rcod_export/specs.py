@@ -89,7 +89,7 @@ def graph_specs(
         for name, values in matrices.items():
             shapes[name] = (("batch", *values.shape[1:]), "NKRR")
         shapes["lq"] = (("batch", 3, f"height/{scale}", f"width/{scale}"), "NCHW")
-        sides = {2 + i: Dim(f"lq_{axis}", min=2, max=MAX_GUIDE_PX) for i, axis in enumerate("hw")}
+        sides = {2 + i: Dim(f"lq_{axis}", min=1, max=MAX_GUIDE_PX) for i, axis in enumerate("hw")}
         yield GraphSpec(
             GUIDE,
             Precision.FP32,

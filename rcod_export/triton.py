@@ -21,14 +21,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from rcod_export.engines import check_tile
+from rcod_export.inspect import check_engines
+from rcod_export.output import check_replaceable, written_output
 from rcod_runtime.backends.trt.engines import EngineSet, engine_sets, flaw
-from rcod_runtime.bundle import check_hash, open_bundle
-from rcod_runtime.errors import OutputError, UsageError
-from rcod_runtime.manifest import Engine, Graph, Manifest, Tensor
-from rcod_train.files import written_whole
+from rcod_runtime.bundle import open_bundle
+from rcod_runtime.errors import UsageError
+from rcod_runtime.manifest import Engine, Graph, Manifest, Precision, Tensor
 
 ENSEMBLE = "rcod"
 ORDER = ("guide", "vpim", "encoder", "denoiser", "decoder")
+MODELS = {ENSEMBLE, *(f"{ENSEMBLE}_{name}" for name in ORDER)}
 # Tensors of the ensemble whose names differ from those in the graphs.
 RENAMED = {("vpim", "image"): "thumbnail", ("decoder", "image"): "sr"}
 DTYPES = {"float32": "TYPE_FP32"}
@@ -55,48 +58,71 @@ def build_repository(bundle: Path, out: Path, config: TritonConfig) -> Path:
         UsageError: there are no engines to take, or a choice that can't be had.
         OutputError: ``out`` can't be written, or holds something that is no repository of ours.
     """
-    if config.backend == "tensorrt" and config.device != "gpu":
-        raise UsageError("--backend tensorrt: engines run on a GPU alone.")
-    if out.exists() and not (out / ENSEMBLE / "config.pbtxt").is_file():
-        raise OutputError(f"{out}: exists and is no repository of rcod-export. Choose another -o.")
+    _check(config)
+    is_one = (out / ENSEMBLE / "config.pbtxt").is_file()
+    check_replaceable(out, "repository", is_one, MODELS)
     opened = open_bundle(bundle)
-    if opened.manifest.has_int8 and config.device != "cpu":
-        raise UsageError(f"{bundle}: its int8 graphs are for CPUs. Give --device cpu.")
+    _check_precision(bundle, opened.manifest, config)
+    check_tile(opened.manifest, config.tile_px)
     manifest, names = opened.manifest, [n for n in ORDER if n in opened.manifest.graphs]
     sets = _engine_sets(bundle, manifest, config) if config.backend == "tensorrt" else []
     engines = {name: [s.engines[name] for s in sets] for name in names}
-    try:
-        with written_whole(out) as folder:
-            for name in names:
-                version = folder / f"{ENSEMBLE}_{name}" / "1"
-                version.mkdir(parents=True)
-                _copy(opened.folder, version, manifest.graphs[name], engines[name])
-                text = model_config(manifest, name, config, engines[name])
-                (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
-            (folder / ENSEMBLE / "1").mkdir(parents=True)  # Triton wants a version, empty here
-            batch = min(_largest_batch(engines[name], config) for name in names)
-            text = ensemble_config(manifest, names, batch)
-            (folder / ENSEMBLE / "config.pbtxt").write_text(text, encoding="utf-8")
-    except OSError as exc:
-        raise OutputError(
-            f"{out}: could not be written ({exc.strerror or exc}). Free space or choose another -o."
-        ) from exc
+    check_engines(opened, (engine for s in sets for engine in s.engines.values()))
+    with written_output(out) as folder:
+        for name in names:
+            version = folder / f"{ENSEMBLE}_{name}" / "1"
+            version.mkdir(parents=True)
+            _copy(opened.folder, version, manifest.graphs[name], engines[name])
+            text = model_config(manifest, name, config, engines[name])
+            (version.parent / "config.pbtxt").write_text(text, encoding="utf-8")
+        (folder / ENSEMBLE / "1").mkdir(parents=True)  # Triton wants a version, empty here
+        batch = min(_largest_batch(engines[name], config) for name in names)
+        text = ensemble_config(manifest, names, batch)
+        (folder / ENSEMBLE / "config.pbtxt").write_text(text, encoding="utf-8")
     return out
 
 
+def _check(config: TritonConfig) -> None:
+    if config.backend == "tensorrt" and config.device != "gpu":
+        raise UsageError("--backend tensorrt: engines run on a GPU alone.")
+    for option, value, least in (
+        ("--batch", config.batch, 1),
+        ("--instances", config.instances, 1),
+        ("--delay", config.delay_us, 0),
+    ):
+        if value < least:
+            raise UsageError(f"{option} {value}: expected at least {least}.")
+
+
+def _check_precision(bundle: Path, manifest: Manifest, config: TritonConfig) -> None:
+    if manifest.has_int8 and (config.backend, config.device) != ("onnxruntime", "cpu"):
+        raise UsageError(
+            f"{bundle}: its int8 graphs are for CPUs. Give --backend onnxruntime --device cpu."
+        )
+    precisions = {graph.precision for graph in manifest.graphs.values()}
+    if Precision.BF16 in precisions and config.device == "cpu":
+        raise UsageError(
+            f"{bundle}: ONNX Runtime has no bf16 convolutions on a CPU. Give --device gpu, or "
+            "export the bundle with --precision fp32."
+        )
+
+
 def _engine_sets(bundle: Path, manifest: Manifest, config: TritonConfig) -> list[EngineSet]:
-    """Those that Triton can load, of one tile size: one for each compute capability."""
+    """Those that Triton can load, of one tile size: one for each compute capability.
+
+    A request is one tile, so an engine that takes no fewer than two can't be used.
+    """
     tile_px = config.tile_px or manifest.image.tile_px
     whole = [s for s in engine_sets(manifest) if flaw(manifest, s) is None]
-    loadable = [s for s in whole if s.target == "tensorrt"]
+    loadable = [s for s in whole if s.target == "tensorrt" and s.batches[0] == 1]
     found = [s for s in loadable if s.tile_px == tile_px]
     if not found:
         sizes = ", ".join(str(s.tile_px) for s in loadable)
         raise UsageError(
-            f"{bundle}: no engines of --target tensorrt for tiles of {tile_px} px. "
+            f"{bundle}: no engines of --target tensorrt for single tiles of {tile_px} px. "
             + (f"There are some of {sizes} px: give --tile. " if sizes else "")
-            + f"Build them on the GPU: rcod-export engines {bundle} --target tensorrt, "
-            "or take --backend onnxruntime."
+            + f"Build them on the GPU: rcod-export engines {bundle} --target tensorrt "
+            f"--tile {tile_px} --batch 1 {config.batch}, or take --backend onnxruntime."
         )
     return found
 
@@ -108,7 +134,6 @@ def _largest_batch(engines: list[Engine], config: TritonConfig) -> int:
 
 def _copy(bundle: Path, version: Path, graph: Graph, engines: list[Engine]) -> None:
     for engine in engines:
-        check_hash(bundle / engine.file, engine.sha256)
         shutil.copy(bundle / engine.file, version / _plan(engine))
     if not engines:
         shutil.copy(bundle / graph.file, version / "model.onnx")
@@ -154,22 +179,26 @@ def model_config(manifest: Manifest, name: str, config: TritonConfig, engines: l
 
 
 def ensemble_config(manifest: Manifest, names: list[str], batch: int) -> str:
-    """config.pbtxt of the ensemble: what a graph makes and another takes has one name."""
-    made = {
-        RENAMED.get((name, t.name), t.name) for name in names for t in manifest.graphs[name].outputs
-    }
+    """config.pbtxt of the ensemble: what a graph makes and another takes has one name.
+
+    What no step takes, such as a MEM's estimates, is left out: Triton refuses unused tensors.
+    """
+    graphs = {name: manifest.graphs[name] for name in names}
+    takes = {name: _in_ensemble(name, graph.inputs) for name, graph in graphs.items()}
+    gives = {name: _in_ensemble(name, graph.outputs) for name, graph in graphs.items()}
+    made = {tensor for mapping in gives.values() for tensor in mapping.values()}
+    used = {"sr", *(tensor for mapping in takes.values() for tensor in mapping.values())}
     inputs: dict[str, Tensor] = {}
     steps = []
-    for name in names:
-        graph = manifest.graphs[name]
-        takes = {t.name: RENAMED.get((name, t.name), t.name) for t in graph.inputs}
-        gives = {t.name: RENAMED.get((name, t.name), t.name) for t in graph.outputs}
-        inputs |= {takes[t.name]: t for t in graph.inputs if takes[t.name] not in made}
+    for name, graph in graphs.items():
+        outside = (t for t in graph.inputs if takes[name][t.name] not in made)
+        inputs |= {takes[name][t.name]: t for t in outside}
+        kept = {key: tensor for key, tensor in gives[name].items() if tensor in used}
         lines = [f'      model_name: "{ENSEMBLE}_{name}"', "      model_version: -1"]
-        for field, mapping in (("input_map", takes), ("output_map", gives)):
+        for field, mapping in (("input_map", takes[name]), ("output_map", kept)):
             lines += [f'      {field} {{ key: "{k}" value: "{v}" }}' for k, v in mapping.items()]
         steps.append("    {\n" + "\n".join(lines) + "\n    }")
-    (sr,) = manifest.graphs["decoder"].outputs
+    (sr,) = graphs["decoder"].outputs
     return "\n".join(
         [
             f'name: "{ENSEMBLE}"',
@@ -181,6 +210,11 @@ def ensemble_config(manifest: Manifest, names: list[str], batch: int) -> str:
             "",
         ]
     )
+
+
+def _in_ensemble(name: str, tensors: Iterable[Tensor]) -> dict[str, str]:
+    """A graph's tensors -> their names in the ensemble."""
+    return {t.name: RENAMED.get((name, t.name), t.name) for t in tensors}
 
 
 def _tensors(field: str, tensors: Iterable[Tensor], names: list[str] | None = None) -> list[str]:

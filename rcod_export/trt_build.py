@@ -6,15 +6,18 @@ result or an error. The builder's log goes to stderr.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rcod_runtime.backends.trt.libraries import load_cuda, load_tensorrt, sm_of
-from rcod_runtime.errors import BackendError
+from rcod_runtime.backends.trt.libraries import gpu_name, load_cuda, load_tensorrt, sm_of
+from rcod_runtime.errors import BackendError, OutputError
+from rcod_runtime.files import write_whole
 
 Shapes = dict[str, tuple[tuple[int, ...], ...]]
 ACTIVATION_LINE = "Total Activation Memory: "  # the builder says it; no API does without a GPU
@@ -22,7 +25,8 @@ ACTIVATION_LINE = "Total Activation Memory: "  # the builder says it; no API doe
 
 @dataclass(frozen=True)
 class Job:
-    """What to build. ``profile``: input -> (min, opt, max) shape; ``sms`` are for RTX engines."""
+    """What to build. ``profile``: input -> (min, opt, max) shape; ``sms`` are for RTX engines;
+    ``timings``: folder where what was measured of kernels is kept."""
 
     target: str
     onnx: str
@@ -33,7 +37,7 @@ class Job:
     optimization_level: int | None
     hardware_compatibility: str
     detailed: bool
-    timing_cache: str | None
+    timings: str | None
 
 
 class BuildRefused(Exception):
@@ -66,16 +70,39 @@ def build(job: Job) -> dict[str, Any]:
     config = builder.create_builder_config()
     sms = _configure(trt, builder, network, config, job)
     cache = None
-    if job.timing_cache is not None:
-        path = Path(job.timing_cache)
-        cache = config.create_timing_cache(path.read_bytes() if path.is_file() else b"")
-        _require(cache is not None and config.set_timing_cache(cache, False), "the timing cache")
+    if job.timings is not None:
+        gpu = re.sub(r"\W+", "-", gpu_name(load_cuda(), 0))
+        path = Path(job.timings) / f"{trt.__version__}-{gpu}.bin"
+        cache = _timing_cache(config, path)  # held while the builder uses it
     serialized = builder.build_serialized_network(network, config)
     _require(serialized is not None, f"building {Path(job.onnx).name}")
     Path(job.out).write_bytes(serialized)
     if cache is not None:
-        Path(job.timing_cache or "").write_bytes(config.get_timing_cache().serialize())
+        _keep_timings(config, path)
     return {"version": trt.__version__, "sm": sms, "scratch_bytes": log.activation_bytes}
+
+
+def _timing_cache(config: Any, path: Path) -> Any:
+    """With what earlier builds measured; empty where the library refuses that, as another
+    driver's."""
+    found = b""
+    with contextlib.suppress(OSError):
+        found = path.read_bytes()
+    cache = config.create_timing_cache(found)
+    if cache is None or not config.set_timing_cache(cache, False):
+        sys.stderr.write(f"{path}: refused by the builder; made anew\n")
+        cache = config.create_timing_cache(b"")
+        _require(cache is not None and config.set_timing_cache(cache, False), "a timing cache")
+    return cache
+
+
+def _keep_timings(config: Any, path: Path) -> None:
+    """Where they can't be written, the next build is slower."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, bytes(config.get_timing_cache().serialize()))
+    except (OSError, OutputError) as exc:
+        sys.stderr.write(f"{path}: not kept ({exc})\n")
 
 
 def _configure(trt: Any, builder: Any, network: Any, config: Any, job: Job) -> list[int]:

@@ -134,20 +134,7 @@ public:
         const int sm = device.major * 10 + device.minor;
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
         if (!runtime_) throw std::runtime_error("TensorRT: no runtime; is the driver installed?");
-        for (const Json& engine : manifest.at("engines")) {
-            const auto sms = engine.at("sm").get<std::vector<int>>();
-            const bool fits = std::count(sms.begin(), sms.end(), sm) != 0;
-            if (!fits || engine.at("target") != "tensorrt") continue;
-            load(bundle / engine.at("file").get<std::string>(), engine.at("graph"));
-            if (engine.at("graph") == "encoder")  // (least, best, largest) shape of the image
-                tile_ = engine.at("profile").at("image").at(1).at(3).get<int>();
-        }
-        for (const auto& item : manifest.at("graphs").items())
-            if (!graphs_.count(item.key()))
-                throw std::runtime_error(
-                    "the bundle has no engine of " + item.key() + " for SM " + std::to_string(sm) +
-                    ". Build them: rcod-export engines BUNDLE --target tensorrt --sm " +
-                    std::to_string(sm));
+        for (const auto& [graph, file] : chooseEngines(manifest, sm)) load(bundle / file, graph);
         check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
     }
 
@@ -213,6 +200,36 @@ private:
         made.nbDims = static_cast<int32_t>(shape.size());
         std::copy(shape.begin(), shape.end(), made.d);
         return made;
+    }
+
+    // The files of engines that were built together, by graph: for this GPU, for single tiles, of the
+    // bundle's tile size where there are such, otherwise of the first one.
+    std::map<std::string, std::string> chooseEngines(const Json& manifest, int sm) {
+        std::map<fs::path, std::map<std::string, std::string>> sets;  // by folder
+        std::map<fs::path, int> tiles;
+        for (const Json& engine : manifest.at("engines")) {
+            const auto sms = engine.at("sm").get<std::vector<int>>();
+            const bool fits = std::count(sms.begin(), sms.end(), sm) != 0;
+            if (!fits || engine.at("target") != "tensorrt") continue;
+            const auto file = engine.at("file").get<std::string>();
+            const fs::path folder = fs::path(file).parent_path();
+            sets[folder][engine.at("graph")] = file;
+            if (engine.at("graph") != "encoder") continue;
+            const Json& image = engine.at("profile").at("image");  // least, best, largest shape
+            if (image.at(0).at(0) == 1) tiles[folder] = image.at(1).at(3);
+        }
+        const std::map<std::string, std::string>* chosen = nullptr;
+        for (const auto& [folder, tile] : tiles) {
+            if (sets[folder].size() != manifest.at("graphs").size()) continue;
+            if (chosen && manifest.at("image").at("tile_px") != tile) continue;
+            chosen = &sets[folder];
+            tile_ = tile;
+        }
+        if (!chosen)
+            throw std::runtime_error("the bundle has no engines for single tiles on SM " +
+                                     std::to_string(sm) + ". Build them on this GPU: rcod-export "
+                                     "engines BUNDLE --target tensorrt");
+        return *chosen;
     }
 
     void load(const fs::path& file, const std::string& name) {
@@ -461,6 +478,13 @@ Tensor levelWeights(const std::string& realism, const Json& levels) {
     return weights;
 }
 
+// What is taken where nobody chose: neutral, otherwise the middle one, which may be the only one.
+std::string usualLevel(const Json& levels) {
+    for (const Json& level : levels)
+        if (level.at("name") == "neutral") return "neutral";
+    return levels.at((levels.size() - 1) / 2).at("name");
+}
+
 // The mean of each cell of about `side` pixels.
 Image cells(const Image& image, double side) {
     const auto number = [&](int length) { return std::max(1, int(std::nearbyint(length / side))); };
@@ -597,7 +621,8 @@ int main(int argc, char** argv) try {
         throw std::runtime_error("a bundle with a guide (rcod-s): use the Python runtime");
     const Image lq = readPpm(argv[2]);
     Graphs graphs(bundle, manifest);
-    writePpm(argv[3], upscale(graphs, manifest, lq, argc == 5 ? argv[4] : "neutral"));
+    const std::string realism = argc == 5 ? argv[4] : usualLevel(manifest.at("levels"));
+    writePpm(argv[3], upscale(graphs, manifest, lq, realism));
     return 0;
 } catch (const std::exception& error) {
     std::cerr << "rcod_upscale: " << error.what() << "\n";

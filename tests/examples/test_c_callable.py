@@ -7,6 +7,7 @@ import logging
 import mmap
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -75,6 +76,20 @@ def test_errors_come_to_c_as_numbers(
         assert called(function, 0, c_memory[1]) == 1  # a null pointer
         assert called(function, *c_memory, height=-1) != 0
     assert "UsageError: realism nan: expected a number in [0, 1]" in caplog.text
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_what_ends_a_python_program_comes_to_c_as_a_number_too(
+    upscaler: Upscaler, c_memory: tuple[int, int], error: type[BaseException]
+) -> None:
+    """Raised through C, it would leave the result undefined."""
+
+    class Interrupted(SimpleNamespace):
+        def __call__(self, *_: object, **__: object) -> None:
+            raise error
+
+    function = c_function(Interrupted(manifest=upscaler.manifest))  # type: ignore[arg-type]
+    assert called(function, *c_memory) == 1
 
 
 def test_a_buffer_is_read_and_written_in_place(upscaler: Upscaler) -> None:

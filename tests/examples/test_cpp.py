@@ -6,6 +6,7 @@ folders, or below the folder that RCOD_CPP_HEADERS names (.ci/cpp_headers fetche
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -113,6 +114,137 @@ def test_what_it_cannot_do_is_said_and_nothing_is_written(program: Path, tmp_pat
         done = run(program, *arguments)
         assert done.returncode == 1 and words in done.stderr, done.stderr
         assert not sr.exists()
+
+
+def test_without_a_choice_the_middle_level_is_taken(program: Path, tmp_path: Path) -> None:
+    """Of a bundle whose levels have other names, or that was folded to one."""
+    manifest = json.loads((default_bundle_path() / "manifest.json").read_text())
+    for level, name in zip(manifest["levels"], "abc", strict=True):
+        level["name"] = name
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / "onnx").symlink_to(default_bundle_path() / "onnx")
+    Image.fromarray(draw_picture(8, 8)).save(tmp_path / "lq.ppm")
+    results = []
+    for arguments in ((), ("b",)):
+        done = run(program, tmp_path, tmp_path / "lq.ppm", tmp_path / "sr.ppm", *arguments)
+        assert done.returncode == 0, done.stderr
+        results.append((tmp_path / "sr.ppm").read_bytes())
+    assert results[0] == results[1]
+
+
+# What the program calls of TensorRT and CUDA: engines say what they are, and compute nothing.
+TENSORRT_HEADER = """
+#pragma once
+#include <cstdint>
+#include <iostream>
+#include <string>
+namespace nvinfer1 {
+enum class TensorIOMode { kINPUT, kOUTPUT };
+struct Dims { int32_t nbDims; int64_t d[8]; };
+struct ILogger {
+    enum class Severity { kERROR, kWARNING };
+    virtual ~ILogger() = default;
+    virtual void log(Severity, const char*) noexcept = 0;
+};
+struct IExecutionContext {
+    bool setTensorAddress(const char*, void*) { return true; }
+    bool setInputShape(const char*, const Dims&) { return true; }
+    Dims getTensorShape(const char*) { return {}; }
+    bool enqueueV3(void*) { return false; }
+};
+struct ICudaEngine {
+    IExecutionContext* createExecutionContext() { return new IExecutionContext; }
+    int32_t getNbIOTensors() { return 0; }
+    const char* getIOTensorName(int32_t) { return ""; }
+    TensorIOMode getTensorIOMode(const char*) { return TensorIOMode::kINPUT; }
+};
+struct IRuntime {
+    ICudaEngine* deserializeCudaEngine(const void* plan, size_t bytes) {
+        std::cerr << "loaded " << std::string(static_cast<const char*>(plan), bytes) << "\\n";
+        return new ICudaEngine;
+    }
+};
+inline IRuntime* createInferRuntime(ILogger&) { return new IRuntime; }
+}
+"""
+CUDA_HEADER = """
+#pragma once
+#include <cstddef>
+#include <cstdlib>
+using cudaError_t = int;
+using cudaStream_t = void*;
+struct cudaDeviceProp { int major, minor; };
+enum { cudaSuccess, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaStreamNonBlocking };
+inline const char* cudaGetErrorString(int) { return ""; }
+inline int cudaGetDeviceProperties(cudaDeviceProp* device, int) { *device = {8, 9}; return 0; }
+inline int cudaMalloc(void** pointer, size_t bytes) { *pointer = std::malloc(bytes); return 0; }
+inline int cudaFree(void* pointer) { std::free(pointer); return 0; }
+inline int cudaMemcpyAsync(void*, const void*, size_t, int, cudaStream_t) { return 0; }
+inline int cudaStreamCreateWithFlags(cudaStream_t*, int) { return 0; }
+inline int cudaStreamSynchronize(cudaStream_t) { return 0; }
+inline int cudaStreamDestroy(cudaStream_t) { return 0; }
+"""
+
+
+@pytest.fixture(scope="module")
+def tensorrt_program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    need_header("nlohmann/json.hpp")
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    folder = tmp_path_factory.mktemp("tensorrt")
+    (folder / "NvInferRuntime.h").write_text(TENSORRT_HEADER)
+    (folder / "cuda_runtime_api.h").write_text(CUDA_HEADER)
+    command = ["c++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-DRCOD_TENSORRT"]
+    command += ["-I", str(folder), "-I", str(HEADERS / "include"), str(SOURCE / "rcod_upscale.cpp")]
+    done = subprocess.run([*command, "-o", str(folder / "a")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "a"
+
+
+def with_engines(folder: Path, *engines: dict[str, object]) -> Path:
+    """A bundle with a set of engines for each: tile, and what differs from a whole one."""
+    manifest = json.loads((default_bundle_path() / "manifest.json").read_text())
+    manifest["engines"] = []
+    for changes in engines:
+        kind = {
+            "sm": [89],
+            "target": "tensorrt",
+            "least": 1,
+            "graphs": manifest["graphs"],
+        } | changes
+        tile = kind["tile"]
+        for graph in kind["graphs"]:
+            file = f"engines/{kind['target']}/{tile}px/{graph}.engine"
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(f"{graph} {tile}")
+            shapes = [[batch, 3, tile, tile] for batch in (kind["least"], 4, 4)]
+            entry = {"file": file, "graph": graph, "profile": {"image": shapes}}
+            manifest["engines"].append(entry | {key: kind[key] for key in ("sm", "target")})
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("engines", "tile"),
+    [
+        ([{"tile": 256}, {"tile": 512}, {"tile": 768}], 512),  # the bundle's own
+        ([{"tile": 256}, {"tile": 768}], 256),
+        ([{"tile": 512, "graphs": ["encoder", "decoder"]}, {"tile": 256}], 256),
+        ([{"tile": 512, "least": 2}, {"tile": 256}], 256),
+        ([{"tile": 512, "sm": [90]}, {"tile": 512, "target": "tensorrt-rtx"}], None),
+    ],
+)
+def test_engines_of_one_set_are_loaded_once_each(
+    tensorrt_program: Path, tmp_path: Path, engines: list[dict[str, object]], tile: int | None
+) -> None:
+    bundle = with_engines(tmp_path, *engines)
+    Image.fromarray(draw_picture(8, 8)).save(tmp_path / "lq.ppm")
+    done = run(tensorrt_program, bundle, tmp_path / "lq.ppm", tmp_path / "sr.ppm")
+    graphs = () if tile is None else ("decoder", "denoiser", "encoder", "vpim")
+    *loaded, why = done.stderr.splitlines()
+    assert loaded == [f"loaded {graph} {tile}" for graph in graphs]
+    expected = "no engines for single tiles on SM 89" if tile is None else "can't run the graph"
+    assert done.returncode == 1 and expected in why
 
 
 def test_the_tensorrt_variant_compiles(tmp_path: Path) -> None:

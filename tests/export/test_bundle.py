@@ -25,7 +25,7 @@ from rcod_export.parity import LIMITS, Limit, compare, measure
 from rcod_export.reference import Case
 from rcod_runtime import Upscaler
 from rcod_runtime.colour import SAMPLE_COLOUR_MATCH
-from rcod_runtime.errors import ExportError, HashMismatch, OutputError, ParityError, UsageError
+from rcod_runtime.errors import HashMismatch, OutputError, ParityError, UsageError
 from rcod_runtime.image_io import read_image, write_image
 from rcod_runtime.manifest import Parity, Precision, read_manifest, sha256_file
 from rcod_train.checkpoint import levels_of, save_merged
@@ -161,16 +161,40 @@ def test_a_folder_that_is_no_bundle_is_not_replaced(
 ) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"mine")
-    with pytest.raises(OutputError, match="is not a bundle"):
-        build_bundle(tiny_checkpoint, tmp_path / "photos", tiny_config)
-    assert (tmp_path / "photos" / "a.jpg").read_bytes() == b"mine"
+    for manifest in (None, '{"name": "a web page", "icons": []}', "no JSON"):
+        if manifest is not None:
+            (tmp_path / "photos" / "manifest.json").write_text(manifest)
+        with pytest.raises(OutputError, match="is no bundle of rcod-export"):
+            build_bundle(tiny_checkpoint, tmp_path / "photos", tiny_config)
+        assert (tmp_path / "photos" / "a.jpg").read_bytes() == b"mine"
+
+
+def test_what_lies_beside_a_bundle_is_not_deleted_with_it(
+    tiny_checkpoint: Path, tiny_config: ExportConfig, tmp_path: Path
+) -> None:
+    fields = {"version": 0, "identity": {}, "levels": [], "graphs": {}}  # another version's
+    (tmp_path / "manifest.json").write_text(json.dumps(fields))
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".0123.rcod-partial").touch()  # a killed process left it
+    with pytest.raises(OutputError, match="expected nothing but the bundle .* found .git in it"):
+        build_bundle(tiny_checkpoint, tmp_path, tiny_config)
+    assert {path.name for path in tmp_path.iterdir()} > {".git", "manifest.json"}
 
 
 def test_a_tile_size_the_network_cannot_take_is_refused(
     tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ExportError, match="multiple of 32"):
-        build_bundle(tiny_checkpoint, tmp_path / "out", ExportConfig(tile_px=100))
+    with pytest.raises(UsageError, match="--tile 144: expected a multiple of 32"):
+        build_bundle(tiny_checkpoint, tmp_path / "out", ExportConfig(tile_px=144))
+
+
+@pytest.mark.parametrize(("tile_px", "overlap_px"), [(0, 0), (8192, 64), (96, 64), (512, -1)])
+def test_tiles_that_no_bundle_has_are_refused_before_the_checkpoint_is_read(
+    tile_px: int, overlap_px: int, tmp_path: Path
+) -> None:
+    config = ExportConfig(tile_px=tile_px, overlap_px=overlap_px)
+    with pytest.raises(UsageError, match=f"--tile {tile_px} --overlap {overlap_px}: expected"):
+        build_bundle(tmp_path / "none", tmp_path / "out", config)
 
 
 def test_a_missing_checkpoint_is_named_with_its_exit_code(

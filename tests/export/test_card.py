@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from rcod_export.card import add_quality, card
+from rcod_export.card import LAST, QUALITY, add_quality, card
 from rcod_export.main import main
+from rcod_runtime.bundle import default_bundle_path
 from rcod_runtime.errors import UsageError
 from rcod_runtime.manifest import read_manifest
+from rcod_train.checkpoint import read_info
 from rcod_train.config import TrainConfig
 
 
@@ -68,6 +70,28 @@ def test_the_card_tells_levels_that_ship_from_those_that_were_trained(bundle: Pa
     assert "192 px, learning rate 0.125, the decoder alone\n" in card(manifest, record)
 
 
+def test_the_card_tells_what_was_moved_held_out_and_went_before(bundle: Path) -> None:
+    manifest = read_manifest(bundle / "manifest.json")
+    record = dataclasses.asdict(TrainConfig(("photos",), "out")) | {"photos": 7}
+    assert "Moved" not in card(manifest, record) and "held out" not in card(manifest, record)
+    last = dataclasses.replace(manifest.levels[-1], timestep=625)
+    moved = dataclasses.replace(manifest, levels=(*manifest.levels[:-1], last))
+    record |= {"validation_share": 0.03, "from": {"name": "tiny", "training": {}}}
+    text = card(moved, record)
+    assert "\n\nMoved at the export from 250, 500, 750.\n\n" in text
+    assert "7 photo crops, 3 % of all held out, seed 0" in text
+    assert "\nIt went on from an earlier tiny, trained so:\n\nNo record.\n" in text
+
+
+def test_the_embedded_models_card_is_what_an_export_writes() -> None:
+    checkpoint = Path(__file__).parents[2] / "checkpoints" / "nano"
+    shipped = (default_bundle_path() / "MODEL_CARD.md").read_text(encoding="utf-8")
+    before, measured = shipped.split(f"{QUALITY}\n")
+    manifest = read_manifest(default_bundle_path() / "manifest.json")
+    expected = card(manifest, read_info(checkpoint / "rcod.json").training)
+    assert before + measured[measured.index(LAST) :] == expected
+
+
 def test_figures_of_other_graphs_and_other_files_are_refused(bundle: Path) -> None:
     path = quality(bundle, 27.0)
     before = (bundle / "MODEL_CARD.md").read_text()
@@ -76,7 +100,9 @@ def test_figures_of_other_graphs_and_other_files_are_refused(bundle: Path) -> No
     path.write_text(json.dumps(document))
     with pytest.raises(UsageError, match="measured with other graphs than .* Measure again"):
         add_quality(bundle, path)
-    for other in ("{}", "no JSON"):
+    whole = json.loads(path.read_text())
+    empty = ({**whole, field: []} for field in ("methods", "metrics"))
+    for other in ("{}", "no JSON", *map(json.dumps, empty)):
         path.write_text(other)
         with pytest.raises(UsageError, match="expected the JSON document of benchmarks.quality"):
             add_quality(bundle, path)

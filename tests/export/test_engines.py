@@ -10,14 +10,17 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 import rcod_export.engines
-from rcod_export.engines import EngineConfig, build_engines
+from rcod_export.engines import EngineConfig, _out_of_date, build_engines, planned_engine
 from rcod_export.main import main
+from rcod_export.trt_build import _keep_timings, _timing_cache
+from rcod_runtime.bundle import Bundle, open_bundle
 from rcod_runtime.errors import ExportError, HashMismatch, ManifestError, OutputError, UsageError
-from rcod_runtime.manifest import read_manifest, sha256_file
+from rcod_runtime.manifest import Engine, Tensor, read_manifest, sha256_file
 
 pytest.importorskip("tensorrt_rtx", reason='needs pip install "rcod[tensorrt-rtx]"')
 
@@ -92,6 +95,56 @@ def test_only_what_changed_is_built_and_the_reason_is_said(
     with caplog.at_level("INFO"):
         build_engines(copy, dataclasses.replace(config, batch=(1, 1), workspace_bytes=2**30))
     assert caplog.text.count("engine: building, options was {}, is {'workspace_bytes'") == 4
+
+
+def test_an_interrupted_rebuild_leaves_no_set_of_old_and_new_engines(
+    bundle: Path, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lie in one folder, and the encoder's batch is taken for all."""
+    left = 4
+
+    def build(opened: Bundle, wanted: Engine, *_: object) -> Engine:
+        nonlocal left
+        if not left:
+            raise ExportError("stopped")
+        left -= 1
+        path = opened.folder / wanted.file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(str(wanted.profile))
+        return dataclasses.replace(wanted, sha256=sha256_file(path), bytes=path.stat().st_size)
+
+    monkeypatch.setattr(rcod_export.engines, "_build", build)
+    build_engines(bundle, config)
+    left = 1
+    with pytest.raises(ExportError, match="stopped"):
+        build_engines(bundle, dataclasses.replace(config, batch=(1, 8)))
+    engines = read_manifest(bundle / "manifest.json").engines
+    assert sorted(engine.graph for engine in engines) == ["encoder", "vpim"]  # vpim's is the same
+    left = 2
+    build_engines(bundle, dataclasses.replace(config, batch=(1, 8)))
+    assert len(read_manifest(bundle / "manifest.json").engines) == 4
+
+
+def test_an_engine_that_cannot_be_read_is_built_again(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(rcod_export.engines, "sha256_file", refused)
+    manifest = read_manifest(built / "manifest.json")
+    reason = _out_of_date(built, manifest, manifest.engines[0])
+    assert reason == "its file can't be read (Permission denied)"
+
+
+def test_the_guide_of_an_engine_takes_the_photos_that_a_cpu_takes() -> None:
+    """From one pixel on; its convolutions and mean have no smallest size."""
+    manifest = open_bundle().manifest
+    lq = Tensor("lq", "float32", ("batch", 3, "height/4", "width/4"), "NCHW")
+    graph = dataclasses.replace(manifest.graphs["vpim"], inputs=(lq,))
+    config = EngineConfig(sms=(89,), tile_px=512)
+    profile = planned_engine(manifest, "guide", graph, config, "1").profile
+    assert profile == {"lq": ((1, 3, 1, 1), (1, 3, 128, 128), (1, 3, 512, 512))}
 
 
 def test_an_engine_of_another_onnx_is_refused(built: Path, tmp_path: Path) -> None:
@@ -195,27 +248,114 @@ def test_a_cancelled_build_leaves_no_process_and_no_half_file(
     assert partials(bundle) == [] and read_manifest(bundle / "manifest.json").engines == ()
 
 
+def test_sigterm_ends_the_builder_too(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    replace_child(monkeypatch, HANG)
+    processes = []
+    real = rcod_export.engines.subprocess.Popen
+
+    def popen(command: list[str], **options: object) -> object:
+        processes.append(real(command, **options))
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return processes[-1]
+
+    monkeypatch.setattr(rcod_export.engines.subprocess, "Popen", popen)
+    # Without a handler of the command the test fails, and does not end the run of all tests.
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        assert main(["engines", str(bundle), "--timeout", "60"]) == 143
+        assert signal.getsignal(signal.SIGTERM) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err.endswith("stopped\n")
+    assert processes[0].poll() is not None and partials(bundle) == []
+
+
 def test_a_full_disk_keeps_the_engines_that_are_done(
     built: Path, config: EngineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = Path(shutil.copytree(built, tmp_path / "copy"))
     (copy / "engines/tensorrt-rtx/sm89-sm120/64px/vpim.engine").unlink()
 
-    def full(self: Path, target: Path) -> None:
-        raise OSError(28, "No space left on device")
+    rename = Path.replace
+
+    def full(self: Path, target: Path) -> Path:
+        if target.suffix == ".engine":
+            raise OSError(28, "No space left on device")
+        return rename(self, target)
 
     monkeypatch.setattr(Path, "replace", full)
     with pytest.raises(OutputError, match="No space left on device"):
         build_engines(copy, config)
     monkeypatch.undo()
     assert partials(copy) == []
-    assert len(read_manifest(copy / "manifest.json").engines) == 4
+    assert len(read_manifest(copy / "manifest.json").engines) == 3
+
+
+class Timings:
+    """A builder's configuration that takes the timing cache ``good`` and refuses others."""
+
+    good = b"of this GPU"
+
+    def __init__(self) -> None:
+        self.cache: bytes | None = None
+
+    def create_timing_cache(self, content: bytes) -> bytes | None:
+        return None if content == b"damaged" else content
+
+    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        self.cache = cache if cache in (b"", self.good) else None
+        return self.cache is not None
+
+    def get_timing_cache(self) -> SimpleNamespace:
+        return SimpleNamespace(serialize=lambda: self.good)
+
+
+def test_timings_that_are_refused_are_made_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "timing" / "11.4.0-A.bin"
+    for content in (None, b"of another driver", b"damaged"):
+        if content is not None:
+            path.write_bytes(content)
+        config = Timings()
+        assert _timing_cache(config, path) == config.cache == b""
+        assert ("refused by the builder" in capsys.readouterr().err) is (content is not None)
+        _keep_timings(config, path)
+        assert _timing_cache(config, path) == config.good
+    (tmp_path / "file").write_text("where a folder should be")
+    _keep_timings(config, tmp_path / "file" / "a.bin")  # the engine is what counts
+    assert "not kept" in capsys.readouterr().err
+
+
+def test_sm_is_not_ignored_where_the_gpu_decides(
+    bundle: Path, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, answer in {
+        "load_tensorrt": SimpleNamespace(__version__="11.4.0"),
+        "sm_of": 90,
+    }.items():
+        monkeypatch.setattr(rcod_export.engines, name, lambda *_, answer=answer: answer)
+    with pytest.raises(UsageError, match="--sm 89 120: --target tensorrt builds for .* sm_90"):
+        build_engines(bundle, dataclasses.replace(config, target="tensorrt"))
+
+
+@pytest.mark.parametrize("option", ["--workspace", "--timeout"])
+@pytest.mark.parametrize("value", ["nan", "inf", "-1", "0", "1e300"])
+def test_amounts_that_are_none_are_wrong_arguments(
+    option: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["engines", "bundle", f"{option}={value}"])
+    assert stop.value.code == 2
+    assert f"{option}: expected a number above 0, at most 1000000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"sms": ()}, "at least one --sm"),
         ({"batch": (4, 1)}, "smallest <= largest"),
         ({"batch": (0, 1)}, "1 <= smallest"),
         ({"tile_px": 100}, "a multiple of 32"),

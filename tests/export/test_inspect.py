@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -12,12 +13,15 @@ import torch
 from onnx import TensorProto, helper
 from torch.utils.flop_counter import FlopCounterMode
 
+import rcod_export.inspect
+import rcod_runtime.selftest
 from rcod_export.cost import Gpu, measure_cost
 from rcod_export.inspect import inspect_bundle, verify_bundle
 from rcod_export.main import main
 from rcod_export.specs import handed_on
-from rcod_runtime.errors import BackendError, ExportError, HashMismatch
-from rcod_runtime.manifest import read_manifest, sha256_file
+from rcod_runtime.cli.doctor import examine
+from rcod_runtime.errors import BundleError, ExportError, HashMismatch
+from rcod_runtime.manifest import Precision, read_manifest, sha256_file
 from rcod_train.network import predict_eps
 from tests.tiny import tiny_parts
 
@@ -87,6 +91,26 @@ def test_verify_tests_the_sample(tiny_bundle: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.count("self-test passed") >= 2
 
 
+def test_a_backend_that_cannot_run_a_bundle_is_named_and_not_tested(
+    tiny_bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime refuses bf16 on a CPU; a sound bundle is no failure of it."""
+    bundle = Path(shutil.copytree(tiny_bundle, tmp_path / "bf16"))
+    manifest = read_manifest(bundle / "manifest.json")
+    graphs = {
+        name: dataclasses.replace(graph, precision=Precision.BF16)
+        for name, graph in manifest.graphs.items()
+    }
+    text = dataclasses.replace(manifest, graphs=graphs).to_json()
+    (bundle / "manifest.json").write_text(text)
+    for module in (rcod_export.inspect, rcod_runtime.selftest):
+        monkeypatch.setattr(module, "self_test", lambda _, backend, *__: f"tested {backend}")
+    for lines in (list(verify_bundle(bundle)), list(examine(bundle))):
+        assert "backend openvino: tested openvino" in lines
+        (line,) = (line for line in lines if line.startswith("backend onnxruntime"))
+        assert line.endswith("has no bf16 convolutions on a CPU, which this bundle needs")
+
+
 @pytest.fixture
 def bundle_with_engine(tiny_bundle: Path, tmp_path: Path) -> Path:
     """An entry of an engine built elsewhere; the file is not read by anything but the hash."""
@@ -133,7 +157,18 @@ def test_a_changed_engine_is_refused(bundle_with_engine: Path) -> None:
         list(verify_bundle(bundle_with_engine))
 
 
+def test_an_engine_that_cannot_be_read_is_a_typed_error(
+    bundle_with_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, digest: str) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(rcod_export.inspect, "check_hash", refused)
+    with pytest.raises(BundleError, match="vpim.engine: can't be read .Permission denied"):
+        list(verify_bundle(bundle_with_engine))
+
+
 def test_a_changed_sample_is_refused(bundle_with_engine: Path) -> None:
     (bundle_with_engine / "sample" / "sr.png").write_bytes(b"other")
-    with pytest.raises(BackendError, match="sr.png: the self-test's file was changed"):
+    with pytest.raises(HashMismatch, match="sr.png: the sample was changed"):
         list(verify_bundle(bundle_with_engine))

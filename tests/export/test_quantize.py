@@ -244,7 +244,7 @@ def test_engines_are_not_built_of_int8_graphs(int8_bundle: Path) -> None:
 
 
 def test_a_gpu_does_not_get_them(int8_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="for CPUs. Give --device cpu"):
+    with pytest.raises(UsageError, match="for CPUs. Give --backend onnxruntime --device"):
         build_repository(int8_bundle, tmp_path / "models", TritonConfig())
     build_repository(int8_bundle, tmp_path / "models", TritonConfig(device="cpu"))
     with pytest.raises(UsageError, match="for CPUs. Use --device cpu"):

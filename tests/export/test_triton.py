@@ -15,10 +15,10 @@ import pytest
 
 from rcod_export.engines import EngineConfig, planned_engine
 from rcod_export.main import main
-from rcod_export.triton import TritonConfig, build_repository
+from rcod_export.triton import TritonConfig, _check_precision, build_repository
 from rcod_runtime.bundle import default_bundle_path, open_bundle
-from rcod_runtime.errors import HashMismatch, OutputError, UsageError
-from rcod_runtime.manifest import read_manifest
+from rcod_runtime.errors import BundleError, HashMismatch, OutputError, UsageError
+from rcod_runtime.manifest import Precision, read_manifest
 
 schema = pytest.importorskip("tritonclient.grpc.model_config_pb2")
 text_format = pytest.importorskip("google.protobuf.text_format")
@@ -76,7 +76,11 @@ def test_the_ensemble_followed_step_by_step_is_the_pipeline(repository: Path) ->
     inputs = {name: rng.uniform(-1, 1, size).astype(np.float32) for name, size in sizes.items()}
     inputs["level"] = np.array([[0, 1, 0]], np.float32)
     tensors = dict(inputs)
-    for step in ensemble.ensemble_scheduling.step:
+    steps = ensemble.ensemble_scheduling.step
+    taken = {name for step in steps for name in step.input_map.values()}
+    given = {name for step in steps for name in step.output_map.values()}
+    assert given <= taken | {"sr"}, "Triton refuses an ensemble with a tensor that nobody takes"
+    for step in steps:
         path = repository / step.model_name / "1" / "model.onnx"
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         feed = {key: tensors[value] for key, value in step.input_map.items()}
@@ -98,12 +102,14 @@ def test_the_ensemble_followed_step_by_step_is_the_pipeline(repository: Path) ->
     assert np.array_equal(tensors["sr"], expected)
 
 
-def with_engines(bundle: Path, *sms: int, tiles_px: tuple[int, ...] = (64,)) -> Path:
+def with_engines(
+    bundle: Path, *sms: int, tiles_px: tuple[int, ...] = (64,), batch: tuple[int, int] = (1, 3)
+) -> Path:
     """A bundle with entries as ``rcod-export engines`` makes them, and files in their place."""
     manifest = read_manifest(bundle / "manifest.json")
     engines = []
     for sm, tile in itertools.product(sms, tiles_px):
-        config = EngineConfig("tensorrt", (sm,), tile, batch=(1, 3))
+        config = EngineConfig("tensorrt", (sm,), tile, batch=batch)
         for name, graph in manifest.graphs.items():
             entry = planned_engine(manifest, name, graph, config, "11.0.0")
             data = f"{name} {sm} {tile}".encode()
@@ -126,7 +132,10 @@ def test_engines_are_chosen_by_compute_capability(tiny_bundle: Path, tmp_path: P
     assert sorted(p.name for p in version.iterdir()) == ["model_sm120.plan", "model_sm89.plan"]
     assert (version / "model_sm89.plan").read_bytes() == b"encoder 89 64"
     (bundle / "engines/tensorrt/sm89/64px/encoder.engine").write_bytes(b"encoder 88 64")
-    with pytest.raises(HashMismatch):
+    with pytest.raises(HashMismatch, match="rcod-export engines builds it again"):
+        build_repository(bundle, tmp_path / "models", TritonConfig("tensorrt"))
+    (bundle / "engines/tensorrt/sm89/64px/encoder.engine").unlink()
+    with pytest.raises(BundleError, match=r"encoder.engine: the manifest names it, but it is not"):
         build_repository(bundle, tmp_path / "models", TritonConfig("tensorrt"))
     assert configs(out)["rcod_encoder"] == model, "what was there is left"
 
@@ -143,6 +152,14 @@ def test_the_ensemble_takes_no_more_than_each_of_its_models(
     }
 
 
+def test_engines_that_take_no_single_tile_are_not_taken(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A request is one tile, which they refuse, the warm-up's first."""
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    bundle = with_engines(copy, 89, batch=(2, 3))
+    with pytest.raises(UsageError, match="no engines of .* for single tiles.*--batch 1 4"):
+        build_repository(bundle, tmp_path / "models", TritonConfig("tensorrt"))
+
+
 def test_one_tile_size_is_taken(tiny_bundle: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     bundle = with_engines(copy, 89, tiles_px=(64, 128))
@@ -157,7 +174,7 @@ def test_one_tile_size_is_taken(tiny_bundle: Path, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_had_is_refused(tiny_bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no engines of --target tensorrt for tiles of 64 px"):
+    with pytest.raises(UsageError, match="no engines of --target tensorrt for single tiles of 64"):
         build_repository(tiny_bundle, tmp_path / "a", TritonConfig("tensorrt"))
     with pytest.raises(UsageError, match="engines run on a GPU alone"):
         build_repository(tiny_bundle, tmp_path / "a", TritonConfig("tensorrt", "cpu"))
@@ -165,3 +182,47 @@ def test_what_cannot_be_had_is_refused(tiny_bundle: Path, tmp_path: Path) -> Non
     with pytest.raises(OutputError, match="exists and is no repository"):
         build_repository(tiny_bundle, tmp_path / "mine", TritonConfig())
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("choices", "words"),
+    [
+        ({"batch": 0}, "--batch 0: expected at least 1"),
+        ({"instances": -1}, "--instances -1: expected at least 1"),
+        ({"delay_us": -1}, "--delay -1: expected at least 0"),
+        ({"tile_px": 100}, "--tile 100: expected a multiple of 32"),
+    ],
+)
+def test_numbers_that_cannot_be_had_are_refused(
+    choices: dict[str, int], words: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=words):
+        build_repository(default_bundle_path(), tmp_path / "models", TritonConfig(**choices))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_device_cannot_compute_is_refused_with_what_to_give() -> None:
+    manifest = open_bundle().manifest
+
+    def check(precision: Precision, config: TritonConfig) -> None:
+        graphs = {
+            k: dataclasses.replace(v, precision=precision) for k, v in manifest.graphs.items()
+        }
+        _check_precision(Path("b"), dataclasses.replace(manifest, graphs=graphs), config)
+
+    for config in (TritonConfig(), TritonConfig("tensorrt")):
+        with pytest.raises(UsageError, match="Give --backend onnxruntime --device cpu"):
+            check(Precision.INT8, config)
+    check(Precision.INT8, TritonConfig(device="cpu"))
+    with pytest.raises(UsageError, match="no bf16 convolutions on a CPU"):
+        check(Precision.BF16, TritonConfig(device="cpu"))
+    check(Precision.BF16, TritonConfig())
+
+
+def test_a_repository_that_holds_other_models_is_not_replaced(tmp_path: Path) -> None:
+    for name in ("rcod", "rcod_encoder", "mine"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.pbtxt").write_text(name)
+    with pytest.raises(OutputError, match="found mine in it. Choose another -o"):
+        build_repository(default_bundle_path(), tmp_path, TritonConfig())
+    assert (tmp_path / "mine" / "config.pbtxt").read_text() == "mine"
