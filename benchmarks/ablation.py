@@ -6,9 +6,10 @@
 All variants share the autoencoder and the base denoiser of --stages, a run folder of
 ``rcod-train nano``; each is trained from there by ``rcod-train``, exported by ``rcod-export`` and
 scored by ``benchmarks.quality``. A variant that is finished in --out is not trained again, and one
-that was stopped goes on; with other settings or another dataset it is refused. Prints one JSON
-document as the last line, with the commit and the machine of each variant. Exit codes: those of
-rcod-upscale, and 11 where a command fails or --stages or --out is not what it should be.
+that was stopped goes on; with other settings, photos, stages or another dataset it is refused.
+Prints one JSON document as the last line, with the commit and the machine of each variant. Exit
+codes: those of rcod-upscale, and 11 where a command fails or --stages or --out is not what it
+should be.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,10 @@ from benchmarks.command import run_command
 from benchmarks.errors import CommandFailed, DatasetError
 from benchmarks.tables import shown
 from rcod_runtime.files import write_whole
+from rcod_runtime.manifest import sha256_file
+from rcod_train.files import written_whole
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3  # 3: PIQE of RGB, which had its red and blue swapped before
 # What differs from the whole method, as settings of rcod-train.
 VARIANTS: dict[str, tuple[str, ...]] = {
     "rcod": (),
@@ -49,6 +52,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 BUDGET = ("regression.steps=400", "rcod.steps=400", "mem.steps=50")
 SHOWN = (("psnr_y", "PSNR", 2), ("ssim_y", "SSIM", 3), ("niqe", "NIQE", 2), ("piqe", "PIQE", 1))
 SHARED = ("vae", "base")  # stages that all variants start from
+MADE_WITH = "made_with.json"  # in a variant's folder, from its first moment
 
 
 @dataclass(frozen=True)
@@ -110,30 +114,43 @@ def shared_settings(stages: Path) -> tuple[str, ...]:
     )
 
 
-def train_and_score(name: str, config: AblationConfig, shared: Sequence[str]) -> dict[str, Any]:
+def shared_weights(stages: Path) -> dict[str, str]:
+    """The SHA-256 of the checkpoint that each stage goes on from, its last one."""
+    return {stage: sha256_file(max((stages / stage).glob("step-*.pt"))) for stage in SHARED}
+
+
+def train_and_score(
+    name: str, config: AblationConfig, shared: Sequence[str], weights: Mapping[str, str]
+) -> dict[str, Any]:
     """One variant, from the shared stages to its figures; kept in its folder.
 
     Raises:
         CommandFailed: a command did, with the end of what it said.
-        DatasetError: the folder holds the variant with other settings or of another dataset.
+        DatasetError: the folder holds the variant made with something else.
     """
     folder = config.out / name
     settings = [*shared, *BUDGET, *config.settings, *VARIANTS[name]]
-    dataset = [str(config.dataset.resolve()), *config.endings]
-    wanted = {"settings": settings, "dataset": dataset}
-    finished = folder / "variant.json"
+    wanted = {
+        "settings": settings,
+        "data": [str(Path(photos).resolve()) for photos in config.data],
+        "stages": dict(weights),
+        "dataset": [str(config.dataset.resolve()), *config.endings],
+    }
+    made_with, finished = folder / MADE_WITH, folder / "variant.json"
+    if not folder.exists():
+        with written_whole(folder) as partial:
+            for stage in SHARED:
+                shutil.copytree(config.stages / stage, partial / stage)
+            (partial / MADE_WITH).write_text(json.dumps(wanted), encoding="utf-8")
+    found = json.loads(made_with.read_text(encoding="utf-8")) if made_with.is_file() else None
+    if found != wanted:
+        raise DatasetError(
+            f"{made_with}: expected the variant with {wanted}, found it with "
+            f"{found or 'what nobody wrote down'}. Choose another --out."
+        )
     if finished.is_file():
         kept: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
-        found = kept.pop("made_with")
-        if found != wanted:
-            raise DatasetError(
-                f"{finished}: expected the variant with {wanted}, found it with {found}. Choose "
-                "another --out."
-            )
         return kept
-    for stage in SHARED:
-        if not (folder / stage).exists():
-            shutil.copytree(config.stages / stage, folder / stage)
     train = ["rcod_train.main", "nano", "--data", *config.data, "--out", str(folder)]
     train += ["--resume", *(part for s in settings for part in ("--set", s))]
     _run(name, train)
@@ -150,7 +167,7 @@ def train_and_score(name: str, config: AblationConfig, shared: Sequence[str]) ->
         "card": asdict(report.machine_card()),
         "levels": {m["name"]: m["mean"] for m in methods if m["kind"] == "model"},
     }
-    write_whole(finished, json.dumps({"made_with": wanted, **variant}).encode())
+    write_whole(finished, json.dumps(variant).encode())
     return variant
 
 
@@ -179,7 +196,8 @@ def table(variants: dict[str, dict[str, Any]]) -> str:
 def measure(config: AblationConfig) -> str:
     shared = shared_settings(config.stages)
     config.out.mkdir(parents=True, exist_ok=True)
-    variants = {name: train_and_score(name, config, shared) for name in config.variants}
+    weights = shared_weights(config.stages)
+    variants = {name: train_and_score(name, config, shared, weights) for name in config.variants}
     print(table(variants))
     budget = [*BUDGET, *config.settings]
     card = report.machine_card()

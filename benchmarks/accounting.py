@@ -193,7 +193,7 @@ def graph_calls(
     for precision in precisions(BACKEND):
         stages = graph_stages(
             bundle_path, BACKEND, precision, threads, draw_picture(side, side),
-            manifest.levels[0].name,
+            manifest.levels[0].name, tile_px,
         )  # fmt: skip
         calls |= {f"{stage} {precision}": call for stage, call in stages.items()}
     return calls

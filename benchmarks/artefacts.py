@@ -7,12 +7,15 @@ The centre of each photo in a folder is upscaled at each level, in the bundle's 
 seams: the mean difference of neighbours in luma across the lines where a tile begins or ends, over
   that on all other lines; over that on other lines at the same places of the grid below; and over
   that on the same lines of the image made in one tile, where what is in the photos has no part.
+apart: the mean difference in luma, of 255, between the averages of 8x8 pixels in the tiled image
+  and in the one made in one tile, where tiles overlap: tiles that disagree there fade into each
+  other without a line.
 colours: how far an image's channels are from the input's in the mean, of 255.
 grid: of the eight lines that the decoder makes of one place of the latent, the strongest in luma's
   differences, over the mean of all; bicubic's stands beside it.
 
 Prints a machine card, a table and one JSON document as the last line. Exit codes: those of
-rcod-upscale, and 1 where seams or colours are beyond their limits.
+rcod-upscale, and 1 where seams, tiles apart or colours are beyond their limits.
 """
 
 from __future__ import annotations
@@ -37,11 +40,19 @@ from rcod_runtime.tiles import plan_axis
 from rcod_train.quality.metrics import luma
 
 SCHEMA_VERSION = 1
-LIMITS = {"seams": 1.1, "seams_same_places": 1.1, "seams_one_tile": 1.1, "colours": 1.0}
+# Of apart and colours: one step of 8 bits, the smallest that a screen shows.
+LIMITS = {
+    "seams": 1.1,
+    "seams_same_places": 1.1,
+    "seams_one_tile": 1.1,
+    "apart": 1.0,
+    "colours": 1.0,
+}
 PLACE_PX = 8  # of the result, to one place of the latent
 
 Image = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
@@ -111,19 +122,21 @@ def run(config: ArtefactsConfig) -> Verdict:
                 f"--crop {config.crop_px}: one tile of {tile_px} px holds it; expected a larger "
                 "crop or a smaller --tile."
             )
+        shared = shared_cells(side, tile_px, overlap_px)
         results: dict[str, dict[str, Any]] = {
             "bicubic": {"grid": grid(profile([bicubic(crop, (side, side)) for crop in crops]))}
         }
         for level in config.levels:
             tiled = upscaled(upscaler, crops, level, tile_px, overlap_px)
             whole = upscaled(upscaler, crops, level, side, 0)
-            results[level] = judged(tiled, whole, crops, lines)
+            results[level] = judged(tiled, whole, crops, lines, shared)
     print(report.format_card(card))
     print(f"\n{len(crops)} photos of {config.crop_px} px, tiles of {tile_px} px\n")
     columns = {
         "seams": "seams",
         "seams_same_places": "same places",
         "seams_one_tile": "one tile",
+        "apart": "apart",
         "colours": "colours",
         "colours_worst": "worst",
         "grid": "grid",
@@ -165,6 +178,17 @@ def seam_lines(length_px: int, tile_px: int, overlap_px: int) -> list[int]:
     return sorted(line for line in ends.union(axis.starts) if 0 < line < length_px)
 
 
+def shared_cells(length_px: int, tile_px: int, overlap_px: int) -> Flags:
+    """Of the cells of PLACE_PX along one axis, those that lie in two tiles or more."""
+    axis = plan_axis(length_px, tile_px, overlap_px, PLACE_PX)
+    tiles = np.zeros(length_px, np.int64)
+    for start in axis.starts:
+        tiles[start : start + axis.tile_px] += 1
+    cells = tiles[: length_px // PLACE_PX * PLACE_PX].reshape(-1, PLACE_PX)
+    shared: Flags = (cells > 1).all(1)
+    return shared
+
+
 def upscaled(
     upscaler: Upscaler, crops: Sequence[Image], level: str, tile_px: int, overlap_px: int
 ) -> list[Image]:
@@ -174,9 +198,13 @@ def upscaled(
 
 
 def judged(
-    tiled: Sequence[Image], whole: Sequence[Image], inputs: Sequence[Image], lines: Sequence[int]
+    tiled: Sequence[Image],
+    whole: Sequence[Image],
+    inputs: Sequence[Image],
+    lines: Sequence[int],
+    shared: Flags,
 ) -> dict[str, Any]:
-    """The figures of one level."""
+    """The figures of one level, with the same ``seam_lines`` and ``shared_cells`` on both axes."""
     differences = profile(tiled)
     seams = np.asarray(lines) - 1
     others = np.delete(np.arange(len(differences)), seams)
@@ -189,10 +217,29 @@ def judged(
         "seams": float(at / differences[others].mean()),
         "seams_same_places": float(at / np.mean(same_places)),
         "seams_one_tile": float(at / profile(whole)[seams].mean()),
+        "apart": apart(tiled, whole, shared),
         "colours": float(shifts.mean()),
         "colours_worst": float(shifts.max()),
         "grid": grid(differences),
     }
+
+
+def apart(tiled: Sequence[Image], whole: Sequence[Image], shared: Flags) -> float:
+    """The mean difference of cell means between square images, on the cells that are ``shared``
+    along an axis; without such cells nothing is blended, and it is 0."""
+    inside = shared[:, None] | shared[None, :]
+    if not inside.any():
+        return 0.0
+    means = [cell_means(luma(a) - luma(b)) for a, b in zip(tiled, whole, strict=True)]
+    return float(np.mean([np.abs(mean[inside]).mean() for mean in means]))
+
+
+def cell_means(values: Floats) -> Floats:
+    """(H, W) -> (H / PLACE_PX, W / PLACE_PX); what is left at the lower and right edge is cut."""
+    rows, columns = (side // PLACE_PX for side in values.shape)
+    cut = values[: rows * PLACE_PX, : columns * PLACE_PX]
+    means: Floats = cut.reshape(rows, PLACE_PX, columns, PLACE_PX).mean((1, 3))
+    return means
 
 
 def profile(images: Sequence[Image]) -> Floats:

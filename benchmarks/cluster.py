@@ -86,10 +86,12 @@ def run(config: ClusterConfig) -> str:
         for i in range(config.photos):
             picture = draw_picture(config.side_px + i, config.side_px)[i:]
             write_image(photos / f"{i:04}.png", picture)
+        order = list(ways)
         for _ in range(config.runs):
-            for way, options in ways.items():
-                times[way].append(timed_run(photos, out, options, config.photos))
+            for way in order:
+                times[way].append(timed_run(photos, out, ways[way], config.photos))
                 shutil.rmtree(out)
+            order.reverse()  # neither always follows the other
     results = {way: _summary(rows, config.photos) for way, rows in times.items()}
     print(report.format_card(card))
     print(f"\n{config.photos} photos of {config.side_px} x {config.side_px} px, "

@@ -23,8 +23,7 @@ def open_runtime(task: dict[str, Any]) -> Callable[[Any], object]:
         task["bundle"], "cpu", task["backend"],
         precision=task["precision"], threads=task["threads"],
     )  # fmt: skip
-    tile_px = task["side_px"] * upscaler.manifest.image.scale
-    return lambda lq: upscaler(lq, task["level"], tile_px=tile_px, overlap_px=0)
+    return lambda lq: upscaler(lq, task["level"])
 
 
 def open_pytorch(task: dict[str, Any]) -> Callable[[Any], object]:

@@ -42,6 +42,11 @@ MODES = (
     Mode("pytorch autocast bf16, NHWC", channels_last=True, autocast=True),
 )
 
+NO_GUIDE = (
+    "--checkpoint: expected a model without a guide, found one of rcod-s, whose guide the PyTorch "
+    "baseline doesn't run. Leave --checkpoint out: the bundle is then measured by itself."
+)
+
 
 class ModeMissing(BenchmarkError):
     """A mode of PyTorch that this machine doesn't have; the message says why."""
@@ -82,7 +87,7 @@ class EagerPipeline:
         MissingPackage: PyTorch is not installed.
         ModeMissing: this machine can't run that mode.
         BenchmarkError: the checkpoint can't be read.
-        UsageError: the bundle has no such level.
+        UsageError: the checkpoint has a guide, or the bundle no such level.
     """
 
     def __init__(
@@ -114,6 +119,8 @@ class EagerPipeline:
             self._parts, _ = load_merged(checkpoint)
         except RcodTrainError as exc:
             raise BenchmarkError(str(exc)) from exc
+        if self._parts.guide is not None:
+            raise UsageError(NO_GUIDE)
         for module in (self._parts.vae, self._parts.unet, self._parts.vpim):
             module.to(memory_format=self._order)
         levels = {entry.name: entry for entry in manifest.levels}

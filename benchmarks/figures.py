@@ -61,7 +61,8 @@ def lines(ablation: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
 
 
 def points(document: dict[str, Any]) -> dict[str, list[tuple[str, float, float]]]:
-    """(name, PSNR, NIQE): the model's levels in order, other methods, and the paper's rows."""
+    """(name, PSNR, NIQE): the model's levels in order, other methods, and the paper's rows where
+    nothing keeps them from being compared."""
     found: dict[str, list[tuple[str, float, float]]] = {"model": [], "other": [], "paper": []}
     for method in document["methods"]:
         x, y = (method["mean"].get(key) for key in (FIDELITY, REALISM))
@@ -69,7 +70,9 @@ def points(document: dict[str, Any]) -> dict[str, list[tuple[str, float, float]]
             continue
         path = method["kind"] == "model" and method["name"] != ADAPTIVE
         found["model" if path else "other"].append((method["name"], x, y))
-    for row in document["paper"]["table_2"] if document.get("paper") else []:
+    paper = document.get("paper") or {}
+    comparable = not paper.get("caution")
+    for row in paper.get("table_2", []) if comparable else []:
         values = row["values"]
         if FIDELITY in values and REALISM in values:
             found["paper"].append((row["method"], values[FIDELITY], values[REALISM]))
@@ -77,7 +80,7 @@ def points(document: dict[str, Any]) -> dict[str, list[tuple[str, float, float]]
 
 
 def worst(document: dict[str, Any], count: int) -> list[str]:
-    """Images whose SSIM falls most from bicubic to the last level."""
+    """Images whose SSIM falls most from bicubic to the last level; none without SSIM or bicubic."""
     methods = {m["name"]: m["images"] for m in document["methods"]}
     last = [m["images"] for m in document["methods"] if m["kind"] == "model"][-1]
     if BASELINE not in methods:
@@ -85,7 +88,7 @@ def worst(document: dict[str, Any], count: int) -> list[str]:
     fall = {
         name: methods[BASELINE][name][STRUCTURE] - values[STRUCTURE]
         for name, values in last.items()
-        if name in methods[BASELINE]
+        if STRUCTURE in values and STRUCTURE in methods[BASELINE].get(name, {})
     }
     return sorted(fall, key=lambda name: -fall[name])[:count]
 

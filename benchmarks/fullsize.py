@@ -23,6 +23,7 @@ from typing import Any
 from benchmarks.command import run_command
 from benchmarks.errors import CommandFailed
 from benchmarks.report import document, format_card, format_table, machine_card
+from rcod_runtime import UsageError
 
 SCHEMA_VERSION = 1
 FOLDERS = ("checkpoint", "bundle")
@@ -72,7 +73,9 @@ def run(arguments: argparse.Namespace) -> str:
         work = arguments.work or Path(temporary)
         checkpoint, bundle = (work / name for name in FOLDERS)
         steps: dict[str, dict[str, float]] = {}
-        if not (checkpoint / "rcod.json").is_file():
+        if (checkpoint / "rcod.json").is_file():
+            check_family(checkpoint, arguments.family)
+        else:
             steps["random checkpoint"] = step(
                 "benchmarks.fullsize_checkpoint", arguments.family, str(checkpoint)
             )
@@ -114,6 +117,18 @@ def run(arguments: argparse.Namespace) -> str:
             for engine in manifest["engines"]
         ],
     )
+
+
+def check_family(checkpoint: Path, family: str) -> None:
+    """Raises UsageError where a checkpoint that is there already is of another family."""
+    from rcod_train.checkpoint import read_info
+
+    found = read_info(checkpoint / "rcod.json").family
+    if found != family:
+        raise UsageError(
+            f"{checkpoint}: expected a checkpoint of {family}, found one of {found}. Choose "
+            f"another --work, or --family {found}."
+        )
 
 
 def step(module: str, *arguments: str) -> dict[str, float]:

@@ -54,7 +54,8 @@ class Tally:
     def add(self, result: dict[str, Any]) -> None:
         self.counts[result["outcome"]] += 1
         self.slowest_s = max(self.slowest_s, result.get("seconds", 0.0))
-        before, self.peak_bytes = self.peak_bytes, max(self.peak_bytes, result.get("peak_bytes", 0))
+        peak_bytes = result.get("peak_bytes") or 0  # None: the system doesn't tell
+        before, self.peak_bytes = self.peak_bytes, max(self.peak_bytes, peak_bytes)
         if self.peak_bytes > MAX_PEAK_BYTES >= before:
             self.findings.append({**result, "outcome": "memory"})
         if result["outcome"] in ("untyped", "crash", "hang"):
@@ -87,6 +88,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _ranges(arguments: argparse.Namespace) -> dict[str, range]:
+    if arguments.seed < 0:
+        raise UsageError(f"--seed {arguments.seed}: expected at least 0.")
     if arguments.case is not None:
         kind, number = arguments.case
         if kind not in KINDS or not number.isdecimal():

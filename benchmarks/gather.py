@@ -32,7 +32,8 @@ def gather(
     strips_dir: Path | None,
     compared: set[str],
 ) -> Gathered:
-    """Scores without their images, which are only kept until they are drawn or judged as a set."""
+    """Scores without their images, which are only kept until they are drawn or judged as a set.
+    ``strips_dir`` is there where there are ``strips``."""
     from tqdm import tqdm
 
     gathered = Gathered([], {}, {})
@@ -48,7 +49,6 @@ def gather(
                 panels.append(Panel(score.method, score.sr, _caption(score, metrics)))
                 if score.method == methods[-1].name:
                     assert strips_dir is not None
-                    strips_dir.mkdir(parents=True, exist_ok=True)
                     strip = draw_strip(lq_of[score.pair], panels)
                     write_image(strips_dir / f"{score.pair}.png", strip)
                     panels = []

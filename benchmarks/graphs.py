@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from rcod_runtime.arrays import guide_window
 from rcod_runtime.backends import Array, Session, choose
 from rcod_runtime.bundle import open_bundle
-from rcod_runtime.levels import level_weights
+from rcod_runtime.contract import GUIDE
+from rcod_runtime.levels import choice_weights
 from rcod_runtime.resample import resize_for_tokens, upsample
 
 
@@ -21,30 +23,40 @@ def graph_stages(
     threads: int,
     lq: npt.NDArray[np.uint8],
     level: str,
+    tile_px: int,
 ) -> dict[str, Callable[[], object]]:
-    """A call for each graph, with shapes bound and inputs taken from this image.
+    """A call for each graph, with shapes bound and inputs taken from this image, as the runtime's
+    chain does it on a CPU.
 
     Args:
         lq: (h, w, 3) uint8, processed in one tile.
+        tile_px: of the result: the size that graphs are compiled for; an image of another one runs
+            on what takes all sizes.
     """
     bundle = open_bundle(bundle_path)
-    contract = bundle.manifest.image
+    manifest = bundle.manifest
+    contract = manifest.image
     backend = choose(backend_name, precision, threads)
     size_hw = (lq.shape[0] * contract.scale, lq.shape[1] * contract.scale)
+    weights = choice_weights(level, manifest)
+    made: dict[str, Array] = {}  # what the graphs gave so far
     calls: dict[str, Callable[[], object]] = {}
 
-    def first_run(graph: str, feeds: dict[str, Array]) -> dict[str, Array]:
+    def first_run(graph: str, **given: Array) -> None:
+        inputs = {**made, **given}
+        feeds = {tensor.name: inputs[tensor.name] for tensor in manifest.graphs[graph].inputs}
+        common = graph == "vpim" or (graph != GUIDE and size_hw == (tile_px, tile_px))
         session: Session = backend.load(bundle.graph_path(graph))
-        session.bind({name: value.shape for name, value in feeds.items()})
+        session.bind({name: value.shape for name, value in feeds.items()}, common=common)
         calls[graph] = lambda: session.run(feeds)
-        return {name: value.copy() for name, value in session.run(feeds).items()}
+        made.update({name: value.copy() for name, value in session.run(feeds).items()})
 
-    thumbnail = resize_for_tokens(lq, contract.tokens_px)
-    tokens = first_run("vpim", {"image": _nchw(thumbnail)})["tokens"]
-    z_lq = first_run("encoder", {"image": _nchw(upsample(lq, size_hw))})["z_lq"]
-    weights = level_weights(level, bundle.manifest.levels)[None]
-    z_sr = first_run("denoiser", {"z_lq": z_lq, "tokens": tokens, "level": weights})["z_sr"]
-    first_run("decoder", {"z_sr": z_sr})
+    if manifest.is_guided:
+        first_run(GUIDE, lq=guide_window(lq))
+    first_run("vpim", image=_nchw(resize_for_tokens(lq, contract.tokens_px)))
+    first_run("encoder", image=_nchw(upsample(lq, size_hw)))
+    first_run("denoiser", level=made["adaptive"] if weights is None else weights[None])
+    first_run("decoder")
     return calls
 
 

@@ -90,7 +90,11 @@ def _piqe(packaged: Packaged) -> Loaded:
     except ImportError as exc:
         raise _Missing(f"{exc.name or 'pypiqe'} is not installed: {INSTALL_PYPIQE}") from exc
     protocol = f"pypiqe {version('pypiqe')}, RGB"
-    return Loaded(packaged, protocol, lambda sr, hq: float(piqe(sr)[0]), None)
+
+    def of_image(sr: Image, hq: Image) -> float:
+        return float(piqe(np.ascontiguousarray(sr[..., ::-1]))[0])  # it takes OpenCV's BGR
+
+    return Loaded(packaged, protocol, of_image, None)
 
 
 def _lpips(packaged: Packaged) -> Loaded:

@@ -43,14 +43,17 @@ from benchmarks.processes import (
     measure_peak_memory,
     write_photo,
 )
-from benchmarks.steady import Comparison, Opened, open_comparison
+from benchmarks.steady import Comparison, Opened, check_comparable, open_comparison
 from benchmarks.timing import Progress, time_in_turns, times_as_fast
 from rcod_runtime import UsageError
 from rcod_runtime.backends import BACKENDS, BackendName, installed, precisions
+from rcod_runtime.bundle import default_bundle_path
+from rcod_runtime.manifest import MANIFEST_FILE, read_manifest
 from rcod_runtime.parallel import cpus_available
 
 # 2: ratios are medians of each round's ratio; first calls, contestants, gate. 3: sweep, batch
-SCHEMA_VERSION = 3
+# 4: one image is in the bundle's tiles, and tile_px says how large; before, always in a single one
+SCHEMA_VERSION = 4
 COLD_SIDE_PX = 128
 MEMORY_SIDE_PX = 1024
 PARTS = ("steady", "stages", "start", "memory")
@@ -99,7 +102,14 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="the merged checkpoint the bundle was exported from, run in PyTorch eager fp32",
     )
-    add("--size", type=int, nargs="+", default=[128], metavar="PX", help="side of the input (128)")
+    add(
+        "--size",
+        type=int,
+        nargs="+",
+        default=[128],
+        metavar="PX",
+        help="side of the input, upscaled in the bundle's tiles as rcod-upscale does it (128)",
+    )
     add("--level", nargs="+", default=["neutral"], help="levels of the bundle (neutral)")
     add(
         "--batch",
@@ -209,6 +219,10 @@ def run(config: LatencyConfig) -> str | Verdict:
     card = report.machine_card()
     results: dict[str, Any] = dict.fromkeys(PARTS)
     comparison = config.comparison
+    # The manifest alone: what is read of the graphs would be in memory for the first new process.
+    manifest = read_manifest((comparison.bundle or default_bundle_path()) / MANIFEST_FILE)
+    for each in (comparison, *config.sweep):
+        check_comparable(each, manifest)
     model, missing = None, {}
     # New processes first: nothing of this one competes with them yet.
     with tempfile.TemporaryDirectory() as folder:
@@ -276,6 +290,7 @@ def _steady(opened: Opened, comparison: Comparison, config: LatencyConfig) -> di
         "side_px": comparison.side_px,
         "level": comparison.level,
         "batch": comparison.batch,
+        "tile_px": opened.tile_px,
         "agreement": [asdict(agreement) for agreement in opened.agreements],
         "first_call_ms": opened.first_call_ms,
         **_timed(opened.whole, config, "whole"),

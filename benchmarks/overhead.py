@@ -173,9 +173,11 @@ def measure_folder(config: OverheadConfig, folder: Path) -> dict[str, Any]:
     for i in range(config.photos):
         write_image(photos / f"{i}.png", draw_picture(config.photo_px + i, config.photo_px)[i:])
     times: dict[int, list[tuple[float, float]]] = {1: [], config.jobs: []}
+    order = list(times)
     for _ in range(config.runs):
-        for jobs, measured in times.items():
-            measured.append(_timed_command(config, photos, folder / "out", jobs))
+        for jobs in order:
+            times[jobs].append(_timed_command(config, photos, folder / "out", jobs))
+        order.reverse()  # neither always follows the other
     gains = [
         one / several for (one, _), (several, _) in zip(times[1], times[config.jobs], strict=True)
     ]

@@ -48,10 +48,12 @@ from benchmarks.scores import (
     scale_of,
 )
 from benchmarks.tables import mean_table
-from rcod_runtime import Upscaler, UsageError
+from rcod_runtime import OutputError, Upscaler, UsageError
 from rcod_train.quality.pristine import load_pristine
 
-SCHEMA_VERSION = 2  # 2: metrics have a header, missing ones a reason, the paper's rows beside
+# 2: metrics have a header, missing ones a reason, the paper's rows beside. 3: PIQE of RGB, which
+# had its red and blue swapped before
+SCHEMA_VERSION = 3
 ALL_METRICS = (*METRIC_NAMES, *(packaged.name for packaged in iqa.PACKAGED))
 COMPARED = 4  # photos of a report with before/after comparisons
 
@@ -155,6 +157,11 @@ def _config(arguments: argparse.Namespace) -> QualityConfig:
         levels = ()
     if bool(arguments.strips) != (arguments.strips_dir is not None):
         raise UsageError("--strips and --strips-dir: expected both or none.")
+    if arguments.report is not None and not arguments.report.name:
+        raise UsageError(
+            f"--report {arguments.report}: expected the path of its files without a suffix, "
+            "such as reports/realsr."
+        )
     check_at_least_1(arguments, "limit")
     return QualityConfig(
         dataset=arguments.dataset,
@@ -199,6 +206,8 @@ def run(config: QualityConfig) -> str:
     compared = {_chosen_name("--compare", name, pairs) for name in config.compare}
     if config.report is not None and not compared:
         compared = {pair.name for pair in pairs[:: max(1, len(pairs) // COMPARED)][:COMPARED]}
+    if config.strips_dir is not None:
+        _make_folder(config.strips_dir)
     with ExitStack() as stack:
         methods, model = _methods(config, pairs, stack)
         gathered = gather(pairs, methods, metrics, packaged, strips, config.strips_dir, compared)
@@ -291,6 +300,16 @@ def _chosen_name(option: str, name: str, pairs: Sequence[Pair]) -> str:
             f"such as {pairs[0].name}."
         )
     return stem
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise OutputError(
+            f"--strips-dir {folder}: expected a folder, or a place for a new one "
+            f"({exc.strerror or exc})."
+        ) from exc
 
 
 if __name__ == "__main__":

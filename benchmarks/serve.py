@@ -6,7 +6,8 @@
 Starts rcod-serve on a free port. "steady": as many clients as the server works on at once plus one,
 so that it is never idle and never full; "overload": many more clients than its queue holds, each
 asking again at once. Prints a machine card, a table, and one JSON document as the last line. Exit
-codes: those of rcod-upscale, and 11 where the server does not start or answers what it should not.
+codes: those of rcod-upscale, and 11 where the server does not start, ends, loses a connection or
+answers what it should not.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +28,13 @@ from statistics import quantiles
 from typing import Any
 
 from benchmarks import report
-from benchmarks.command import run_command
+from benchmarks.command import check_at_least_1, run_command
 from benchmarks.errors import CommandFailed
 from benchmarks.picture import draw_picture
 
 SCHEMA_VERSION = 1
+WARM_REQUESTS = 50
+LOST = "lost"  # in the place of a status: the connection was refused, or ended without an answer
 SERVER = (sys.executable, "-m", "rcod_runtime.cli.serve", "--port", "0")
 
 
@@ -86,20 +88,26 @@ def started(config: ServeConfig) -> Iterator[Server]:
 
 
 def load(server: Server, body: bytes, clients: int, until: Any) -> dict[str, Any]:
-    """``clients`` threads ask one after another while ``until()`` is false."""
-    seconds: dict[int, list[float]] = {}
+    """``clients`` threads ask one after another while ``until()`` is false, each until it loses its
+    connection."""
+    seconds: dict[str, list[float]] = {}
     lock = threading.Lock()
 
     def client() -> None:
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
-        while not until():
+        status = ""
+        while status != LOST and not until():
             began = time.perf_counter()
-            connection.request("POST", "/v1/upscale", body)
-            answer = connection.getresponse()
-            answer.read()
+            try:
+                connection.request("POST", "/v1/upscale", body)
+                answer = connection.getresponse()
+                answer.read()
+                status = str(answer.status)
+            except (OSError, http.client.HTTPException):
+                status = LOST
             taken = time.perf_counter() - began
             with lock:
-                seconds.setdefault(answer.status, []).append(taken)
+                seconds.setdefault(status, []).append(taken)
         connection.close()
 
     began = time.perf_counter()
@@ -109,14 +117,35 @@ def load(server: Server, body: bytes, clients: int, until: Any) -> dict[str, Any
     for thread in threads:
         thread.join()
     wall = time.perf_counter() - began
-    statuses = Counter({status: len(times) for status, times in seconds.items()})
     return {
         "clients": clients,
         "wall_s": wall,
-        "statuses": {str(status): count for status, count in sorted(statuses.items())},
-        "answers_per_s": statuses[200] / wall,
-        "latency_ms": {str(s): percentiles(times) for s, times in sorted(seconds.items())},
+        "statuses": {status: len(times) for status, times in sorted(seconds.items())},
+        "answers_per_s": len(seconds.get("200", ())) / wall,
+        "latency_ms": {s: percentiles(times) for s, times in sorted(seconds.items())},
     }
+
+
+def check_answers(
+    name: str, server: Server, statuses: Mapping[str, int], photos: int | None = None
+) -> None:
+    """Hold a load to what should come of it: that many ``photos`` and nothing else; None: photos,
+    and refusals for want of room.
+
+    Raises:
+        CommandFailed: something else did, or the server has ended.
+    """
+    if photos is None:
+        good, expected = {"200"} <= statuses.keys() <= {"200", "503"}, "some of 200, others of 503"
+    else:
+        good, expected = statuses == {"200": photos}, f"{photos} of 200"
+    ended = server.process.poll()
+    if good and ended is None:
+        return
+    found = ", ".join(f"{count} of {status}" for status, count in statuses.items()) or "none"
+    if ended is not None:
+        found += f", and the server ended with exit code {ended}"
+    raise CommandFailed(f"rcod-serve, {name} load: expected answers: {expected}; found {found}.")
 
 
 def percentiles(seconds: list[float]) -> dict[str, float]:
@@ -140,17 +169,17 @@ def measure(config: ServeConfig) -> str:
             return next(counter, None) is None
 
     with started(config) as server:
-        warm = iter(range(50))
-        load(server, body, 1, lambda: next(warm, None) is None)
+        warm = iter(range(WARM_REQUESTS))
+        first = load(server, body, 1, lambda: next(warm, None) is None)
+        check_answers("first", server, first["statuses"], WARM_REQUESTS)
         before = server.rss_bytes()
         steady = load(server, body, config.jobs + 1, enough)
+        check_answers("steady", server, steady["statuses"], config.requests)
         after = server.rss_bytes()
         end = time.perf_counter() + config.overload_s
         overload = load(server, body, config.overload_clients, lambda: time.perf_counter() > end)
+        check_answers("overload", server, overload["statuses"])
         last = server.rss_bytes()
-    wrong = set(steady["statuses"]) - {"200"} | set(overload["statuses"]) - {"200", "503"}
-    if wrong:
-        raise CommandFailed(f"rcod-serve answered {', '.join(sorted(wrong))} under load.")
     rows = [
         (
             name,
@@ -188,9 +217,20 @@ def main(argv: list[str] | None = None) -> int:
     add("--clients", type=int, default=32, help="of the overload (default: %(default)s)")
     add("--overload", type=float, default=10.0, metavar="S", help="default: %(default)g")
     add("--json", type=Path, metavar="FILE", help="write the JSON document here too")
-    a = parser.parse_args(argv)
-    config = ServeConfig(a.requests, a.photo_px, a.jobs, a.queue, a.clients, a.overload)
-    return run_command(lambda: measure(config), a.json)
+    arguments = parser.parse_args(argv)
+    return run_command(lambda: measure(_config(arguments)), arguments.json)
+
+
+def _config(arguments: argparse.Namespace) -> ServeConfig:
+    check_at_least_1(arguments, "requests", "photo_px", "jobs", "queue", "clients", "overload")
+    return ServeConfig(
+        arguments.requests,
+        arguments.photo_px,
+        arguments.jobs,
+        arguments.queue,
+        arguments.clients,
+        arguments.overload,
+    )
 
 
 if __name__ == "__main__":

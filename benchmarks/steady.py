@@ -12,11 +12,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from benchmarks.eager import MODES, EagerPipeline, Mode, ModeMissing
+from benchmarks.eager import MODES, NO_GUIDE, EagerPipeline, Mode, ModeMissing
 from benchmarks.errors import BenchmarkError
 from benchmarks.graphs import graph_stages
 from benchmarks.picture import draw_picture
 from rcod_runtime import Upscaler, UsageError
+from rcod_runtime.levels import choice_weights
+from rcod_runtime.manifest import ImageContract, Manifest
 
 Image = npt.NDArray[np.uint8]
 Call = Callable[[], object]
@@ -28,7 +30,8 @@ SAME_MODEL_PSNR_DB = 40.0
 @dataclass(frozen=True)
 class Comparison:
     """One model on one image through several libraries. ``checkpoint`` None: no baseline.
-    ``batch``: of square tiles that lie beside each other in the image and run together."""
+    ``batch``: of several square tiles that lie beside each other in the image and run together; of
+    1 the image is upscaled as rcod-upscale does it, in the bundle's tiles."""
 
     bundle: Path | None
     checkpoint: Path | None
@@ -44,6 +47,10 @@ class Comparison:
         options = ["--realism", self.level, "--backend", self.variants[0][0]]
         options += ["--threads", str(self.threads)]
         return options if self.bundle is None else [*options, "--bundle", str(self.bundle)]
+
+    def tile_px(self, contract: ImageContract) -> int:
+        """Of tiles in the result; an image smaller than one is a tile of its own size."""
+        return contract.tile_px if self.batch == 1 else self.side_px * contract.scale
 
 
 @dataclass(frozen=True)
@@ -70,20 +77,46 @@ class Opened:
     agreements: tuple[Agreement, ...]
     first_call_ms: dict[str, float]
     missing: dict[str, str]
+    tile_px: int
     stages: Callable[[], dict[str, dict[str, Call]]]
+
+
+def check_comparable(comparison: Comparison, manifest: Manifest) -> None:
+    """Fail before anything is loaded.
+
+    Raises:
+        UsageError: a level that the bundle hasn't, or a size that does not fit its grid; beside a
+            checkpoint, a bundle with a guide or a size of several tiles, which PyTorch has not.
+    """
+    contract = manifest.image
+    choice_weights(comparison.level, manifest)
+    if comparison.side_px * contract.scale % contract.size_multiple:
+        step = contract.size_multiple // contract.scale
+        raise UsageError(
+            f"--size {comparison.side_px}: expected a multiple of {step} px, so that no "
+            "variant works on padding."
+        )
+    if comparison.checkpoint is None:
+        return
+    if manifest.is_guided:
+        raise UsageError(NO_GUIDE)
+    most_px = comparison.tile_px(contract) // contract.scale
+    if comparison.side_px > most_px:
+        raise UsageError(
+            f"--size {comparison.side_px}: the bundle makes several tiles of it, PyTorch one. "
+            f"Expected at most {most_px} px beside --checkpoint; without, any size is measured."
+        )
 
 
 @contextmanager
 def open_comparison(comparison: Comparison) -> Iterator[Opened]:
-    """Load every variant and run it once.
+    """Load every variant of what ``check_comparable`` lets pass, and run it once.
 
     Raises:
-        UsageError: an input size that does not fit one tile of the bundle's grid.
         BenchmarkError: bundle and checkpoint are not the same model.
         RcodError: what loading a bundle, a backend or a checkpoint raises.
     """
     lq = draw_picture(comparison.side_px, comparison.side_px * comparison.batch)
-    tile = lq[:, : comparison.side_px]
     whole: dict[str, Callable[[], Image]] = {}
     with ExitStack() as stack:
         for backend, precision in comparison.variants:
@@ -98,13 +131,9 @@ def open_comparison(comparison: Comparison) -> Iterator[Opened]:
             )
             whole[f"{backend} {precision}"] = _runtime_call(upscaler, lq, comparison)
         manifest = upscaler.manifest
-        contract = manifest.image
-        if comparison.side_px * contract.scale % contract.size_multiple:
-            step = contract.size_multiple // contract.scale
-            raise UsageError(
-                f"--size {comparison.side_px}: expected a multiple of {step} px, so that no "
-                "variant works on padding."
-            )
+        tile_px = comparison.tile_px(manifest.image)
+        tile_side = min(comparison.side_px, tile_px // manifest.image.scale)
+        tile = lq[:tile_side, :tile_side]
         eager: dict[str, EagerPipeline] = {}
         missing: dict[str, str] = {}
         for mode in comparison.modes if comparison.checkpoint is not None else ():
@@ -128,6 +157,7 @@ def open_comparison(comparison: Comparison) -> Iterator[Opened]:
                     comparison.threads,
                     tile,
                     comparison.level,
+                    tile_px,
                 )
                 for backend, precision in comparison.variants
             }
@@ -146,12 +176,15 @@ def open_comparison(comparison: Comparison) -> Iterator[Opened]:
                 name: graph.precision.value for name, graph in manifest.graphs.items()
             },
         }
-        yield Opened(model, dict(whole), _compare(first_images), first_call_ms, missing, stages)
+        agreements = _compare(first_images)
+        yield Opened(model, dict(whole), agreements, first_call_ms, missing, tile_px, stages)
 
 
 def _runtime_call(upscaler: Upscaler, lq: Image, comparison: Comparison) -> Callable[[], Image]:
-    tile_px = comparison.side_px * upscaler.manifest.image.scale
-    options: dict[str, Any] = {"tile_px": tile_px, "overlap_px": 0, "batch": comparison.batch}
+    options: dict[str, Any] = {}
+    if comparison.batch > 1:
+        tile_px = comparison.tile_px(upscaler.manifest.image)
+        options = {"tile_px": tile_px, "overlap_px": 0, "batch": comparison.batch}
 
     def call() -> Image:
         sr: Image = upscaler(lq, comparison.level, **options).astype(np.uint8, copy=False)

@@ -2,7 +2,7 @@
 again with a base model.
 
 unet/ vae/          PEFT's adapter_config.json and adapter_model.safetensors
-full.safetensors    what is trained in full: unet.conv_in.*, vpim.align.*
+full.safetensors    what is trained in full: unet.conv_in.*, vpim.align.*, perhaps vae.decoder.*
 mem/ rcod.json      as in a merged checkpoint
 """
 
@@ -21,7 +21,7 @@ from rcod_train.adapted import LoraModel
 from rcod_train.bases import check_base, load_diffusion, load_vpim
 from rcod_train.checkpoint import CheckpointInfo, info_text, read_info, rounded
 from rcod_train.errors import CheckpointError, TrainError
-from rcod_train.files import written_whole
+from rcod_train.files import reason_of, written_whole
 from rcod_train.models.mem import Mem
 from rcod_train.network import Parts
 
@@ -39,6 +39,7 @@ def save_adapters(folder: Path, model: LoraModel, info: CheckpointInfo) -> None:
     conv_in, align = model.unet.conv_in_generator, model.parts.vpim.align
     full = {f"unet.conv_in.{n}": p for n, p in conv_in.named_parameters()}
     full |= {f"vpim.align.{n}": p for n, p in align.named_parameters()}
+    full |= {f"vae.{n}": p for n, p in model.decoder_parameters().items()}
     try:
         with written_whole(folder) as partial:
             for name, network in (("unet", model.parts.unet), ("vae", model.parts.vae)):
@@ -52,9 +53,9 @@ def save_adapters(folder: Path, model: LoraModel, info: CheckpointInfo) -> None:
             if model.parts.mem is not None:
                 model.parts.mem.save_pretrained(partial / "mem", safe_serialization=True)
             (partial / "rcod.json").write_text(info_text(info), encoding="utf-8")
-    except OSError as exc:
+    except (OSError, SafetensorError) as exc:
         raise TrainError(
-            f"{folder}: the adapters could not be written ({exc.strerror or exc}). "
+            f"{folder}: the adapters could not be written ({reason_of(exc)}). "
             "Free space and run again with --resume."
         ) from exc
 
@@ -84,8 +85,10 @@ def load_adapters(folder: Path, base: str, clip: str) -> tuple[Parts, Checkpoint
     for name, network in (("unet", unet), ("vae", vae)):
         _add(folder / name, network)
     wholes = {"unet.conv_in": unet.conv_in.base_layer, "vpim.align": vpim.align}
+    if any(name.startswith("vae.decoder.") for name in full):
+        wholes["vae.decoder"] = vae.decoder
     for name, module in wholes.items():
-        own = {k.removeprefix(f"{name}."): v for k, v in full.items() if k.startswith(name)}
+        own = {k.removeprefix(f"{name}."): v for k, v in full.items() if k.startswith(f"{name}.")}
         try:
             module.load_state_dict(own)
         except RuntimeError as exc:

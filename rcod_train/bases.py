@@ -98,9 +98,17 @@ def load_diffusion(
         DataError: one of them is missing, gated, or not of this layout.
     """
     return (
-        _loaded(SdVae, base, "vae", example, torch_dtype=dtype),
+        load_vae(base, example, dtype),
         _loaded(UNet2DConditionModel, base, "unet", example, torch_dtype=dtype),
     )
+
+
+def load_vae(
+    base: str, example: str = STABLE_DIFFUSION, dtype: torch.dtype = torch.float32
+) -> SdVae:
+    """The autoencoder alone, as ``load_diffusion`` does."""
+    vae: SdVae = _loaded(SdVae, base, "vae", example, torch_dtype=dtype)
+    return vae
 
 
 def load_vpim(clip: str, cross_attention_dim: int, dtype: torch.dtype = torch.float32) -> ClipVpim:

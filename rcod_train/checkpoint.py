@@ -26,7 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from rcod_train.errors import CheckpointError
-from rcod_train.files import written_whole
+from rcod_train.files import reason_of, written_whole
 from rcod_train.grouping import Grouping
 from rcod_train.models.discriminator import Discriminator
 from rcod_train.models.guide import Guide, GuidedMem
@@ -117,9 +117,9 @@ def save_merged(
             if discriminator is not None:
                 (partial / DISCRIMINATOR).write_bytes(save(discriminator.state_dict()))
             (partial / "rcod.json").write_text(info_text(info), encoding="utf-8")
-    except OSError as exc:
+    except (OSError, SafetensorError) as exc:
         raise CheckpointError(
-            f"{folder}: the checkpoint could not be written ({exc.strerror or exc}). "
+            f"{folder}: the checkpoint could not be written ({reason_of(exc)}). "
             "Free space or choose another --out."
         ) from exc
 

@@ -7,7 +7,7 @@ from.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from rcod_train.photos import Photo
 
 Condition = Callable[[Batch], tuple[Tensor, Tensor]]
 NEGATIVE, PROMPT = "negative", "prompt"
+TEXTS_COMPARED = 100
 LAYOUT = (
     "a safetensors file of last hidden states (N, D) of the base model's text encoder: "
     f'"{NEGATIVE}", and for every photo one under its path below its --data folder, or one '
@@ -88,6 +89,12 @@ class TextEmbeddings:
                     f'{path}: "{key}": expected (N, {cross_attention_dim}) as in the base model, '
                     f'with one N for all, found {found} ("{NEGATIVE}": {shape}).'
                 )
+
+    def first_texts(self) -> Iterator[Tensor]:
+        """The negative and the texts of the first photos, which tell files apart: all of a large
+        one take minutes to read."""
+        for key in (NEGATIVE, *self.keys[:TEXTS_COMPARED]):
+            yield self.file.get_tensor(key)
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         device = batch.photo.device

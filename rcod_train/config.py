@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen dataclass tree from the command line to the files.
 
 nano's losses and degradations are what the runs behind the embedded model came to; its steps and
-crops have made no model from the start yet (docs/training.md).
+crops are those of one run from the start, of an hour and a half (docs/training.md).
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ class LoopConfig:
         "beta2": (0, 0.99999),
         "final_rate": SHARE,
         "ema_decay": SHARE,
+        "turned_share": SHARE,
         "accumulate": AT_LEAST_1,
         "photos_per_batch": AT_LEAST_1,
         "crops_per_photo": AT_LEAST_1,
@@ -60,15 +61,16 @@ class LoopConfig:
     weight_decay: float = 0.0
     beta2: float = 0.99
     final_rate: float = 0.05  # share of the learning rate left at the last step; 1: constant
-    clip_norm: float = 1.0
+    clip_norm: float = 1.0  # 0: gradients are not clipped
     ema_decay: float = 0.995
     accumulate: int = 1  # batches to one update
     photos_per_batch: int = 4
     crops_per_photo: int = 2
     crop_px: int = 256
     context_px: int = 384  # degraded as a whole; the tokens see it, the crops are cut from it
+    turned_share: float = 0.3  # of samples, by 0 to 3 right angles; mirrored are half of all
     checkpoint_steps: int = 250
-    validation_steps: int = 0  # 0: no validation
+    validation_steps: int = 0  # 0: no validation; nor is there one without photos held out
 
     def __post_init__(self) -> None:
         check_numbers(self, self._LIMITS)
@@ -96,10 +98,9 @@ def degradation_shares(heavy: float, mild: float = 0.0) -> dict[str, float]:
 class VaeStageConfig(LoopConfig):
     """Autoencoder: L1, gradient loss, and latents held near zero mean and unit variance."""
 
-    steps: int = 5000
+    steps: int = 4000
     learning_rate: float = 1e-3
     ema_decay: float = 0.998
-    crops_per_photo: int = 4
     crop_px: int = 128
     context_px: int = 256
     gradient_weight: float = 1.0
@@ -111,10 +112,12 @@ class BaseStageConfig(LoopConfig):
     """Base denoiser: eps-prediction on latents of HQ photos, visual tokens dropped at random."""
 
     _LIMITS = LoopConfig._LIMITS | {"drop_tokens": SHARE}
-    steps: int = 1000
+    steps: int = 800
     learning_rate: float = 5e-4
     ema_decay: float = 0.998
     photos_per_batch: int = 8
+    crops_per_photo: int = 1
+    crop_px: int = 192
     drop_tokens: float = 0.1
 
 
@@ -196,10 +199,12 @@ class RegressionStageConfig(LoopConfig):
     """nano's RCOD model on the distances to the photo alone, before its realism terms: a step costs
     half of theirs, and a small base leaves most to learn here. Weights are those of ``rcod``."""
 
-    steps: int = 1800
+    steps: int = 1600
     learning_rate: float = 5e-4
     decoder_learning_rate: float = 5e-4
+    crops_per_photo: int = 1
     crop_px: int = 192
+    validation_steps: int = 500
 
 
 @dataclass(frozen=True)
@@ -243,6 +248,7 @@ RCOD_O = RcodStageConfig(
     crops_per_photo=1,
     crop_px=512,
     context_px=512,
+    turned_share=0.0,  # Real-ESRGAN's recipe mirrors alone
     checkpoint_steps=500,
     validation_steps=1000,
     rank_unet=4,
@@ -279,9 +285,11 @@ RCOD_S = dataclasses.replace(
 # nano: realism terms grow with the square of the level, and SSIM holds smooth areas, which an
 # adversary likes to fill.
 NANO = RcodStageConfig(
-    steps=2400,
+    steps=1400,
     decoder_learning_rate=4e-4,
+    crops_per_photo=1,
     crop_px=192,
+    validation_steps=500,
     metric_quantile=0.0,
     heavy_share=0.25,
     mild_share=0.5,
@@ -295,15 +303,22 @@ NANO = RcodStageConfig(
 NANO_FROM = dataclasses.replace(
     NANO,
     steps=500,
+    crops_per_photo=2,
     learning_rate=1.5e-4,
     decoder_learning_rate=3e-4,
     warmup_steps=50,
+    validation_steps=250,
     any_level=1.0,
     latent_weight=0.0,
     vsd_weight=0.0,
 )
 SD_MEM = MemStageConfig(
-    steps=1000, photos_per_batch=4, crops_per_photo=1, crop_px=512, context_px=512
+    steps=1000,
+    photos_per_batch=4,
+    crops_per_photo=1,
+    crop_px=512,
+    context_px=512,
+    turned_share=0.0,
 )
 
 

@@ -157,7 +157,7 @@ class PhotoBatches(Dataset[Batch]):
         left = rng.integers(0, (hq.shape[1] - side) // grid + 1) * grid
         window = np.s_[top : top + side, left : left + side]
         mirrored = rng.random() < 0.5
-        turns = rng.integers(0, 4) if rng.random() < 0.3 else 0
+        turns = rng.integers(0, 4) if rng.random() < self.config.turned_share else 0
 
         def moved(pixels: Pixels) -> Pixels:
             pixels = pixels[:, ::-1] if mirrored else pixels

@@ -11,8 +11,7 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from rcod_train.config import EstimatorConfig
-from rcod_train.errors import TrainError
-from rcod_train.files import file_written_whole
+from rcod_train.files import disk_errors, file_written_whole
 from rcod_train.models.guide import DegradationEstimator
 from rcod_train.network import seeded
 from rcod_train.run import Run
@@ -36,12 +35,6 @@ def train_estimator(config: EstimatorConfig, resume: bool) -> Path:
     run.train(stage, run.batches_of(config.estimator, "estimator", TOKENS_PX, degradations))
     path = run.out / "estimator.safetensors"
     if run.ranks.writes:
-        try:
-            with file_written_whole(path) as partial:
-                save_file(estimator.state_dict(), partial)
-        except OSError as exc:
-            raise TrainError(
-                f"{path}: could not be written ({exc.strerror or exc}). Free space and run again "
-                "with --resume."
-            ) from exc
+        with disk_errors(path), file_written_whole(path) as partial:
+            save_file(estimator.state_dict(), partial)
     return path

@@ -9,6 +9,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
+from rcod_train.errors import TrainError
+
+
+def reason_of(exc: Exception) -> object:
+    """Why a write failed, in the system's words where it has any: torch's and safetensors' writers
+    raise errors of their own, torch's while the system's is handled."""
+    for error in (exc, exc.__context__):
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+    return exc
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Inside, where a run writes ``path``, what keeps it from that is a TrainError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as exc:
+        raise TrainError(
+            f"{path}: could not be written ({reason_of(exc)}). Free space and run again with "
+            "--resume."
+        ) from exc
+
 
 @contextmanager
 def file_written_whole(target: Path) -> Iterator[Path]:

@@ -14,7 +14,8 @@ from rcod_train.schedule import TIMESTEPS
 
 def cosine_metric(z_lq: Tensor, z_hq: Tensor) -> Tensor:
     """Eq. 6: M = cosine similarity of the flattened latents, (B, C, h, w) x 2 -> (B,) float32."""
-    return torch.cosine_similarity(z_lq.float().flatten(1), z_hq.float().flatten(1), dim=1)
+    m = torch.cosine_similarity(z_lq.float().flatten(1), z_hq.float().flatten(1), dim=1)
+    return m.clamp(-1.0, 1.0)  # of equal latents it may be rounded to more
 
 
 def l1_metric(z_lq: Tensor, z_hq: Tensor) -> Tensor:

@@ -10,8 +10,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
-import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -27,18 +25,22 @@ from tqdm import tqdm
 from rcod_train.config import LoopConfig
 from rcod_train.data import Batch
 from rcod_train.errors import CheckpointError, Interrupted, TrainError
+from rcod_train.files import disk_errors, file_written_whole
 from rcod_train.fingerprint import fingerprint
 from rcod_train.precision import Autocast
 from rcod_train.ranks import Ranks
 from rcod_train.stage_checkpoint import (
     check_inherited,
     check_parameters,
+    check_replicas,
     check_settings,
     read_checkpoint,
     write_checkpoint,
 )
 
 log = logging.getLogger(__name__)
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")  # GPU, CPU
 
 
 class Update:
@@ -110,9 +112,10 @@ class _Trainer:
         autocast: Autocast,
         ranks: Ranks,
         inherited: Mapping[str, str],
+        data: Mapping[str, Any],
     ) -> None:
         self.stage, self.folder, self.seed, self.step = stage, folder, seed, 0
-        self.inherited = dict(inherited)
+        self.inherited, self.data = dict(inherited), dict(data)
         self.ranks, self.device = ranks, autocast.device
         self.parameters = {
             f"{group}.{name}": parameter
@@ -179,7 +182,8 @@ class _Trainer:
         parameters = [p for members in optimizer.param_groups for p in members["params"]]
         self.ranks.average_([p.grad for p in parameters if p.grad is not None])
         scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.stage.config.clip_norm)
+        most = self.stage.config.clip_norm or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(parameters, most)
         if not torch.isfinite(norm) and scaler.get_scale() <= 1.0:  # 1 without fp16
             raise self._diverged(
                 f"the gradient of the {group} loss is {norm.item()}, first in {self._broken(group)}"
@@ -230,6 +234,7 @@ class _Trainer:
             "config": dataclasses.asdict(self.stage.config),
             "processes": self.ranks.world,
             "inherited": self.inherited,
+            "data": self.data,
             "parameters": {name: p.detach() for name, p in self.parameters.items()},
             "ema": self.ema,
             "optimizers": {name: o.state_dict() for name, o in self.optimizers.items()},
@@ -240,7 +245,7 @@ class _Trainer:
 
     def load(self, path: Path) -> None:
         state = read_checkpoint(path)
-        check_settings(path, state, self.stage.config, self.seed, self.ranks.world)
+        check_settings(path, state, self.stage.config, self.seed, self.ranks.world, self.data)
         check_inherited(path, state, self.inherited)
         check_parameters(path, state, self.parameters)
         with torch.no_grad():
@@ -289,6 +294,7 @@ def run_stage(
     log_row: Callable[[dict[str, float]], None] | None = None,
     inherited: Mapping[str, str] | None = None,
     later: Sequence[Path] = (),
+    data: Mapping[str, Any] | None = None,
 ) -> str:
     """Train a stage to its last step and leave its modules with the averaged (EMA) weights; returns
     the fingerprint of these.
@@ -305,15 +311,17 @@ def run_stage(
         log_row: takes every row of the loss log too, in the first process.
         inherited: the fingerprint that each stage before this one left; the checkpoints keep them.
         later: folders of the stages that build on this one.
+        data: what the batches are drawn from; the checkpoints keep it.
 
     Raises:
         CheckpointError: the checkpoint is of another configuration or was built on other weights,
             or there are steps left to train and a later stage was built on what is there.
         Interrupted: SIGINT or SIGTERM came; the state is saved.
-        TrainError: a loss or gradient is not finite, or a checkpoint can't be written.
+        TrainError: a loss or gradient is not finite, memory does not suffice, a checkpoint or the
+            log can't be written, or the processes have different checkpoints.
     """
     autocast, ranks = autocast or Autocast("fp32"), ranks or Ranks()
-    trainer = _Trainer(stage, folder, seed, autocast, ranks, inherited or {})
+    trainer = _Trainer(stage, folder, seed, autocast, ranks, inherited or {}, data or {})
     existing = sorted(folder.glob("step-*.pt"))
     if existing and not resume:
         raise CheckpointError(
@@ -323,12 +331,30 @@ def run_stage(
     if existing:
         trainer.load(existing[-1])
         log.info("stage %s: resumed at step %d", stage.name, trainer.step)
+    check_replicas(folder, trainer.step, trainer.parameters if existing else {}, ranks)
     if trainer.step < stage.config.steps:
         _check_nothing_is_built_on(trainer, later)
         source = make_batches(trainer.step * stage.config.accumulate)
-        _train(trainer, source, resume, validate, log_row)
+        with _memory_errors(trainer):
+            _train(trainer, source, validate, log_row)
     trainer.take_ema()
     return fingerprint(trainer.parameters.values())
+
+
+@contextmanager
+def _memory_errors(trainer: _Trainer) -> Iterator[None]:
+    """Inside, memory that does not suffice is a TrainError."""
+    try:
+        yield
+    except RuntimeError as exc:
+        if not any(words in str(exc) for words in OUT_OF_MEMORY):
+            raise
+        name, reason = trainer.stage.name, str(exc).strip().splitlines()[0]
+        raise TrainError(
+            f"stage {name}, step {trainer.step}: not enough memory ({reason}). Lower "
+            f"{name}.photos_per_batch and raise {name}.accumulate to keep the batch, or lower "
+            f"{name}.crop_px, with another --out."
+        ) from exc
 
 
 def _check_nothing_is_built_on(trainer: _Trainer, later: Sequence[Path]) -> None:
@@ -347,17 +373,15 @@ def _check_nothing_is_built_on(trainer: _Trainer, later: Sequence[Path]) -> None
 def _train(
     trainer: _Trainer,
     batches: Iterable[Batch],
-    resume: bool,
     validate: Callable[[int], None] | None,
     log_row: Callable[[dict[str, float]], None] | None,
 ) -> None:
     stage, steps, ranks = trainer.stage, trainer.stage.config.steps, trainer.ranks
     ranks.wait()  # all have looked for checkpoints
-    log_path = Path(os.devnull)
+    log_path = trainer.folder / "losses.jsonl"
     if ranks.writes:
-        trainer.folder.mkdir(parents=True, exist_ok=True)
-        log_path = trainer.folder / "losses.jsonl"
-        if resume and log_path.exists():
+        with disk_errors(log_path):
+            trainer.folder.mkdir(parents=True, exist_ok=True)
             _cut_log(log_path, trainer.step)
     progress = tqdm(
         total=steps,
@@ -368,20 +392,16 @@ def _train(
         mininterval=1.0,
         disable=not ranks.writes,
     )
-    with (
-        _stop_requested() as stopped,
-        log_path.open("a", buffering=1, encoding="utf-8") as log_file,
-        progress,
-    ):
+    with _stop_requested() as stopped, progress:
         stream = iter(batches)
         while trainer.step < steps:
             started = time.perf_counter()
             row = trainer.train_step(stream)
             row["step_s"] = time.perf_counter() - started  # waiting for the data is in it
-            shown = {k: v if k == "step" else float(f"{v:.6g}") for k, v in row.items()}
-            log_file.write(json.dumps(shown) + "\n")
-            if log_row is not None and ranks.writes:
-                log_row(row)
+            if ranks.writes:
+                _write_row(log_path, row)
+                if log_row is not None:
+                    log_row(row)
             progress.set_postfix_str(
                 " ".join(f"{k} {v:.4g}" for k, v in row.items() if k.endswith("_loss")),
                 refresh=False,
@@ -395,23 +415,34 @@ def _train(
                         validate(trainer.step)
                 ranks.wait()
             stop = ranks.any(bool(stopped), trainer.device)
-            if last or stop or trainer.step % stage.config.checkpoint_steps == 0:
-                log_file.flush()
-                if ranks.writes:
-                    trainer.save()
+            saves = last or stop or trainer.step % stage.config.checkpoint_steps == 0
+            if saves and ranks.writes:
+                trainer.save()
             if last:  # no later step would see a signal that came while the state was written
                 stop = ranks.any(bool(stopped), trainer.device)
             if stop:  # also after the last step: a stage may follow
+                ranks.wait()  # a launcher ends all with the first, which may be writing its state
                 raise Interrupted(
                     f"stage {stage.name}: stopped at step {trainer.step} of {steps}, state saved "
                     f"in {trainer.folder}. Continue with --resume."
                 )
 
 
+def _write_row(path: Path, row: Mapping[str, float]) -> None:
+    """Six digits of each figure; one that is not finite is null. Opened for each row, so that a
+    full disk is found here and not when a file is closed."""
+    shown = {
+        key: value if key == "step" else float(f"{value:.6g}") if math.isfinite(value) else None
+        for key, value in row.items()
+    }
+    with disk_errors(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(shown) + "\n")
+
+
 def _cut_log(path: Path, step: int) -> None:
-    """Drop the rows that a killed run logged after its last checkpoint."""
-    rows = path.read_text(encoding="utf-8").splitlines()
-    kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] < step]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(row + "\n" for row in kept), encoding="utf-8")
-    shutil.move(partial, path)
+    """Drop the rows that a killed run logged after its last checkpoint, or without one."""
+    if path.exists():
+        rows = path.read_text(encoding="utf-8").splitlines()
+        kept = [row for row in rows if row.endswith("}") and json.loads(row)["step"] < step]
+        with file_written_whole(path) as partial:
+            partial.write_text("".join(row + "\n" for row in kept), encoding="utf-8")

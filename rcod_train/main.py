@@ -35,6 +35,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     nano = commands.add_parser("nano", help="the small model, from scratch, on CPU or GPU-less CI")
     _add_run(nano, "nano", "Apache-2.0")
+    _add_device(nano, default="cpu")
     nano.add_argument("--lpips", action="store_true", help="add the LPIPS loss")
     nano.add_argument(
         "--from",
@@ -134,9 +135,9 @@ def _add_sd_run(parser: argparse.ArgumentParser) -> None:
     _add_choice(parser, "--constants", pair)
 
 
-def _add_device(parser: argparse.ArgumentParser) -> None:
+def _add_device(parser: argparse.ArgumentParser, default: str = "auto") -> None:
     help_ = "auto, cpu, cuda or cuda:N (default: %(default)s)"
-    parser.add_argument("--device", default="auto", help=help_)
+    parser.add_argument("--device", default=default, help=help_)
 
 
 def _add_stats(commands: Any) -> None:

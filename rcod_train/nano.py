@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 from pathlib import Path
 
@@ -67,6 +66,8 @@ def train_nano(
         with seeded(config.seed):
             parts.mem = Mem(NANO_LATENT_CHANNELS)
     parts.mem.requires_grad_(not keeps_mem)
+    for module in (parts.vae, parts.unet, parts.vpim, parts.mem):
+        module.to(run.device)
     run.start()
     if start is None:
         train_base(run, parts, config)
@@ -147,8 +148,8 @@ def train_base(run: Run, parts: Parts, config: TrainConfig) -> None:
     run.train(vae, run.batches_of(config.vae, "vae", tokens_px, None))
     parts.vae.requires_grad_(False)
     # The factor is measured on the finished autoencoder, so a resumed run finds the same one.
-    photos = run.batches_of(config.base, "measure", tokens_px, None)(0)
-    scaling_factor = measure_scaling_factor(parts, list(itertools.islice(photos, SCALING_BATCHES)))
+    photos = run.batches_of(config.base, "measure", tokens_px, None, SCALING_BATCHES)(0)
+    scaling_factor = measure_scaling_factor(parts, list(photos))
     parts.vae.register_to_config(scaling_factor=scaling_factor)
     log.info("latents: scaling factor %.4f", scaling_factor)
 

@@ -8,12 +8,14 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
+from PIL.ContainerIO import ContainerIO
 
 from rcod_train.errors import DataError
 
@@ -30,6 +32,13 @@ UNREADABLE = (
     OverflowError, ZeroDivisionError, NotImplementedError, struct.error, zlib.error,
     Image.DecompressionBombError,
 )  # fmt: skip
+
+
+class _Member(ContainerIO[bytes]):
+    """A part of an open shard, as a file of its own."""
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("fileno")  # libtiff would read the shard from its beginning
 
 
 @dataclass(frozen=True)
@@ -56,18 +65,22 @@ class Photo:
         """Tells whether two photos are one file, whatever folder or link they were found by."""
         return self.path.resolve(), self.span
 
-    def open(self) -> Image.Image:
-        """The image, not decoded yet.
+    @contextmanager
+    def open(self) -> Iterator[Image.Image]:
+        """The image, not decoded yet: of one in a shard no more is read than its header.
 
         Raises:
             one of UNREADABLE: what it may be.
         """
         if self.span is None:
-            return Image.open(self.path)
-        first, count = self.span
-        with self.path.open("rb") as shard:
-            shard.seek(first)
-            return Image.open(io.BytesIO(shard.read(count)))
+            with Image.open(self.path) as image:
+                yield image
+        else:
+            with (
+                self.path.open("rb") as shard,
+                Image.open(_Member(shard, *self.span)) as image,
+            ):
+                yield image
 
     def read(self) -> Pixels:
         """(H, W, 3) uint8 RGB; raises like ``open``, and DataError like ``find_photos``."""
@@ -81,13 +94,13 @@ class Photo:
             return _rgb(image, str(self.lq))
 
 
-def find_photos(sources: tuple[str, ...], min_side_px: int) -> list[Photo]:
+def find_photos(sources: tuple[str, ...], min_side_px: int, option: str = "--data") -> list[Photo]:
     """All photos below the folders, and in the .tar shards there or named themselves, that open and
     are large enough; sorted by path. Shards are plain tar files, as webdataset has them; their
     members are read at random by their place, so a batch depends on nothing but its number.
 
     A file that lies below several of the sources counts once, named by the first. Files that don't
-    open or are too small are counted and named in a warning.
+    open or are too small are counted and named in a warning. ``option`` is what gave the sources.
 
     Raises:
         DataError: a source is missing, a shard is damaged, a photo's white can't be known, or no
@@ -97,7 +110,8 @@ def find_photos(sources: tuple[str, ...], min_side_px: int) -> list[Photo]:
     for source in map(Path, sources):
         if not (source.is_dir() or source.suffix == ".tar" and source.is_file()):
             raise DataError(
-                f"{source}: expected a folder of photos or a .tar shard, found none. Check --data."
+                f"{source}: expected a folder of photos or a .tar shard, found none. Check "
+                f"{option}."
             )
         below = _below(source) if source.is_dir() else _in_shard(source)
         found += sorted(below, key=_order)
@@ -159,7 +173,7 @@ def find_pairs(folder: str, min_side_px: int) -> list[Photo]:
         for path in (hq[stem], lq[stem]):
             try:
                 with Image.open(path) as image:
-                    sizes.append(image.size)
+                    sizes.append(_upright_size(image))
                     _white(image, str(path))
             except UNREADABLE as exc:
                 raise DataError(f"{path}: not a readable image ({exc}). Remove the pair.") from exc
@@ -219,9 +233,21 @@ def _white(image: Image.Image, source: str) -> int:
     return int(2 ** bits[0] - 1)
 
 
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height as ``_rgb`` has them, told without decoding: Pillow has turned a TIFF's
+    already, and would decode a PNG to look for EXIF data behind its pixels."""
+    width, height = image.size
+    asked = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+    if asked and image.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):
+        return height, width
+    return width, height
+
+
 def _rgb(image: Image.Image, source: str) -> Pixels:
-    """(H, W, 3) uint8. Pillow's conversion would cut deeper grey off at 255."""
+    """(H, W, 3) uint8, turned as a camera noted it in the EXIF data. Pillow's conversion would cut
+    deeper grey off at 255."""
     white = _white(image, source)
+    ImageOps.exif_transpose(image, in_place=True)
     if white == 255:
         return np.asarray(image.convert("RGB"))
     grey = np.asarray(image, np.float32) * (255 / white)

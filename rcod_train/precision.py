@@ -19,11 +19,17 @@ def resolve_device(choice: str, ranks: Ranks | None = None) -> torch.device:
     """
     if choice == "auto":
         choice = "cuda" if torch.cuda.is_available() else "cpu"
-    if choice == "cuda" and ranks is not None and ranks.world > 1:
-        choice = f"cuda:{ranks.local_rank}"
     kind, _, index = choice.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
         raise ConfigError(f"device {choice!r}: expected auto, cpu, cuda or cuda:N.")
+    if kind == "cuda" and ranks is not None and ranks.world > 1:
+        if index:
+            raise ConfigError(
+                f"device {choice!r}: expected auto or cuda for {ranks.world} processes, each of "
+                "which takes a GPU of its own; CUDA_VISIBLE_DEVICES chooses among them."
+            )
+        index = str(ranks.local_rank)
+        choice = f"cuda:{index}"
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device {choice!r}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} "
@@ -38,11 +44,19 @@ def resolve_precision(choice: str, device: torch.device | None = None) -> str:
         if device is not None and device.type == "cuda":
             native = torch.cuda.is_bf16_supported(including_emulation=False)
         else:
-            native = torch.ops.mkldnn._is_mkldnn_bf16_supported() and not _is_bf16_slow()
+            native = _multiplies_bf16() and not _is_bf16_slow()
         return "bf16" if native else "fp32"
     if choice not in DTYPES:
         raise ConfigError(f"precision {choice!r}: expected auto, fp32, bf16 or fp16.")
     return choice
+
+
+def _multiplies_bf16() -> bool:
+    """A build without oneDNN doesn't know the question."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    supported: bool = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return supported
 
 
 def _is_bf16_slow() -> bool:

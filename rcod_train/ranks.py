@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.distributed
@@ -56,6 +57,13 @@ class Ranks:
         count = torch.tensor([float(flag)], device=device)
         torch.distributed.all_reduce(count)
         return bool(count.item() > 0)
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, in their order."""
+        values = [value] * self.world
+        if self.world > 1:
+            torch.distributed.all_gather_object(values, value)
+        return values
 
     def wait(self) -> None:
         """Until all have come here."""

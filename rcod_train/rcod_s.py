@@ -48,6 +48,11 @@ def train_rcod_s(
             f"rcod.train_decoder=false, found {config.rcod.vsd_weight} and "
             f"{config.rcod.train_decoder}. rcod-o has both."
         )
+    if not config.rcod.lora_alpha:
+        raise ConfigError(
+            "rcod.lora_alpha: expected at least 1 with rcod-s, whose branches have two ranks and "
+            "count lora_alpha / rank, found 0."
+        )
     run = Run(config, (config.rcod, config.mem), resume)
     with seeded(config.seed):  # the alignment
         parts = load_base(config.base_model, config.clip, run.autocast.dtype, SD_TURBO)
@@ -97,6 +102,7 @@ def add_guide(parts: Parts, config: RcodSConfig, estimator: dict[str, Tensor]) -
         rank_unet=config.rcod.rank_unet,
         blocks_vae=max(vae_branches(parts.vae).values()) + 1,
         blocks_unet=max(unet_branches(parts.unet).values()) + 1,
+        lora_alpha=config.rcod.lora_alpha,
         **sizes,
     )
     with torch.no_grad():

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -26,7 +27,7 @@ from rcod_train.config import (
 )
 from rcod_train.data import Batch, PhotoBatches, batches, worker_deaths
 from rcod_train.errors import CheckpointError, ConfigError, MetricError, MissingPackage, TrainError
-from rcod_train.files import file_written_whole
+from rcod_train.files import disk_errors, file_written_whole
 from rcod_train.fingerprint import fingerprint
 from rcod_train.grouping import Grouping, check_groups, official_grouping
 from rcod_train.loop import Stage, run_stage
@@ -53,7 +54,6 @@ SEED_STEP = {
     "regression": 5,
     "estimator": 6,
 }
-MEASURING_BATCHES = 10_000  # at most
 _MACHINE = (
     "data",
     "pairs",
@@ -103,7 +103,7 @@ class Run:
             raise ConfigError("no photos: give --data or --pairs.")
         self.held_out: list[Photo] = []
         if config.validation:
-            self.held_out = find_photos((config.validation,), side)
+            self.held_out = find_photos((config.validation,), side, "--validation")
             self.photos = _without(self.photos, self.held_out)
             if not self.photos:
                 raise ConfigError("--validation holds all photos of --data. Choose another folder.")
@@ -140,14 +140,17 @@ class Run:
         stream: str,
         tokens_px: int,
         degradations: Mapping[str, float] | None,
+        count: int | None = None,
     ) -> Callable[[int], Iterator[Batch]]:
+        """First batch -> the batches up to the stage's last, this process's own; or so many
+        (``count``) to measure on, the same in all processes."""
         seed = self.config.seed * len(SEED_STEP) + SEED_STEP[stream]
         pairs_share = self.config.pairs_share
         dataset = PhotoBatches(self.photos, stage, seed, tokens_px, degradations, pairs_share)
         rank, world = self.ranks.rank, self.ranks.world
         end = stage.steps * stage.accumulate
-        if stream == "measure":  # the same in all processes
-            rank, world, end = 0, 1, MEASURING_BATCHES
+        if count is not None:
+            rank, world, end = 0, 1, count
 
         def from_batch(first: int) -> Iterator[Batch]:
             mine = range(first * world + rank, end * world, world)
@@ -170,7 +173,7 @@ class Run:
             with worker_deaths():
                 self.trained[stage.name] = run_stage(
                     stage, make, folder, seed, self.resume, self.autocast, validate,
-                    self.ranks, log_row, self.trained, later,
+                    self.ranks, log_row, self.trained, later, self.drawn_from,
                 )  # fmt: skip
         except CheckpointError:
             if self._replaced is not None:
@@ -197,19 +200,23 @@ class Run:
             "crops_per_photo": config.crops_per_photo,
             "crop_px": config.crop_px,
             "context_px": config.context_px,
+            "turned_share": config.turned_share,
             "degradations": config.degradations,
             "pairs_share": self.config.pairs_share,
             "seed": self.config.seed,
-            "photos": _listing(self.photos),
+            "photos": self.listing,
             "vae": fingerprint(parts.vae.state_dict().values()),
         }
         record = _read_json(path) if self.resume else None
         if record is None or {key: record.get(key) for key in made_with} != made_with:
-            source = self.batches_of(config, "measure", tokens_px, config.degradations)(0)
+            count = math.ceil(
+                config.metric_samples / (config.photos_per_batch * config.crops_per_photo)
+            )
+            source = self.batches_of(config, "measure", tokens_px, config.degradations, count)(0)
             m_min, m_max = measure_metric_range(parts, source, config, self.autocast)
             record = {"m_min": m_min, "m_max": m_max, **made_with}
             if self.ranks.writes:
-                with file_written_whole(path) as partial:
+                with disk_errors(path), file_written_whole(path) as partial:
                     partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
         log.info("metric M: M_min %.4f, M_max %.4f", record["m_min"], record["m_max"])
         return Grouping(record["m_min"], record["m_max"], config.n, config.k)
@@ -229,6 +236,17 @@ class Run:
         folder = self.out / stage.name / "validation"
         pairs = [pair.to(self.device) for pair in pairs]
         return Validation(rcod, pairs, folder, self.pristine, self._boards.get(stage.name))
+
+    @cached_property
+    def listing(self) -> str:
+        return _listing(self.photos)
+
+    @property
+    def drawn_from(self) -> dict[str, Any]:
+        """What the batches of every stage depend on beside its settings: a resumed run has the
+        same."""
+        photos = f"{len(self.photos)} ({self.listing[:12]})"
+        return {"photos": photos, "pairs_share": self.config.pairs_share}
 
     @cached_property
     def pristine(self) -> Pristine | None:

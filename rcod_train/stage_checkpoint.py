@@ -15,6 +15,9 @@ from torch import Tensor
 
 from rcod_train.config import LoopConfig
 from rcod_train.errors import CheckpointError, TrainError
+from rcod_train.files import reason_of
+from rcod_train.fingerprint import fingerprint
+from rcod_train.ranks import Ranks
 
 KEPT_CHECKPOINTS = 2
 # Settings that a stage may be continued with other values of. A stage that later ones were built on
@@ -37,10 +40,10 @@ def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
-    except OSError as exc:
+    except (OSError, RuntimeError) as exc:  # torch's writer makes the second of the first
         partial.unlink(missing_ok=True)
         raise TrainError(
-            f"{path}: the checkpoint could not be written ({exc.strerror or exc}). "
+            f"{path}: the checkpoint could not be written ({reason_of(exc)}). "
             "Free space and run again with --resume; the one before it is whole."
         ) from exc
     for old in sorted(folder.glob("step-*.pt"))[:-KEPT_CHECKPOINTS]:
@@ -59,9 +62,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def check_settings(
-    path: Path, state: dict[str, Any], config: LoopConfig, seed: int, world: int
+    path: Path,
+    state: dict[str, Any],
+    config: LoopConfig,
+    seed: int,
+    world: int,
+    data: Mapping[str, Any],
 ) -> None:
     """Whether it was made with this configuration, on processes that make the same steps.
+
+    Args:
+        data: what the batches are drawn from.
 
     Raises:
         CheckpointError: it wasn't.
@@ -81,6 +92,8 @@ def check_settings(
     }
     if math.prod(per_step) != math.prod(here):
         differing["accumulate x processes"] = tuple(f"{n} x {w}" for n, w in (per_step, here))
+    there = {**data, **state.get("data", {})}  # older checkpoints don't say
+    differing |= {key: (there[key], value) for key, value in data.items() if there[key] != value}
     if differing or state["seed"] != seed:
         found = ", ".join(f"{k}: {a} there, {b} here" for k, (a, b) in differing.items())
         raise CheckpointError(
@@ -105,6 +118,27 @@ def check_inherited(path: Path, state: dict[str, Any], ours: Mapping[str, str]) 
             f"{path}: was built on other weights of {', '.join(changed)} than are there now: "
             f"trained on or again since. Delete {path.parent} and the later stages' folders "
             "and add --resume to train them again, or use another --out."
+        )
+
+
+def check_replicas(folder: Path, step: int, loaded: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Whether all processes go on from one checkpoint, or all from none: in training they hand each
+    other gradients, and no weights.
+
+    Args:
+        loaded: the parameters that came from a checkpoint.
+
+    Raises:
+        TrainError: they don't.
+    """
+    if ranks.world == 1:
+        return
+    found = ranks.gather((step, fingerprint(loaded.values())))
+    if len(set(found)) > 1:
+        raise TrainError(
+            f"{folder}: expected one checkpoint for all processes, found different ones, at steps "
+            f"{', '.join(str(step) for step, _ in found)} (0: none). Give all machines a shared "
+            "--out, or a copy of it."
         )
 
 

@@ -20,7 +20,7 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from tqdm import tqdm
 
-from rcod_train.bases import load_diffusion
+from rcod_train.bases import load_vae
 from rcod_train.checkpoint import load_merged
 from rcod_train.config import LoopConfig, degradation_shares
 from rcod_train.data import PhotoBatches, to_unit
@@ -142,7 +142,7 @@ def _load_vae(model: str) -> NanoVae | SdVae:
             log.info("rcod-s: M is that of its base, without the branches")
             parts.guide.matrices.bypass = True
         return parts.vae
-    return load_diffusion(model)[0].eval().requires_grad_(False)
+    return load_vae(model).eval().requires_grad_(False)
 
 
 def _images(config: StatsConfig) -> Any:

@@ -24,10 +24,14 @@ NESTED = "state_embeddings"  # a dict of states; its inner fields are read as "s
 
 def _read_dict(path: Path, expected: str) -> dict[str, Any]:
     try:
-        raw = torch.load(path, map_location="cpu", weights_only=True)
+        if path.suffix == ".safetensors":  # which torch.load reads since PyTorch 2.13 alone
+            raw: Any = load_file(path)
+        else:
+            raw = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as exc:
         raise CheckpointError(f"{path}: not found. Expected {expected}.") from exc
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError) as exc:
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, UnpicklingError,
+            SafetensorError) as exc:  # fmt: skip
         raise CheckpointError(
             f"{path}: not a whole file of tensors and plain values ({exc}). Expected {expected}."
         ) from exc

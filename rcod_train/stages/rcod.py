@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from rcod_train.adapted import Adapted, GuidedModel, LoraModel
 from rcod_train.adapters import SwitchedUnet
-from rcod_train.conditions import Condition, HqTokens
+from rcod_train.conditions import Condition, HqTokens, TextEmbeddings
 from rcod_train.config import RcodStageConfig
 from rcod_train.consistent import match_consistently
 from rcod_train.data import Batch, to_unit
@@ -76,6 +76,11 @@ def measure_metric_range(
     if not low < high:
         raise TrainError(
             f"the metric M is {low:.4f} for every training sample: is the autoencoder trained?"
+        )
+    if low < -1.0:  # of distances alone: 1 - |z_lq - z_hq| has no lower end
+        raise TrainError(
+            f"the metric M ({config.metric}): expected -1 to 1 in the training data, found "
+            f"{low:.4f} to {high:.4f}. Train with --set rcod.metric=cosine."
         )
     return low, high
 
@@ -152,6 +157,8 @@ class RcodStage:
             self.discriminator = (discriminator or Discriminator()).to(autocast.device)
         # Once: a checkpoint is written often, and a backbone may have a billion values.
         self.backbone_fingerprint = fingerprint(frozen_weights(self.discriminator))
+        texts = condition.first_texts() if isinstance(condition, TextEmbeddings) else ()
+        self.text_fingerprint = fingerprint(texts)
         members = self.generator_members(config.learning_rate, config.decoder_learning_rate)
         self.groups = {"generator": members}
         if config.vsd_weight:
@@ -365,6 +372,7 @@ class RcodStage:
             "base_weights": self.base_fingerprint,
             "lpips": self.perceptual is not None,
             "backbone": self.backbone_fingerprint,
+            "text": self.text_fingerprint,
         }
         if self.discriminator is not None:  # the vectors of the spectral norm
             state["discriminator_buffers"] = dict(self.discriminator.named_buffers())
@@ -380,6 +388,11 @@ class RcodStage:
             raise CheckpointError(
                 "the run to resume was trained against a discriminator that looks through another "
                 "--backbone. Give the same one, or another --out."
+            )
+        if state.get("text", self.text_fingerprint) != self.text_fingerprint:
+            raise CheckpointError(
+                "the run to resume was conditioned on other texts. Give the same --text, or "
+                "another --out."
             )
         here = self.perceptual is not None
         if state.get("lpips", here) != here:

@@ -53,6 +53,10 @@ def scored(commands: list[Sequence[str]]) -> object:
     return run
 
 
+def interrupted(name: str, module: Sequence[str]) -> None:
+    raise KeyboardInterrupt
+
+
 def test_every_variant_is_a_setting_that_rcod_train_knows(stages: Path) -> None:
     shared = shared_settings(stages)
     for name, settings in VARIANTS.items():
@@ -89,9 +93,46 @@ def test_variants_share_two_stages_and_are_trained_exported_and_scored(
     assert "no_vsd" in shown and "32.00" in shown and "bicubic" not in shown
     assert json.loads(ablation.measure(config))["variants"] == document["variants"]
     assert len(commands) == 6, "what is finished is not trained again"
-    for change in ({"settings": ("rcod.steps=10",)}, {"dataset": Path("other")}, {"endings": ()}):
-        with pytest.raises(DatasetError, match="rcod/variant.json: expected the variant with"):
+    for change in (
+        {"settings": ("rcod.steps=10",)},
+        {"data": ("other",)},
+        {"dataset": Path("other")},
+        {"endings": ()},
+    ):
+        with pytest.raises(DatasetError, match="rcod/made_with.json: expected the variant with"):
             ablation.measure(dataclasses.replace(config, **change))
+    (stages / "base" / "step-0000005.pt").write_bytes(b"other weights")
+    with pytest.raises(DatasetError, match="rcod/made_with.json: expected the variant with"):
+        ablation.measure(config)
+
+
+def test_a_variant_that_was_stopped_goes_on_only_from_whole_and_the_same_stages(
+    stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[Sequence[str]] = []
+    config = configured(stages, tmp_path, "rcod")
+    copied = []
+
+    def stopped(source: Path, target: Path) -> None:
+        copied.append(source)
+        target.mkdir()
+        raise OSError("no space")
+
+    with monkeypatch.context() as patched, pytest.raises(OSError, match="no space"):
+        patched.setattr(ablation.shutil, "copytree", stopped)
+        ablation.measure(config)
+    assert copied and not (config.out / "rcod").exists(), "half a copy would be gone on from"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(ablation, "_run", interrupted)
+        ablation.measure(config)
+    monkeypatch.setattr(ablation, "_run", scored(commands))
+    with pytest.raises(DatasetError, match="expected the variant with"):
+        ablation.measure(dataclasses.replace(config, data=("other",)))
+    ablation.measure(config)
+    assert commands[0][0] == "rcod_train.main"
+    (config.out / "rcod" / "made_with.json").unlink()  # as older ones are
+    with pytest.raises(DatasetError, match="found it with what nobody wrote down"):
+        ablation.measure(config)
 
 
 def test_a_command_that_fails_is_named_with_what_it_said(

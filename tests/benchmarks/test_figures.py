@@ -43,9 +43,16 @@ def test_levels_make_the_line_and_what_has_both_figures_a_point() -> None:
     assert [row[0] for row in found["paper"]] == ["SinSR"]
 
 
+def test_the_papers_rows_are_left_out_where_they_can_not_be_compared() -> None:
+    paper = {**DOCUMENT["paper"], "caution": "Not comparable as it stands"}
+    assert points({**DOCUMENT, "paper": paper})["paper"] == []
+
+
 def test_the_worst_are_those_that_lose_most_structure() -> None:
     assert worst(DOCUMENT, 2) == ["b", "a"]
     assert worst({**DOCUMENT, "methods": DOCUMENT["methods"][1:]}, 2) == []
+    without_ssim = [{**m, "images": {n: {} for n in m["images"]}} for m in DOCUMENT["methods"]]
+    assert worst({**DOCUMENT, "methods": without_ssim}, 2) == []
 
 
 def test_the_picture_is_drawn_and_the_worst_are_printed(

@@ -103,3 +103,13 @@ def test_the_command_prints_one_document_and_runs_single_cases(
         {"ImageError": 1},
     )
     assert main(["--case", "sounds", "3"]) == 2
+    assert main(["--seed", "-1"]) == 2  # every case would end its process
+
+
+def test_peak_memory_is_that_of_the_cases_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    held = bytearray(800_000_000)  # the parent's memory must not count
+    held[::4096] = b"x" * len(held[::4096])
+    assert main(["--case", "images", "3"]) == 0
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 20e6 < document["images"]["peak_bytes"] < 800e6
+    assert held

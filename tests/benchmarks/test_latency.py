@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from benchmarks import steady
 from benchmarks.eager import EAGER, EagerPipeline
 from benchmarks.errors import CommandFailed
 from benchmarks.latency import main
 from benchmarks.picture import draw_picture
 from benchmarks.processes import measure_contestant, measure_peak_memory, write_photo
-from rcod_runtime import Upscaler
+from benchmarks.steady import Comparison, check_comparable
+from rcod_runtime import Upscaler, UsageError
 from rcod_runtime.backends import precisions
+from rcod_runtime.manifest import read_manifest
 from rcod_train.checkpoint import save_merged
 from rcod_train.precision import resolve_precision
+from tests.runtime.fakes import make_bundle
 from tests.tiny import tiny_info, tiny_parts
 
 CHECKPOINT = Path(__file__).parents[2] / "checkpoints" / "nano"
@@ -34,7 +41,7 @@ def test_backends_and_pytorch_are_timed_side_by_side(
     assert code == 0, printed.err
     assert "no files, no loading, no compiling" in printed.out
     document = json.loads(printed.out.splitlines()[-1])
-    assert (document["benchmark"], document["schema_version"]) == ("latency", 3)
+    assert (document["benchmark"], document["schema_version"]) == ("latency", 4)
     assert document["card"]["packages"]["torch"]
     assert document["config"]["threads"] == 1
     assert set(document["stages"]) == {"vpim", "encoder", "denoiser", "decoder"}
@@ -61,20 +68,56 @@ def test_every_combination_of_size_level_and_batch_is_a_steady_state(
 ) -> None:
     """With the agreement of all variants, so that a batch is the same image in all of them."""
     model = ("--bundle", str(tiny_bundle), "--checkpoint", str(tiny_checkpoint), "--quick")
-    several = ("--size", "16", "24", "--level", "neutral", "realism", "--batch", "1", "3")
+    several = ("--size", "16", "8", "--level", "neutral", "realism", "--batch", "1", "3")
     assert main([*model, *FAST, *several, "--precision", "fp32"]) == 0
     printed = capsys.readouterr().out
-    assert "steady state, realism, 3 tiles of 24 x 24 px in" in printed
+    assert "steady state, realism, 3 tiles of 8 x 8 px in" in printed
     document = json.loads(printed.splitlines()[-1])
     points = [document["steady"], *document["sweep"]]
     assert [(p["side_px"], p["level"], p["batch"]) for p in points] == [
         (side, level, batch)
-        for side in (16, 24) for level in ("neutral", "realism") for batch in (1, 3)
+        for side in (16, 8) for level in ("neutral", "realism") for batch in (1, 3)
     ]  # fmt: skip
+    assert [p["tile_px"] for p in points] == [64, 64, 64, 64, 64, 32, 64, 32]
     for point in points:
         assert len(point["agreement"]) == 2  # the others with the first
         assert all(agreement["max_abs_u8"] <= 1 for agreement in point["agreement"])
         assert point["times_as_fast_as_pytorch"][EAGER] == pytest.approx(1.0)
+
+
+def test_one_image_takes_the_path_of_rcod_upscale_and_a_batch_tiles_of_its_own(
+    tiny_bundle: Path,
+) -> None:
+    asked = []
+
+    class Recording:
+        manifest = read_manifest(tiny_bundle / "manifest.json")
+
+        def __call__(self, lq: np.ndarray, level: str, **options: int) -> np.ndarray:
+            asked.append(options)
+            return lq
+
+    for side, batch in ((8, 1), (24, 1), (8, 3)):
+        comparison = Comparison(tiny_bundle, None, side, "neutral", (), 1, batch=batch)
+        lq = draw_picture(side, side * batch)
+        steady._runtime_call(Recording(), lq, comparison)()  # type: ignore[arg-type]
+    assert asked == [{}, {}, {"tile_px": 32, "overlap_px": 0, "batch": 3}]
+
+
+def test_a_model_with_a_guide_is_measured_without_pytorch_or_not_at_all(
+    tiny_bundle: Path, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = make_bundle(tmp_path, guided=True)
+    alone = Comparison(tmp_path, None, 16, "neutral", (), 1)
+    check_comparable(alone, manifest)
+    with pytest.raises(UsageError, match="Leave --checkpoint out"):
+        check_comparable(dataclasses.replace(alone, checkpoint=tiny_checkpoint), manifest)
+    guided = tiny_parts()
+    guided.guide = torch.nn.Identity()
+    monkeypatch.setattr("rcod_train.checkpoint.load_merged", lambda folder: (guided, tiny_info()))
+    plain = read_manifest(tiny_bundle / "manifest.json")
+    with pytest.raises(UsageError, match="Leave --checkpoint out"):
+        EagerPipeline(tiny_checkpoint, plain, "neutral", threads=1)
 
 
 def test_without_a_checkpoint_the_ratio_is_unknown(
@@ -164,6 +207,8 @@ def test_another_model_is_not_compared(
     ("arguments", "code", "said"),
     [
         (("--size", "17"), 2, "--size 17: expected a multiple of 8 px"),
+        (("--size", "16", "17", "--parts", "start"), 2, "--size 17: expected a multiple of 8 px"),
+        (("--size", "24", "--checkpoint", "no_such"), 2, "Expected at most 16 px beside"),
         (("--runs", "0"), 2, "--runs 0"),
         (("--level", "no_such"), 2, "no_such"),
         (("--checkpoint", "no_such"), 11, "no_such"),

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.overhead import main
+from benchmarks import overhead
+from benchmarks.overhead import OverheadConfig, main
 
 FAST = ("--large", "24", "--size", "16", "--photos", "2", "--runs", "1")
 
@@ -29,6 +30,21 @@ def test_steps_add_up_and_folders_are_timed_by_jobs(
     one, two = (document["folder"]["jobs"][jobs] for jobs in "12")
     assert document["folder"]["times_as_fast"] == pytest.approx(one["seconds"] / two["seconds"])
     assert 0 < one["cpus_busy"] == pytest.approx(one["cpu_seconds"] / one["seconds"])
+
+
+def test_neither_number_of_jobs_is_always_the_first_of_a_round(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    order = []
+
+    def timed(config: OverheadConfig, photos: Path, out: Path, jobs: int) -> tuple[float, float]:
+        order.append(jobs)
+        return 1.0, 1.0
+
+    monkeypatch.setattr(overhead, "_timed_command", timed)
+    config = OverheadConfig(None, "openvino", 8, 8, photos=1, jobs=2, runs=3, parts=("folder",))
+    overhead.measure_folder(config, tmp_path)
+    assert order == [1, 2, 2, 1, 1, 2]
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,20 @@ def test_strips_show_every_method_and_only_for_chosen_images(
     assert not np.array_equal(columns[1], columns[3])
 
 
+def test_strips_that_have_no_folder_are_found_before_the_work(
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("benchmarks.quality.gather", lambda *_: pytest.fail("it was scored"))
+    (tmp_path / "strips").write_bytes(b"a file")
+    strips = ("--strips", NAMES[0], "--strips-dir", tmp_path / "strips")
+    code, said = failure(capsys, "--dataset", dataset, "--outputs", dataset / "HR", *strips, *QUICK)
+    assert code == 6
+    assert "strips: expected a folder, or a place for a new one" in said
+
+
 def test_detail_is_where_the_texture_is() -> None:
     image = np.full((100, 140, 3), 128, np.uint8)
     image[60:80:2, 90:120:2] = 255
@@ -143,6 +157,7 @@ def test_a_pair_that_is_not_one_enlargement_is_an_error(
         (("--strips", NAMES[0]), 2, "--strips-dir"),
         (("--strips", "no_such", "--strips-dir", "s"), 2, "--strips no_such: expected one of"),
         (("--limit", 0), 2, "--limit 0"),
+        (("--report", "."), 2, "--report .: expected the path of its files without a suffix"),
         (("--names-ending", "x"), 11, "no pair is left"),
         (("--bundle", "no_such"), 4, "no_such"),
         (("--outputs", "no_such"), 11, "no_such: expected a folder"),

@@ -92,7 +92,7 @@ def test_comparisons_can_be_used_by_keyboard_and_hold_every_method(report: Path)
 
 def test_three_files_agree_and_caution_about_the_paper(report: Path) -> None:
     document = json.loads(report.with_suffix(".json").read_text())
-    assert document["schema_version"] == 2
+    assert document["schema_version"] == 3
     assert document["paper"]["caution"].endswith("means of 2 of 3 pairs.")
     markdown = report.with_suffix(".md").read_text()
     for name in (*SHOWN, "paper: RCOD_O-Neu.", "Not comparable as it stands"):
@@ -134,6 +134,21 @@ def test_piqe_is_there_where_its_package_is(
     assert run(dataset, "--outputs", dataset / "HR", "--metrics", "psnr_y", "piqe") == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert iqa.INSTALL_PYPIQE in document["missing"]["piqe"]
+
+
+def test_piqe_is_that_of_a_pictures_own_grey() -> None:
+    """It was the grey of red and blue swapped: pypiqe takes channels in OpenCV's order."""
+    pytest.importorskip("pypiqe", reason=iqa.INSTALL_PYPIQE)
+    (loaded,), _ = iqa.load(["piqe"])
+    assert loaded.of_image is not None
+    noise = np.random.default_rng(0)
+    picture = np.full((48, 64, 3), 128, np.uint8)
+    picture[..., 0] = noise.integers(60, 200, (48, 64))
+    picture[..., 1] = noise.integers(110, 146, (48, 64))
+    grey = np.rint(picture @ [0.299, 0.587, 0.114]).astype(np.uint8)
+    of_grey = loaded.of_image(np.repeat(grey[..., None], 3, axis=2), picture)
+    assert loaded.of_image(picture, picture) == pytest.approx(of_grey, abs=0.05)
+    assert abs(loaded.of_image(picture[..., ::-1], picture) - of_grey) > 1
 
 
 def fake_pyiqa(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import pytest
 
 from rcod_runtime import Upscaler
 from rcod_runtime.backends.trt.arrays import DeviceArray
-from rcod_runtime.backends.trt.dlpack import CUDA, Borrowed
 from rcod_runtime.chain import ImageFeed, to_pixels
 from rcod_runtime.errors import BackendError, UsageError
 from rcod_runtime.levels import choice_weights
@@ -25,6 +23,7 @@ from tests.runtime.simulated.tensorrt import TILE_PX, add_engines, install
 
 SHAPE = (2, 3, TILE_PX, TILE_PX)
 INTERFACES = [OnGpu, Ordered, ByDlpack, ByOldDlpack]
+DEVICES = ["cuda:0", "cuda:1"]  # the thread's current GPU stays the first one
 
 
 @contextlib.contextmanager
@@ -59,12 +58,13 @@ def assert_given_back_once(arrays: list[Any]) -> None:
 
 @pytest.mark.parametrize("interface", INTERFACES)
 @pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("device", DEVICES)
 def test_arrays_go_in_and_out_on_the_callers_stream(
-    monkeypatch: pytest.MonkeyPatch, engines: Path, interface: Any, seed: int
+    monkeypatch: pytest.MonkeyPatch, engines: Path, interface: Any, seed: int, device: str
 ) -> None:
     gpu = SimulatedGpu(seed=seed)
     install(monkeypatch, gpu)
-    with Upscaler(engines, backend="tensorrt") as upscaler, new_stream(gpu) as stream:
+    with Upscaler(engines, device=device) as upscaler, new_stream(gpu) as stream:
         thumbnail = random(seed, (1, 3, 16, 16))
         images = random(seed, (3, *SHAPE))
         used, outs = [], []
@@ -79,6 +79,7 @@ def test_arrays_go_in_and_out_on_the_callers_stream(
     for image, result, gain in zip(images, results, (GAINS[0], GAINS[2], GAINS[2]), strict=True):
         assert np.abs(result - expected(image, gain)).max() < 1e-5
     assert_given_back_once(used)
+    assert gpu.owner == int(device[-1]) and gpu.current == 0
 
 
 @pytest.mark.parametrize("interface", [Ordered, ByDlpack, ByOldDlpack])
@@ -104,9 +105,12 @@ def test_arrays_of_other_streams_are_waited_for(
 
 
 @pytest.mark.parametrize("handle", [0, 1])
-def test_the_default_stream_is_a_stream_too(gpu: SimulatedGpu, engines: Path, handle: int) -> None:
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_default_stream_is_a_stream_too(
+    gpu: SimulatedGpu, engines: Path, handle: int, device: str
+) -> None:
     image, default = random(1, SHAPE), gpu.scheduler.default
-    with Upscaler(engines, backend="tensorrt") as upscaler:
+    with Upscaler(engines, device=device) as upscaler:
         arrays = [ByDlpack(gpu, default, x) for x in (image, random(1, (1, 3, 16, 16)))]
         out = upscaler.enqueue(*arrays, realism="realism", stream=handle)
         assert out.__cuda_array_interface__["stream"] == 1  # as 0 it may not be given
@@ -114,7 +118,7 @@ def test_the_default_stream_is_a_stream_too(gpu: SimulatedGpu, engines: Path, ha
         assert np.abs(values_of(gpu, out) - expected(image, GAINS[2])).max() < 1e-5
 
 
-# The array that enqueue makes.
+# The array that enqueue makes: test_device_made.py.
 
 
 def values_of(gpu: SimulatedGpu, array: DeviceArray) -> np.ndarray:
@@ -130,76 +134,6 @@ def enqueue_one(gpu: SimulatedGpu, upscaler: Upscaler, stream: Stream) -> Device
     made = upscaler.enqueue(*arrays, realism="realism", stream=stream)
     assert isinstance(made, DeviceArray)
     return made
-
-
-@pytest.mark.parametrize("max_version", [None, (1, 0)])
-@pytest.mark.parametrize("seed", range(5))
-def test_who_takes_the_new_array_on_another_stream_waits_for_it(
-    monkeypatch: pytest.MonkeyPatch, engines: Path, seed: int, max_version: Any
-) -> None:
-    gpu = SimulatedGpu(seed=seed)
-    install(monkeypatch, gpu)
-    with (
-        Upscaler(engines, backend="tensorrt") as upscaler,
-        new_stream(gpu) as stream,
-        new_stream(gpu) as other,
-    ):
-        made = enqueue_one(gpu, upscaler, stream)
-        assert made.__dlpack_device__() == (CUDA, 0)
-        taken = Borrowed(made.__dlpack__(stream=int(other), max_version=max_version), "it")
-        assert (taken.device, taken.shape, taken.typestr) == ((CUDA, 0), SHAPE, "<f4")
-        assert taken.address == made.__cuda_array_interface__["data"][0]
-        gpu.cudaStreamSynchronize(other)
-        found = values_of(gpu, made)
-        assert np.abs(found - expected(random(3, SHAPE), GAINS[2])).max() < 1e-5
-        taken.close()
-
-
-def test_the_new_array_outlives_the_upscaler_and_is_freed_with_its_last_holder(
-    gpu: SimulatedGpu, engines: Path
-) -> None:
-    with Upscaler(engines, backend="tensorrt") as upscaler, new_stream(gpu) as stream:
-        before = gpu.memory.live
-        made = enqueue_one(gpu, upscaler, stream)
-        made_too = enqueue_one(gpu, upscaler, stream)
-        del made_too  # while it is still to be written
-        gpu.cudaStreamSynchronize(stream)
-        assert gpu.memory.live == before + 4 + 1  # the inputs, which the test keeps, and it
-    taken = Borrowed(made.__dlpack__(stream=-1), "it")
-    del made
-    raw = gpu.memory.view(taken.address, 4).view(np.float32)
-    assert np.isfinite(raw).all()
-    taken.close()
-    assert released(gpu) == {"device memory": 4}
-
-
-def test_the_new_array_goes_in_again(gpu: SimulatedGpu, engines: Path) -> None:
-    with Upscaler(engines, backend="tensorrt") as upscaler, new_stream(gpu) as stream:
-        made = enqueue_one(gpu, upscaler, stream)
-        thumbnail = OnGpu(gpu, stream, random(3, (1, 3, 16, 16)))
-        count = sys.getrefcount(made)
-        again = upscaler.enqueue(made, thumbnail, made, "realism", stream)
-        assert again is made and sys.getrefcount(made) == count + 1
-        gpu.cudaStreamSynchronize(stream)
-        once = expected(random(3, SHAPE), GAINS[2])
-        assert np.abs(values_of(gpu, made) - expected(once, GAINS[2])).max() < 1e-5
-
-
-@pytest.mark.parametrize(
-    ("options", "match"),
-    [
-        ({"stream": 0}, "ambiguous"),
-        ({"dl_device": (1, 0)}, r"it lies on device \(2, 0\), not on \(1, 0\)"),
-        ({"copy": True}, "no copies"),
-    ],
-)
-def test_what_the_new_array_cannot_do_is_a_buffer_error(
-    gpu: SimulatedGpu, engines: Path, options: dict[str, Any], match: str
-) -> None:
-    with Upscaler(engines, backend="tensorrt") as upscaler, new_stream(gpu) as stream:
-        made = enqueue_one(gpu, upscaler, stream)
-        with pytest.raises(BufferError, match=match):
-            made.__dlpack__(**options)
 
 
 # A bundle with a guide, which looks at the photo itself.
@@ -406,8 +340,10 @@ def test_every_call_that_fails_gives_back_what_was_borrowed(
                 first = upscaler.enqueue(*arrays, realism="realism", stream=stream)
             except BackendError as exc:
                 name = gpu.calls[gpu.fail_at]
-                assert {"enqueue": "execute_async"}.get(name, name) in str(exc)
+                assert name in str(exc)
             gpu.fail_at = None
+            if name in ("cudaGetDevice", "cudaSetDevice"):  # perhaps before anything was borrowed
+                arrays = [array for array in arrays if array.lent]
             assert_given_back_once(arrays)
             arrays = [ByDlpack(gpu, stream, x) for x in (image, thumbnail)]
             made = upscaler.enqueue(*arrays, realism="realism", stream=stream)
@@ -415,6 +351,7 @@ def test_every_call_that_fails_gives_back_what_was_borrowed(
             assert np.abs(values_of(gpu, made) - expected(image, GAINS[2])).max() < 1e-5
             del made
         if first is None:
-            assert released(gpu) == {"device memory": 4}, name  # the inputs
+            inputs = {"device memory": 4}
+            assert gpu.leaks() == inputs or released(gpu) == inputs, name  # it takes its time
         number += 1
     assert number > 15

@@ -11,12 +11,17 @@ import numpy as np
 import pytest
 
 from rcod_runtime import Upscaler
-from rcod_runtime.errors import BackendError, NonFiniteOutput, UsageError
+from rcod_runtime.errors import BackendError, EngineMismatch, NonFiniteOutput, UsageError
 from tests.runtime.fakes import make_bundle
 from tests.runtime.simulated.cudart import SimulatedGpu, released
 from tests.runtime.simulated.tensorrt import TILE_PX, add_engines, install
 
 Photo = Callable[..., np.ndarray]
+SAID = {  # of a call that fails, where its name is not said
+    "cudaGetDeviceCount": "no GPU answers here",
+    "cudaDeviceGetAttribute": "does not say its compute capability",
+    "deserialize_cuda_engine": "refuses it",
+}
 
 
 @pytest.mark.parametrize("realism", ["fidelity", 0.25, "realism", "adaptive"])
@@ -130,7 +135,7 @@ def test_a_thousand_images_of_alternating_sizes_hold_no_more_than_one(
 def test_every_call_that_fails_is_a_typed_error_and_leaves_nothing_behind(
     monkeypatch: pytest.MonkeyPatch, engines: Path, host: Upscaler, photo: Photo
 ) -> None:
-    lq = photo()
+    lq = photo(16, 40)  # three tiles: the first run, the capture, a replay
     expected = host(lq, tile_px=TILE_PX)
     counting = SimulatedGpu()
     install(monkeypatch, counting)
@@ -139,29 +144,100 @@ def test_every_call_that_fails_is_a_typed_error_and_leaves_nothing_behind(
         upscaler(lq, batch=1)
         running = len(counting.calls)
     names = counting.calls[:running]
-    assert {"cudaMalloc", "cudaMemcpyAsync", "enqueue", "cudaGraphLaunch"} <= set(names)
+    assert set(names) == {
+        "cudaGetDeviceCount", "cudaDeviceGetAttribute", "cudaGetDevice", "cudaSetDevice",
+        "cudaMalloc", "cudaMallocHost", "cudaMemcpyAsync",
+        "cudaStreamCreateWithFlags", "cudaStreamSynchronize", "cudaStreamWaitEvent",
+        "cudaEventCreateWithFlags", "cudaEventRecord", "cudaEventSynchronize",
+        "cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphGetNodes",
+        "cudaGraphInstantiate", "cudaGraphDestroy", "cudaGraphLaunch",
+        "deserialize_cuda_engine", "create_execution_context", "set_tensor_address",
+        "set_input_shape", "infer_shapes", "execute_async_v3",
+    }  # fmt: skip
     for number, name in enumerate(names):
         gpu = SimulatedGpu()
         install(monkeypatch, gpu)
         gpu.fail_at = number
         if number < opening:
-            with pytest.raises(BackendError, match=name):
+            with pytest.raises((BackendError, EngineMismatch), match=SAID.get(name, name)):
                 Upscaler(engines, backend="tensorrt")
             assert released(gpu) == {}, f"{name}, call {number}"
             continue
         with Upscaler(engines, backend="tensorrt") as upscaler:
-            with pytest.raises(BackendError, match=name if name != "enqueue" else "execute_async"):
+            with pytest.raises(BackendError, match=name):
                 upscaler(lq, batch=1)
             np.testing.assert_array_equal(upscaler(lq, batch=1), expected)
         assert released(gpu) == {}, f"{name}, call {number}"
 
 
+def test_whatever_fails_while_it_closes_the_rest_is_released(
+    monkeypatch: pytest.MonkeyPatch, engines: Path, photo: Photo
+) -> None:
+    lq = photo(16, 24)
+    failed: list[str] = []
+    while True:
+        gpu = SimulatedGpu()
+        install(monkeypatch, gpu)
+        upscaler = Upscaler(engines, backend="tensorrt")
+        upscaler(lq, batch=1)
+        gpu.fail_at = len(gpu.calls) + len(failed)
+        try:
+            upscaler.close()
+        except BackendError as exc:
+            failed.append(gpu.calls[gpu.fail_at])
+            assert failed[-1] in str(exc)
+        else:
+            break
+        upscaler.close()  # where the GPU did not become current, it is done now
+        assert released(gpu) == {}, f"{failed[-1]}, call {len(failed)}"
+    assert set(failed) == {
+        "cudaGetDevice", "cudaSetDevice", "cudaStreamSynchronize", "cudaGraphExecDestroy",
+        "cudaFree", "cudaFreeHost", "cudaStreamDestroy", "cudaEventDestroy",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("run", "among"),
+    [
+        (lambda upscaler, lq: upscaler(lq, "adaptive", batch=1), "cudaGraphLaunch"),
+        (lambda upscaler, lq: upscaler.profile(runs=1, batch=1), "cudaEventElapsedTime"),
+    ],
+    ids=["adaptive", "profile"],
+)
+def test_one_upscaler_stands_every_call_that_fails(
+    gpu: SimulatedGpu,
+    engines: Path,
+    host: Upscaler,
+    photo: Photo,
+    run: Callable[[Upscaler, np.ndarray], object],
+    among: str,
+) -> None:
+    lq = photo(16, 24)
+    errors: list[str] = []
+    failed = set()
+    with Upscaler(engines, backend="tensorrt") as upscaler:
+
+        def work() -> None:
+            try:
+                run(upscaler, lq)
+            except BackendError as exc:
+                errors.append(str(exc))
+
+        for name in gpu.failing(work):
+            assert name in errors.pop()
+            failed.add(name)
+        assert errors == [] and among in failed
+        np.testing.assert_array_equal(upscaler(lq), host(lq, tile_px=TILE_PX, batch=4))
+    assert released(gpu) == {}
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
 def test_two_threads_get_their_own_images(
-    gpu: SimulatedGpu, engines: Path, host: Upscaler, photo: Photo
+    gpu: SimulatedGpu, engines: Path, host: Upscaler, photo: Photo, device: str
 ) -> None:
     photos = [photo(8 + 8 * i, 40, seed=i) for i in range(4)]
     found: dict[int, np.ndarray] = {}
-    with Upscaler(engines, backend="tensorrt") as upscaler:
+    with Upscaler(engines, backend="tensorrt", device=device) as upscaler:
 
         def work(i: int) -> None:
             for _ in range(5):
@@ -211,6 +287,29 @@ def test_an_iterator_that_is_left_early_leaves_nothing_in_flight(
             upscaler(lq, batch=1, progress=stop)
         assert all(not stream.queue for stream in gpu.scheduler.streams)
         np.testing.assert_array_equal(upscaler(lq, batch=1), host(lq, tile_px=TILE_PX))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_iterator_that_is_left_early_is_made_up_for_where_waiting_failed(
+    monkeypatch: pytest.MonkeyPatch, engines: Path, host: Upscaler, photo: Photo, seed: int
+) -> None:
+    gpu = SimulatedGpu(seed=seed)
+    install(monkeypatch, gpu)
+    images = [photo(16, 40, seed=i) for i in range(2)]
+    expected = host(images[1], tile_px=TILE_PX)
+    with Upscaler(engines, backend="tensorrt") as upscaler:
+        for number in range(6):  # the GPU made current, three streams waited for, a graph released
+
+            def stop(done: int, total: int, number: int = number) -> None:
+                gpu.fail_at = len(gpu.calls) + number
+                raise KeyboardInterrupt
+
+            with pytest.raises(KeyboardInterrupt):
+                upscaler(images[0], batch=1, progress=stop)
+            assert gpu.fail_at is not None and gpu.fail_at < len(gpu.calls)
+            gpu.fail_at = None
+            np.testing.assert_array_equal(upscaler(images[1], batch=1), expected)
+    assert released(gpu) == {}
 
 
 def test_the_profile_names_every_stage(gpu: SimulatedGpu, engines: Path) -> None:

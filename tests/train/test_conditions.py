@@ -9,9 +9,13 @@ import torch
 from safetensors.torch import save_file
 
 from rcod_train.conditions import HqTokens, TextEmbeddings
+from rcod_train.config import RcodStageConfig
 from rcod_train.data import Batch
-from rcod_train.errors import DataError
+from rcod_train.errors import CheckpointError, DataError
+from rcod_train.grouping import Grouping
 from rcod_train.photos import Photo
+from rcod_train.precision import Autocast
+from rcod_train.stages.rcod import RcodStage
 from tests.tiny import tiny_parts
 
 PHOTOS = [Photo(Path("photos", name), name) for name in ("a/1.png", "2.png", "3.png")]
@@ -73,3 +77,22 @@ def test_the_tokens_of_the_hq_image_do_not_follow_the_training() -> None:
         vpim.align.weight.add_(1.0)
     assert torch.equal(condition(one)[0], before)
     assert not negative.any() and not before.requires_grad
+
+
+def test_a_run_goes_on_with_the_texts_that_it_began_with(tmp_path: Path) -> None:
+    texts = {name: torch.full((5, 16), i) for i, name in enumerate(TEXT)}
+    config = RcodStageConfig(rank_unet=2, rank_vae=2, rank_regulariser=2)
+
+    def rcod(name: str, **changes: torch.Tensor) -> RcodStage:
+        condition = TextEmbeddings(saved(tmp_path / name, **texts, **changes), PHOTOS, 16)
+        return RcodStage(
+            tiny_parts(), config, Grouping(0.2, 0.9), Autocast("fp32"), condition=condition
+        )
+
+    state = rcod("a").extra_state()
+    rcod("b").load_extra_state(state)
+    other = rcod("c", **{"2.png": torch.full((5, 16), 9)})  # it had the common one
+    with pytest.raises(CheckpointError, match="conditioned on other texts. Give the same --text"):
+        other.load_extra_state(state)
+    del state["text"]  # of a run before it was kept
+    other.load_extra_state(state)

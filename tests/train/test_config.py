@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from rcod_train.config import TrainConfig
+from rcod_train.config import NANO_FROM, TrainConfig
 from rcod_train.errors import ConfigError
 from rcod_train.main import main
 from rcod_train.overrides import with_overrides
-from rcod_train.precision import resolve_precision
+from rcod_train.precision import resolve_device, resolve_precision
 from rcod_train.quality.features import INSTALL_LINE
+from rcod_train.ranks import Ranks
 
 CONFIG = TrainConfig(data=("photos",), out="run")
 
@@ -159,3 +160,20 @@ def test_the_command_prints_one_line_and_its_exit_code(
     error = capsys.readouterr().err
     assert re.search(words, error) and "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_build_without_onednn_trains_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It doesn't know the operator that tells whether bf16 is supported."""
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    assert resolve_precision("auto") == "fp32"
+
+
+def test_several_processes_do_not_share_one_gpu() -> None:
+    with pytest.raises(ConfigError, match="device 'cuda:0': expected auto or cuda for 2 processes"):
+        resolve_device("cuda:0", Ranks(1, 2, 1))
+
+
+def test_nano_validates_where_photos_are_held_out() -> None:
+    assert CONFIG.regression.validation_steps and CONFIG.rcod.validation_steps
+    assert NANO_FROM.validation_steps

@@ -15,7 +15,7 @@ from PIL import Image
 
 import rcod_train.kernels
 from benchmarks.picture import draw_picture
-from rcod_train.config import LoopConfig, degradation_shares
+from rcod_train.config import NANO, RCOD_O, RCOD_S, SD_MEM, LoopConfig, degradation_shares
 from rcod_train.data import PhotoBatches, batches, to_unit
 from rcod_train.degradation import PRESETS, StageConfig, degrade, upsample_lq
 from rcod_train.errors import ConfigError, DataError
@@ -80,6 +80,23 @@ def test_a_batch_depends_on_seed_and_step_alone(photos: Path) -> None:
     assert torch.equal(first.lq, again.lq) and torch.equal(first.hq, again.hq)
     assert not torch.equal(first.hq, other.hq)
     assert not torch.equal(first.hq, dataset(photos)[2].hq)
+
+
+def test_samples_are_turned_by_their_share_and_those_of_rcod_o_and_s_are_not(
+    tmp_path: Path,
+) -> None:
+    ramp = np.arange(128, dtype=np.uint8).reshape(128, 1, 1)  # every row has one value
+    Image.fromarray(np.broadcast_to(ramp, (128, 128, 3)).copy()).save(tmp_path / "ramp.png")
+
+    def on_its_side(share: float) -> float:
+        config = dataclasses.replace(CONFIG, turned_share=share)
+        data = PhotoBatches(find_photos((str(tmp_path),), 96), config, 0, 32, None)
+        hq = torch.cat([data[i].hq[::2] for i in range(40)])  # a crop of each sample
+        return (hq[..., 0] != hq[..., -1]).flatten(1).any(1).float().mean().item()
+
+    assert on_its_side(0.0) == 0 and on_its_side(1.0) == pytest.approx(0.5, abs=0.15)
+    assert {c.turned_share for c in (RCOD_O, RCOD_S, SD_MEM)} == {0.0}
+    assert {c.turned_share for c in (NANO, LoopConfig())} == {0.3}
 
 
 def test_workers_give_the_same_batches_in_order(photos: Path) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from pickle import UnpicklingError
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scipy.stats import spearmanr
 
 from rcod_train.config import EstimatorStageConfig, LoopConfig, RcodSConfig, degradation_shares
 from rcod_train.data import PhotoBatches
 from rcod_train.degradation import PRESETS, TYPICAL_BLUR_PX, TYPICAL_NOISE, Strength, degrade
+from rcod_train.errors import CheckpointError
 from rcod_train.kernels import gaussian_like, sinc
 from rcod_train.loop import run_stage
 from rcod_train.main import main
@@ -149,3 +151,19 @@ def test_a_stopped_run_goes_on_to_the_same_file(photos: Path, tmp_path: Path) ->
                 (tmp_path / "cut/estimator/step-0000003.pt").unlink()
     whole, cut = (load_file(tmp_path / n / "estimator.safetensors") for n in ("whole", "cut"))
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_its_file_is_read_by_every_pytorch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.load takes safetensors since 2.13 alone."""
+
+    def older(*_: object, **__: object) -> None:
+        raise UnpicklingError("invalid load key")
+
+    monkeypatch.setattr(torch, "load", older)
+    file = tmp_path / "estimator.safetensors"
+    state = DegradationEstimator(4, 8, 10).state_dict()
+    save_file(state, file)
+    assert read_state(file, "an estimator").keys() == state.keys()
+    file.write_bytes(b"cut off")
+    with pytest.raises(CheckpointError, match="not a whole file of tensors .* an estimator"):
+        read_state(file, "an estimator")

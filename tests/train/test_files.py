@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from rcod_train.files import written_whole
+from rcod_train.errors import TrainError
+from rcod_train.files import disk_errors, reason_of, written_whole
 
 
 def write(target: Path, text: str) -> None:
@@ -48,3 +50,30 @@ def test_a_failing_rename_brings_the_earlier_one_back(
         write(tmp_path / "target", "second")
     assert (tmp_path / "target" / "a.txt").read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
+
+
+def test_what_keeps_a_file_from_being_written_is_named_in_the_systems_words(
+    tmp_path: Path,
+) -> None:
+    def refused() -> None:
+        raise OSError(28, "No space left on device")
+
+    def replaced() -> None:
+        try:
+            refused()
+        finally:
+            raise RuntimeError("unexpected pos 64 vs 0")  # as torch's writer does
+
+    with (
+        pytest.raises(TrainError, match=r"a: could not be written \(No space .*\).*--resume"),
+        disk_errors(tmp_path / "a"),
+    ):
+        refused()
+    with (
+        pytest.raises(TrainError, match=r"a: could not be written \(I/O error\)"),
+        disk_errors(tmp_path / "a"),
+    ):
+        raise SafetensorError("I/O error")
+    with pytest.raises(RuntimeError) as caught:
+        replaced()
+    assert reason_of(caught.value) == "No space left on device"

@@ -92,6 +92,14 @@ def test_eq_6_by_hand() -> None:
     torch.testing.assert_close(cosine_metric(z_lq, z_hq), torch.tensor([0.96, -1.0, 0.0]))
 
 
+def test_m_is_not_rounded_beyond_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cosine of equal latents may be 1.0000001, which Eq. 5 would not take as M_max."""
+    rounded = torch.tensor([1.0000001, -1.0000001])
+    assert rounded[0] > 1
+    monkeypatch.setattr(torch, "cosine_similarity", lambda *_, dim: rounded)
+    assert cosine_metric(torch.ones(2, 1), torch.ones(2, 1)).tolist() == [1.0, -1.0]
+
+
 @pytest.mark.parametrize(
     ("t", "low", "high"), [(250, 20, 500), (500, 250, 750), (750, 500, 980), (1000, 750, 980)]
 )

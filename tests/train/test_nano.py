@@ -16,11 +16,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import rcod_train.nano
+import rcod_train.run
 from rcod_train.checkpoint import DISCRIMINATOR, load_merged
+from rcod_train.config import TrainConfig
 from rcod_train.main import main
 from rcod_train.models.vae import NanoVae
 from rcod_train.nano import NEW, TAKEN_OVER
-from rcod_train.network import NANO_SKIP_CHANNELS
+from rcod_train.network import NANO_SKIP_CHANNELS, Parts
+from rcod_train.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = [
@@ -256,6 +260,23 @@ def test_what_a_run_cannot_go_on_from_is_named_before_anything_is_written(
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
     assert not out.exists()
+
+
+def test_the_networks_are_on_the_device_of_the_batches(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class LookedAt(Exception):
+        pass
+
+    def look(run: Run, parts: Parts, config: TrainConfig) -> None:
+        modules = (parts.vae, parts.unet, parts.vpim, parts.mem)
+        assert {p.device.type for m in modules for p in m.parameters()} == {"meta"}
+        raise LookedAt
+
+    monkeypatch.setattr(rcod_train.run, "resolve_device", lambda *_: torch.device("meta"))
+    monkeypatch.setattr(rcod_train.nano, "train_base", look)
+    with pytest.raises(LookedAt):
+        main(arguments(photos, tmp_path, "--device", "cuda"))
 
 
 def test_sigterm_saves_and_exits_with_130(photos: Path, tmp_path: Path) -> None:

@@ -13,11 +13,12 @@ import struct
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from rcod_train.config import LoopConfig, TrainConfig, degradation_shares
 from rcod_train.data import Batch, PhotoBatches, batches, worker_deaths
@@ -102,6 +103,36 @@ def test_a_photo_whose_white_cannot_be_known_is_refused_by_name(
         find_pairs(str(folder), 96)
 
 
+# -- what a camera notes ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.webp", "a.tif"])
+def test_a_photo_is_upright(tmp_path: Path, name: str) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 132, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / name, exif=turned_right(), lossless=True)
+    (photo,) = find_photos((str(tmp_path),), 96)
+    assert np.array_equal(photo.read(), np.rot90(pixels, -1))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.tif"])
+def test_pairs_fit_as_they_are_seen(tmp_path: Path, name: str) -> None:
+    """The HR image as a camera writes it, the LR image as a program does."""
+    upright = np.random.default_rng(0).integers(0, 256, (132, 100, 3), dtype=np.uint8)
+    for part in ("LR", "HR"):
+        (tmp_path / part).mkdir()
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "HR" / name, exif=turned_right())
+    Image.fromarray(upright[::4, ::4]).save(tmp_path / "LR" / "a.png")
+    (pair,) = find_pairs(str(tmp_path), 96)
+    assert pair.read().shape == upright.shape and pair.read_lq().shape == (33, 25, 3)
+    assert name == "a.jpg" or np.array_equal(pair.read(), upright)
+
+
+def turned_right() -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be shown turned by 90 degrees to the right
+    return exif
+
+
 # -- one file, found twice -------------------------------------------------------------------------
 
 
@@ -156,6 +187,48 @@ def test_shards_lie_beside_photos_and_in_folders(photos: Path, tmp_path: Path) -
     found = find_photos((str(tmp_path),), 96)
     assert [p.name for p in found] == ["2.png", "0.png", "1.png"]
     assert [len(p.read()) for p in found] == [128, 128, 128]
+
+
+def test_a_search_reads_no_more_of_a_shard_than_headers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (512, 512, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "0.png")
+    assert (tmp_path / "0.png").stat().st_size > 700_000
+    tar = shard(tmp_path / "a.tar", tmp_path, "0")
+    opened, taken = Path.open, []
+
+    def counting(path: Path, *arguments: Any, **options: Any) -> Any:
+        file = opened(path, *arguments, **options)
+        plain = file.read
+
+        def read(count: int = -1) -> bytes:
+            data: bytes = plain(count)
+            taken.append(len(data))
+            return data
+
+        file.read = read
+        return file
+
+    monkeypatch.setattr(Path, "open", counting)
+    (photo,) = find_photos((str(tar),), 96)
+    assert 0 < sum(taken) < 100_000
+    assert np.array_equal(photo.read(), noise)
+
+
+def test_compressed_tiffs_are_read_from_their_place_in_a_shard(
+    photos: Path, tmp_path: Path
+) -> None:
+    """libtiff, given a file, reads it from its beginning."""
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for i in range(2):
+            Image.open(photos / f"{i}.png").save(tmp_path / "a.tif", compression="tiff_lzw")
+            tar.add(tmp_path / "a.tif", f"{i}.tif")
+    found = find_photos((str(tmp_path / "a.tar"),), 96)
+    for i, photo in enumerate(found):
+        with Image.open(photos / f"{i}.png") as expected:
+            assert np.array_equal(photo.read(), np.asarray(expected))
+    assert len(found) == 2
 
 
 def test_a_cut_off_or_compressed_shard_is_named(photos: Path, tmp_path: Path) -> None:
@@ -226,6 +299,14 @@ def test_small_pairs_are_skipped_and_named(
     assert "1 of 5 pairs skipped" in caplog.text and "small.png" in caplog.text
     with pytest.raises(DataError, match="found 5 pairs and none large enough"):
         find_pairs(str(folder), 999)
+
+
+def test_a_wrong_folder_to_validate_on_is_named_with_its_option(
+    photos: Path, tmp_path: Path
+) -> None:
+    config = TrainConfig((str(photos),), "", validation=str(tmp_path / "none"))
+    with pytest.raises(DataError, match="none: expected a folder of .* Check --validation"):
+        Run(config, (CONFIG,), resume=False)
 
 
 def test_a_run_without_any_photos_is_refused(

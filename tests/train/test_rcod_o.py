@@ -24,6 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from rcod_train.adapter_files import are_adapters, load_adapters
+from rcod_train.bases import load_base
 from rcod_train.checkpoint import load_merged
 from rcod_train.errors import CheckpointError
 from rcod_train.main import main
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS = 24
 SETTINGS = [
     f"rcod.steps={STEPS}", "rcod.metric_samples=4", "rcod.accumulate=2", "rcod.warmup_steps=1",
-    "rcod.learning_rate=0.003", "rcod.regulariser_learning_rate=0.01", "rcod.ema_decay=0.5",
+    "rcod.learning_rate=0.002", "rcod.regulariser_learning_rate=0.01", "rcod.ema_decay=0.5",
     "rcod.vsd_weight=0.05", "rcod.checkpoint_steps=8",  # a random base has nothing to teach
     "rcod.validation_steps=12", "validation_share=0.25", "mem.steps=3", "mem.photos_per_batch=1",
     *(f"{stage}.{field}" for stage in ("rcod", "mem") for field in ("crop_px=64", "context_px=64")),
@@ -159,6 +160,19 @@ def test_the_adapters_merged_again_are_the_merged_checkpoint(run: Path, base: Pa
         for key, value in expected.items():
             torch.testing.assert_close(found[key], value, atol=0, rtol=1e-3, msg=f"{name}.{key}")
         assert not getattr(parts, name).training
+
+
+def test_a_trained_decoder_is_among_the_adapters(base: Path, photos: Path, tmp_path: Path) -> None:
+    extra = (*SHORT, "--set", "rcod.train_decoder=true")
+    assert main(arguments(base, photos, tmp_path, *extra)) == 0
+    merged, _ = load_merged(tmp_path / "checkpoint")
+    models = str(base / "sd"), str(base / "clip")
+    parts, _ = load_adapters(tmp_path / "adapters", *models)
+    untrained = load_base(*models).vae.decoder.state_dict()
+    found = parts.vae.decoder.state_dict()
+    for name, value in merged.vae.decoder.state_dict().items():
+        assert torch.equal(found[name], value), name
+    assert not torch.equal(found["conv_in.weight"], untrained["conv_in.weight"].half().float())
 
 
 def test_adapters_of_another_base_or_damaged_ones_are_named(

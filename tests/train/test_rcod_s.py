@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import ResNetConfig, ResNetModel
 
-from rcod_train.bases import load_backbone
+from rcod_train.bases import load_backbone, load_base
 from rcod_train.checkpoint import load_merged
-from rcod_train.config import RCOD_S, SD_MEM, RcodStageConfig
+from rcod_train.config import RCOD_S, SD_MEM, RcodSConfig, RcodStageConfig
 from rcod_train.data import Batch, to_unit
 from rcod_train.errors import CheckpointError, DataError
 from rcod_train.grouping import Grouping
@@ -25,7 +25,7 @@ from rcod_train.models.discriminator import BackboneDiscriminator
 from rcod_train.models.guide import DegradationEstimator, GuidedMem
 from rcod_train.network import Parts, predict_eps
 from rcod_train.precision import Autocast
-from rcod_train.rcod_s import started_mem
+from rcod_train.rcod_s import add_guide, started_mem
 from rcod_train.schedule import alpha_sigma
 from rcod_train.stages.mem import MemStage
 from rcod_train.stages.rcod import RcodStage
@@ -282,6 +282,20 @@ def test_what_rcod_s_does_not_have_is_refused(
     assert main(arguments(base, photos, tmp_path / "out", "--set", setting)) == 2
     assert "ConfigError: rcod-s has no VSD and a frozen decoder" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_the_branches_count_lora_alpha_over_their_rank(
+    base: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parts = load_base(str(base / "sd"), str(base / "clip"))
+    rcod = dataclasses.replace(RCOD_S, rank_unet=4, rank_vae=2, lora_alpha=6)
+    estimator = load_file(base / "estimator.safetensors")
+    add_guide(parts, RcodSConfig((), "", rcod=rcod), estimator)
+    assert parts.guide is not None and parts.guide.config.lora_alpha == 6
+    assert (parts.guide.network.unet.scaling, parts.guide.network.vae.scaling) == (1.5, 3.0)
+    argv = arguments(base, photos, tmp_path / "out", "--set", "rcod.lora_alpha=0")
+    assert main(argv) == 2
+    assert "rcod.lora_alpha: expected at least 1 with rcod-s" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_estimator_is_named(

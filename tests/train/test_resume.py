@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+import rcod_train.loop
 from rcod_train.config import LoopConfig, TrainConfig
-from rcod_train.errors import CheckpointError
+from rcod_train.errors import CheckpointError, Interrupted, TrainError
+from rcod_train.fingerprint import fingerprint
 from rcod_train.loop import run_stage
 from rcod_train.ranks import Ranks
 from rcod_train.run import Run
@@ -129,6 +133,9 @@ class Two(Ranks):
     def any(self, flag: bool, device: torch.device) -> bool:
         return flag
 
+    def gather(self, value: Any) -> list[Any]:
+        return [value, value]
+
     def wait(self) -> None:
         pass
 
@@ -164,3 +171,75 @@ def test_a_checkpoint_older_than_a_setting_is_continued_at_its_default(tmp_path:
     other = Line(dataclasses.replace(CONFIG, accumulate=2))
     with pytest.raises(CheckpointError, match="accumulate x processes: 1 x 1 there, 2 x 1 here"):
         run_stage(other, numbers, tmp_path, seed=5, resume=True)
+
+
+def test_processes_that_have_different_checkpoints_are_refused(tmp_path: Path) -> None:
+    """Of several machines without a shared --out only the first has any: it would go on with its
+    weights and the others with new ones."""
+
+    class Apart(Two):
+        def gather(self, value: Any) -> list[Any]:
+            return [value, (0, fingerprint(()))]
+
+    def batches(first: int) -> list[torch.Tensor]:
+        return [torch.zeros(1, 3)] * 20
+
+    run_stage(Mean(steps=2), batches, tmp_path, 0, resume=False, ranks=Apart())
+    with pytest.raises(TrainError, match="at steps 2, 0 .* Give all machines a shared --out"):
+        run_stage(Mean(steps=4), batches, tmp_path, 0, resume=True, ranks=Apart())
+    run_stage(Mean(steps=4), batches, tmp_path, 0, resume=True, ranks=Two())
+
+
+def test_after_a_signal_the_processes_end_when_the_first_has_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A launcher ends them all as soon as one does."""
+    events: list[str] = []
+
+    class Waiting(Two):
+        def wait(self) -> None:
+            events.append("wait")
+
+    def signalled(first: int) -> Iterator[torch.Tensor]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        while True:
+            yield torch.zeros(1, 3)
+
+    monkeypatch.setattr(rcod_train.loop, "write_checkpoint", lambda *_: events.append("saved"))
+    with pytest.raises(Interrupted, match="stopped at step 1 of 4"):
+        run_stage(Mean(steps=4), signalled, tmp_path, 0, resume=False, ranks=Waiting())
+    assert events == ["wait", "saved", "wait"]
+
+
+def test_a_run_is_not_continued_on_other_photos(tmp_path: Path) -> None:
+    drawn = {"photos": "4 (ab)", "pairs_share": 0.5}
+
+    def resumed(**changes: Any) -> None:
+        run_stage(Line(), numbers, tmp_path, seed=5, resume=True, data=drawn | changes)
+
+    run_stage(Line(), numbers, tmp_path, seed=5, resume=False, data=drawn)
+    resumed()
+    with pytest.raises(CheckpointError, match=r"photos: 4 \(ab\) there, 4 \(cd\) here"):
+        resumed(photos="4 (cd)")
+    with pytest.raises(CheckpointError, match="pairs_share: 0.5 there, 0.1 here"):
+        resumed(pairs_share=0.1)
+    newest = tmp_path / "step-0000006.pt"
+    state = read_checkpoint(newest)
+    del state["data"]  # an older one is taken at its word
+    torch.save(state, newest)
+    resumed(photos="4 (cd)")
+
+
+def test_photos_are_the_same_when_their_folder_is_moved(photos: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(photos, tmp_path / "moved")
+
+    def drawn_from(folder: Path, **changes: Any) -> dict[str, Any]:
+        config = TrainConfig((str(folder),), str(tmp_path / "out"), **changes)
+        return Run(config, (LoopConfig(context_px=96, crop_px=64),), resume=False).drawn_from
+
+    here = drawn_from(photos)
+    assert drawn_from(moved) == here
+    assert drawn_from(moved, validation_share=0.25) != here  # fewer are left
+    assert drawn_from(moved, pairs_share=0.1) != here
+    shutil.copy(moved / "0.png", moved / "1.png")
+    assert drawn_from(moved) != here

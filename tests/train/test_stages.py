@@ -23,6 +23,7 @@ from rcod_train.run import Run
 from rcod_train.stages.base import measure_scaling_factor
 from rcod_train.stages.rcod import RcodStage, Reconstruction, measure_metric_range
 from rcod_train.stages.regression import RegressionStage
+from tests.faults import full_disk
 from tests.tiny import tiny_parts
 
 CONFIG = RcodStageConfig(rank_unet=2, rank_vae=2, rank_regulariser=2)
@@ -267,6 +268,61 @@ def test_the_regression_goes_on_with_the_range_that_it_was_trained_with() -> Non
     there.rcod.grouping = Grouping(0.3, 0.8)
     here.load_extra_state(there.extra_state())
     assert here.rcod.grouping == there.rcod.grouping
+
+
+def test_the_regression_is_not_continued_with_other_losses_of_rcod() -> None:
+    def regression(**changes: Any) -> RegressionStage:
+        return RegressionStage(
+            stage(dataclasses.replace(CONFIG, **changes)), RegressionStageConfig()
+        )
+
+    state = regression().extra_state()
+    with pytest.raises(CheckpointError, match=r"rcod\.l1_weight: 1\.0 there, 2\.0 here"):
+        regression(l1_weight=2.0).load_extra_state(state)
+    regression(learning_rate=1e-5, adversarial_weight=0.0).load_extra_state(state)  # rcod's alone
+    del state["rcod"]  # an older checkpoint doesn't say
+    regression(l1_weight=2.0).load_extra_state(state)
+
+
+def test_the_metric_is_measured_on_as_many_batches_as_its_samples_need(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = []
+
+    def measured(parts: Parts, batches: Any, *_: Any) -> tuple[float, float]:
+        counted.append(len(list(batches)))
+        return 0.1, 0.9
+
+    monkeypatch.setattr(rcod_train.run, "measure_metric_range", measured)
+    settings = dataclasses.replace(
+        CONFIG, crop_px=64, context_px=64, photos_per_batch=2, crops_per_photo=1, metric_samples=5
+    )
+    config = RcodOConfig((str(photos),), str(tmp_path), workers=0, rcod=settings)
+    Run(config, (settings,), resume=False).grouping(tiny_parts(), settings, 32)
+    assert counted == [3]
+
+
+def test_a_full_disk_is_named_where_the_metric_is_kept(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rcod_train.run, "measure_metric_range", lambda *_: (0.1, 0.9))
+    settings = dataclasses.replace(CONFIG, crop_px=64, context_px=64)
+    run = Run(RcodOConfig((str(photos),), str(tmp_path), rcod=settings), (settings,), False)
+    with (
+        pytest.raises(TrainError, match=r"metric\.json: could not be written \(.*--resume"),
+        full_disk(tmp_path, 1),
+    ):
+        run.grouping(tiny_parts(), settings, 32)
+    assert not list(tmp_path.iterdir())
+
+
+def test_distances_beyond_the_range_of_m_are_named_where_they_are_measured() -> None:
+    parts = tiny_parts()
+    parts.vae.register_to_config(scaling_factor=1e4)
+    config = dataclasses.replace(CONFIG, metric="l1", metric_samples=8, metric_quantile=0.0)
+    words = r"metric M \(l1\): expected -1 to 1 .* --set rcod\.metric=cosine"
+    with pytest.raises(TrainError, match=words):
+        measure_metric_range(parts, iter([batch(seed) for seed in range(4)]), config, FP32)
 
 
 def test_a_metric_that_never_varies_is_an_error() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -101,6 +102,14 @@ def test_photos_are_degraded_and_a_base_model_serves_too(photos: Path, tmp_path:
     document = measure(config)
     assert document["count"] == 5 and document["images"] == measure(config)["images"]
     assert str(tmp_path / "out") not in json.dumps(document)
+
+
+def test_of_a_base_model_its_autoencoder_is_enough(photos: Path, tmp_path: Path) -> None:
+    save_base(tmp_path)
+    shutil.rmtree(tmp_path / "sd" / "unet")
+    config = StatsConfig(str(tmp_path / "sd"), str(tmp_path / "out"), (str(photos),), count=3,
+                         crop_px=64, precision="fp32")  # fmt: skip
+    assert measure(config)["count"] == 3
 
 
 def test_m_of_an_rcod_s_is_that_of_its_base(photos: Path, tmp_path: Path) -> None:

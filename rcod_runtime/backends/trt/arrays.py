@@ -14,7 +14,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from rcod_runtime.arrays import DLPACK_ERRORS
-from rcod_runtime.backends.trt.cuda import FLOAT_BYTES, Cuda, DeviceBuffer, Event, Stream
+from rcod_runtime.backends.trt.cuda import (
+    FLOAT_BYTES,
+    Cuda,
+    DeviceBuffer,
+    Event,
+    Stream,
+    after_capture,
+)
 from rcod_runtime.backends.trt.dlpack import (
     CPU,
     CUDA,
@@ -156,7 +163,7 @@ class DeviceArray:
     dtype = "float32"
 
     def __init__(self, cuda: Cuda, shape: tuple[int, ...], stream: int) -> None:
-        self.shape, self.stream, self.index = shape, stream, cuda.index
+        self.shape, self.stream, self.index, self._cuda = shape, stream, cuda.index, cuda
         with contextlib.ExitStack() as undo:
             buffer = DeviceBuffer(cuda, FLOAT_BYTES * math.prod(shape))
             undo.callback(buffer.close)
@@ -196,6 +203,7 @@ class DeviceArray:
 
         Raises:
             BufferError: another device, a copy, or a stream that the standard excludes.
+            BackendError: the stream can't be made to wait.
         """
         if dl_device is not None and tuple(dl_device) != self.__dlpack_device__():
             raise BufferError(f"it lies on device {self.__dlpack_device__()}, not on {dl_device}")
@@ -204,14 +212,19 @@ class DeviceArray:
         if stream == 0:
             raise BufferError("stream 0 is ambiguous: 1 is the default stream, 2 the thread's")
         if stream != NO_SYNC:
-            self._written.delay(LEGACY_STREAM if stream is None else stream)
+            with self._cuda.guard():  # 1 and 2 are streams of the current GPU
+                self._written.delay(LEGACY_STREAM if stream is None else stream)
         return make_capsule(self, self.address, self.shape, self.index, max_version)
 
 
 def _release(cuda: Cuda, resources: contextlib.ExitStack) -> None:
     """Nobody is left to hear of an error."""
-    with contextlib.suppress(BackendError), cuda.guard():
-        resources.close()
+
+    def release() -> None:
+        with contextlib.suppress(BackendError), cuda.guard():
+            resources.close()
+
+    after_capture(release)
 
 
 def _export(array: Any, stream: int) -> Any:

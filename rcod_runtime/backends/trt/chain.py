@@ -25,13 +25,7 @@ import numpy as np
 from rcod_runtime.backends import Array
 from rcod_runtime.backends.trt.arrays import DeviceArray, DeviceView, stream_handle, view_array
 from rcod_runtime.backends.trt.cache import read_cache, write_cache
-from rcod_runtime.backends.trt.cuda import (
-    FLOAT_BYTES,
-    CapturedGraph,
-    Cuda,
-    DeviceBuffer,
-    Event,
-)
+from rcod_runtime.backends.trt.cuda import FLOAT_BYTES, CapturedGraph, Cuda, DeviceBuffer, Event
 from rcod_runtime.backends.trt.engine import LoadedEngine, float_bytes, make_logger
 from rcod_runtime.backends.trt.engines import EngineSet
 from rcod_runtime.backends.trt.libraries import load_cuda, load_tensorrt
@@ -89,13 +83,14 @@ class DeviceChain:
         self._caches: list[tuple[Path, Any]] = []
         self._resources = contextlib.ExitStack()
         self._closed = False
-        with cuda.guard(), contextlib.ExitStack() as undo:
-            undo.push(self._resources)
-            self._engines = self._load(bundle, engines, trt)
-            self._memory = Memory(
-                cuda, self._resources, bundle.manifest, engines.tile_px, engines.batches[1]
-            )
-            self._memory.bind(bundle.manifest, self._engines)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._release)
+            with cuda.guard():
+                self._engines = self._load(bundle, engines, trt)
+                self._memory = Memory(
+                    cuda, self._resources, bundle.manifest, engines.tile_px, engines.batches[1]
+                )
+                self._memory.bind(bundle.manifest, self._engines)
             undo.pop_all()
 
     def run(
@@ -217,12 +212,16 @@ class DeviceChain:
         with self._lock:
             if self._closed:
                 return
-            self._closed = True
             with self._cuda.guard(), self._resources:
+                self._closed = True  # not before: without the GPU it can be tried again
                 try:
                     self._drain()
                 finally:
                     self._drop_captures()
+
+    def _release(self) -> None:
+        with self._cuda.guard():
+            self._resources.close()
 
     def _load(self, bundle: Bundle, engines: EngineSet, trt: Any) -> dict[str, LoadedEngine]:
         logger = make_logger(trt)
@@ -252,6 +251,8 @@ class DeviceChain:
         """Shapes of this image's graphs; a new tile batch drops the captured graphs."""
         if self._closed:
             raise UsageError("this Upscaler is closed; make a new one.")
+        if not self._bound:  # perhaps after an error, where waiting failed as well
+            self._drain()
         for name, shapes in input_shapes(self._manifest, feed).items():
             if self._bound.get(name) == shapes:
                 continue

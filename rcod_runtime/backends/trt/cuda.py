@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -147,6 +148,40 @@ class Event(_Owned):
         return float(self._cuda.call("cudaEventElapsedTime", earlier.handle, self.handle))
 
 
+class _Thread(threading.local):
+    """``late``: what the thread releases after its capture; None where it captures nothing."""
+
+    late: list[Callable[[], None]] | None = None
+
+
+_thread = _Thread()
+
+
+def after_capture(release: Callable[[], None]) -> None:
+    """Call it now, or in a thread that captures, as soon as it is done.
+
+    For finalizers: the garbage collector calls them in the middle of anything, and what frees
+    memory breaks a capture of its thread.
+    """
+    if _thread.late is None:
+        release()
+    else:
+        _thread.late.append(release)
+
+
+@contextlib.contextmanager
+def _nothing_released() -> Iterator[None]:
+    """What ``after_capture`` is given in this thread meanwhile is called afterwards."""
+    late: list[Callable[[], None]] = []
+    _thread.late = late
+    try:
+        yield
+    finally:
+        _thread.late = None
+        for release in late:
+            release()
+
+
 class CapturedGraph(_Owned):
     """Work captured from a stream, launched again at once.
 
@@ -157,23 +192,25 @@ class CapturedGraph(_Owned):
     def __init__(self, cuda: Cuda, stream: Stream, enqueue: Callable[[], None]) -> None:
         # Thread-local: what other threads of the process call must not break the capture.
         mode = cuda.runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        cuda.call("cudaStreamBeginCapture", stream.handle, mode)
-        try:
-            enqueue()
-        except BaseException:
-            with contextlib.suppress(BackendError):
-                graph = cuda.call("cudaStreamEndCapture", stream.handle)
-                cuda.call("cudaGraphDestroy", graph)
-            raise
-        graph = cuda.call("cudaStreamEndCapture", stream.handle)
-        try:
-            _, count = cuda.call("cudaGraphGetNodes", graph)
-            if count == 0:
-                raise BackendError(f"cuda:{cuda.index}: the captured CUDA graph is empty.")
-            executable = cuda.call("cudaGraphInstantiate", graph, 0)
-        finally:
-            cuda.call("cudaGraphDestroy", graph)
-        super().__init__(cuda, "cudaGraphExecDestroy", executable)
+        with _nothing_released():
+            cuda.call("cudaStreamBeginCapture", stream.handle, mode)
+            try:
+                enqueue()
+            except BaseException:
+                with contextlib.suppress(BackendError):
+                    graph = cuda.call("cudaStreamEndCapture", stream.handle)
+                    cuda.call("cudaGraphDestroy", graph)
+                raise
+            graph = cuda.call("cudaStreamEndCapture", stream.handle)
+        with contextlib.ExitStack() as undo:
+            with contextlib.closing(_Owned(cuda, "cudaGraphDestroy", graph)):
+                _, count = cuda.call("cudaGraphGetNodes", graph)
+                if count == 0:
+                    raise BackendError(f"cuda:{cuda.index}: the captured CUDA graph is empty.")
+                executable = cuda.call("cudaGraphInstantiate", graph, 0)
+                super().__init__(cuda, "cudaGraphExecDestroy", executable)
+                undo.callback(self.close)
+            undo.pop_all()
 
     def launch(self, stream: Stream) -> None:
         self._cuda.call("cudaGraphLaunch", self.handle, stream.handle)

@@ -5,5 +5,6 @@ What it holds the shipping code to: memory of the device is apart from the host'
 it is allocated and when it is freed; an address that is freed, off by one or too short is an error;
 nothing runs before a synchronisation, then in the order of each stream and, between streams, in an
 order drawn from a seed; a captured graph repeats exactly the recorded calls with their addresses;
-two contexts in one arena at once are an error.
+two runs in one arena at once are an error; each thread has its current GPU; a context is captured
+only after a run with its shapes; what may wait for the GPU breaks a capture of its thread.
 """

@@ -115,7 +115,7 @@ class ByDlpack:
         return self._on_gpu.values
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, self.gpu.current
+        return 2, self.gpu.owner or 0
 
     def __dlpack__(self, *, stream: int, max_version: Any = None, copy: Any = None) -> Any:
         assert max_version == (1, 0) and copy is False
@@ -127,7 +127,8 @@ class ByDlpack:
         self.gpu.cudaEventRecord(event, self.stream)
         self.gpu.cudaStreamWaitEvent(stream, event, 0)
         self.gpu.cudaEventDestroy(event)
-        self.lent.append(Lent(self._on_gpu.address, self.shape, self.versioned, **self._change))
+        change = {"device": self.__dlpack_device__(), **self._change}
+        self.lent.append(Lent(self._on_gpu.address, self.shape, self.versioned, **change))
         return self.lent[-1].capsule
 
 

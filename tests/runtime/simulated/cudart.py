@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import enum
 import gc
+import itertools
+import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tests.runtime.simulated.memory import DeviceMemory, PinnedMemory, Violation
 from tests.runtime.simulated.streams import Event, Graph, Scheduler, Stream
 
 Handle = Stream | int  # CUDA takes both
+
+# They may wait for the GPU: in a thread that captures they are refused, and its capture is lost.
+WAITING = ("cudaMalloc", "cudaMallocHost", "cudaFree", "cudaFreeHost", "cudaEventSynchronize")
 
 
 class Error(enum.IntEnum):
@@ -22,6 +27,7 @@ class Error(enum.IntEnum):
     cudaErrorMemoryAllocation = 2  # noqa: N815
     cudaErrorNoDevice = 100  # noqa: N815
     cudaErrorStreamCaptureUnsupported = 900  # noqa: N815
+    cudaErrorStreamCaptureInvalidated = 901  # noqa: N815
 
 
 class CopyKind(enum.IntEnum):
@@ -30,23 +36,24 @@ class CopyKind(enum.IntEnum):
     cudaMemcpyDeviceToDevice = 3  # noqa: N815
 
 
+class _Thread(threading.local):
+    """``gpu``: the thread's current one."""
+
+    gpu = 0
+
+
 class SimulatedGpu:
     """A machine with GPUs of one kind.
 
     ``fail_at``: the number of the call, counted from 0, that answers with an error; ``calls`` are
-    the names of those that can. ``launched``: how often each engine ran, ``replays`` of graphs.
+    the names: all of CUDA's, and those of TensorRT's that say whether they did it.
+    ``launched``: how often each engine ran, ``replays`` of graphs; ``busy``: arenas in use, by
+    their address.
     """
-
-    COUNTED = (
-        "cudaMalloc", "cudaMallocHost", "cudaMemcpyAsync", "cudaStreamCreateWithFlags",
-        "cudaEventCreateWithFlags", "cudaEventRecord", "cudaStreamWaitEvent",
-        "cudaEventSynchronize", "cudaStreamSynchronize", "cudaStreamBeginCapture",
-        "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphLaunch", "enqueue",
-    )  # fmt: skip
 
     def __init__(self, sm: int = 89, count: int = 2, seed: int = 0) -> None:
         self.sm, self.count = sm, count
-        self.current = 0
+        self._thread = _Thread()
         self.owner: int | None = None  # the GPU that everything was made on
         self.memory, self.pinned, self.scheduler = DeviceMemory(), PinnedMemory(), Scheduler(seed)
         self.events: set[Event] = set()
@@ -56,8 +63,14 @@ class SimulatedGpu:
         self.fail_at: int | None = None
         self.replays = 0
         self.launched: dict[str, int] = {}
+        self.busy: dict[int, str] = {}
         self.contexts = 0
         self.compiled: list[str] = []  # engines that TensorRT-RTX finished for this GPU
+
+    @property
+    def current(self) -> int:
+        """The GPU that is current in the calling thread."""
+        return self._thread.gpu
 
     def leaks(self) -> dict[str, int]:
         """What is still held, by kind; empty when all is released."""
@@ -76,6 +89,20 @@ class SimulatedGpu:
         """Counts a call; whether it is the one that has to fail."""
         self.calls.append(name)
         return self.fail_at == len(self.calls) - 1
+
+    def failing(self, work: Callable[[], None]) -> Iterator[str]:
+        """Do ``work`` with its first call failing, with its second, until all failed once.
+
+        Gives the name of each afterwards. ``work`` takes the error.
+        """
+        for number in itertools.count():
+            self.fail_at = len(self.calls) + number
+            work()
+            failed = self.calls[self.fail_at :][:1]
+            self.fail_at = None
+            if not failed:
+                return
+            yield failed[0]
 
     def module(self) -> types.ModuleType:
         """What ``import cuda.bindings.runtime`` gives."""
@@ -102,11 +129,16 @@ class SimulatedGpu:
         def call(*arguments: Any) -> Any:
             if name not in free_of_device:
                 self.check_device(name)
-            if name in self.COUNTED and self.fails(name):
+            if self.fails(name):
+                # What releases does so in any case: the error may be of work before it.
+                if name.endswith("Destroy") or name.startswith("cudaFree"):
+                    function(*arguments)
                 if name == "cudaStreamEndCapture":  # it ends the capture in any case
                     arguments[0].capture = None
                 empty = {"cudaGraphGetNodes": 2}.get(name, 1)
                 return (Error.cudaErrorMemoryAllocation, *([None] * empty))
+            if name in WAITING and self._breaks_a_capture():
+                return Error.cudaErrorStreamCaptureUnsupported, None
             return function(*arguments)
 
         return call
@@ -117,6 +149,14 @@ class SimulatedGpu:
             self.owner = self.current
         if self.current != self.owner:
             raise Violation(f"{name} with GPU {self.current} current, owned by GPU {self.owner}")
+
+    def _breaks_a_capture(self) -> bool:
+        """Of the calling thread: captures are thread-local."""
+        captures = [stream.capture for stream in self.scheduler.streams]
+        own = [graph for graph in captures if graph and graph.thread == threading.get_ident()]
+        for graph in own:
+            graph.broken = True
+        return bool(own)
 
     # Devices.
 
@@ -129,7 +169,7 @@ class SimulatedGpu:
         return Error.cudaSuccess, self.current
 
     def cudaSetDevice(self, device: int) -> Any:  # noqa: N802
-        self.current = device
+        self._thread.gpu = device
         return (Error.cudaSuccess,)
 
     def cudaDeviceGetAttribute(self, attribute: int, device: int) -> Any:  # noqa: N802
@@ -138,8 +178,6 @@ class SimulatedGpu:
     # Memory.
 
     def cudaMalloc(self, nbytes: int) -> Any:  # noqa: N802
-        if any(stream.capture is not None for stream in self.scheduler.streams):
-            return Error.cudaErrorStreamCaptureUnsupported, None
         return Error.cudaSuccess, self.memory.allocate(nbytes)
 
     def cudaFree(self, address: int) -> Any:  # noqa: N802
@@ -228,13 +266,15 @@ class SimulatedGpu:
 
     def cudaStreamBeginCapture(self, stream: Stream, mode: int) -> Any:  # noqa: N802
         assert mode == 1, "a capture that other threads can break"
-        stream.capture = Graph()
+        stream.capture = Graph(thread=threading.get_ident())
         return (Error.cudaSuccess,)
 
     def cudaStreamEndCapture(self, stream: Stream) -> Any:  # noqa: N802
         graph, stream.capture = stream.capture, None
         if graph is None:
             return Error.cudaErrorInvalidValue, None
+        if graph.broken:
+            return Error.cudaErrorStreamCaptureInvalidated, None
         self.graphs.add(graph)
         return Error.cudaSuccess, graph
 

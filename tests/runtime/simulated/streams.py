@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
 from collections.abc import Callable
@@ -24,22 +25,27 @@ class Event:
 
 @dataclass(eq=False)
 class Graph:
-    """Work recorded from a stream, with the addresses it had."""
+    """Work recorded from a stream, with the addresses it had.
+
+    ``thread`` captures it; ``broken`` by a call that a capture does not allow.
+    """
 
     work: list[Work] = field(default_factory=list)
-    executables: int = 0
+    thread: int = 0
+    broken: bool = False
 
 
 @dataclass(eq=False)
 class Stream:
     """A queue. An item is work, or (event, n): wait until it is reached for the n-th time.
 
-    As a number it is its handle.
+    As a number it is its handle; ``order`` is that of creation, the same in every run.
     """
 
     queue: deque[Work | tuple[Event, int]] = field(default_factory=deque)
     capture: Graph | None = None
     handle: int | None = None
+    order: int = field(default_factory=itertools.count().__next__)
 
     def __int__(self) -> int:
         return self.handle or id(self)
@@ -67,7 +73,7 @@ class Scheduler:
             ready = [s for s in streams if s.queue and self._may_run(s)]
             if not ready:
                 raise Violation(f"{what} waits for something that nobody will do")
-            ready.sort(key=id)
+            ready.sort(key=lambda stream: stream.order)
             self._step(self._random.choice(ready))
 
     def drain(self, stream: Stream) -> None:

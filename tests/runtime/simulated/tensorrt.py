@@ -86,7 +86,10 @@ class RuntimeConfig:
 
 
 class EngineContext:
-    """Of one engine. Its activations are its caller's memory."""
+    """Of one engine. Its activations are its caller's memory.
+
+    ``ran``: once at least since its shapes were set, as TensorRT asks for before a capture.
+    """
 
     def __init__(
         self, gpu: SimulatedGpu, engine: SimulatedEngine, cache: RuntimeCache | None
@@ -95,6 +98,7 @@ class EngineContext:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.arena: tuple[int, int] | None = None
+        self.ran = False
         gpu.contexts += 1
 
     def __del__(self) -> None:
@@ -111,32 +115,38 @@ class EngineContext:
         fits = len(shape) == len(low) and all(
             a <= n <= b for a, n, b in zip(low, shape, high, strict=True)
         )
-        if not fits:
+        if self.gpu.fails("set_input_shape") or not fits:
             self.engine.logger.log(Severity.ERROR, f"{name} {shape}: outside {low} to {high}")
             return False
-        self.shapes[name] = tuple(shape)
+        self.shapes[name], self.ran = tuple(shape), False
         return True
 
     def infer_shapes(self) -> list[str]:
-        return sorted(set(self.engine.profile) - set(self.shapes))
+        given = () if self.gpu.fails("infer_shapes") else self.shapes
+        return sorted(set(self.engine.profile) - set(given))
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.gpu.memory.view(address, 1, aligned=True)
+        if self.gpu.fails("set_tensor_address") or name not in self.engine.modes:
+            return False
         self.addresses[name] = address
-        return name in self.engine.modes
+        return True
 
     def execute_async_v3(self, stream: Stream) -> bool:
         self.gpu.check_device("execute_async_v3")
-        if self.gpu.fails("enqueue"):
+        if self.gpu.fails("execute_async_v3"):
             self.engine.logger.log(Severity.ERROR, "enqueue was made to fail")
             return False
         if (
             self.arena is None
-            or self.infer_shapes()
+            or set(self.shapes) != set(self.engine.profile)
             or set(self.addresses) != set(self.engine.modes)
         ):
             self.engine.logger.log(Severity.ERROR, "enqueue before all was bound")
             return False
+        if stream.capture is not None and not self.ran:
+            raise Violation(f"{self.engine.name} is captured before a run with its shapes")
+        self.ran = True
         if self.cache is not None and self.engine.name not in self.cache.kernels:
             self.cache.kernels.append(self.engine.name)
             self.gpu.compiled.append(self.engine.name)
@@ -156,8 +166,6 @@ def _session(onnx: bytes) -> ort.InferenceSession:
 
 class SimulatedEngine:
     """A deserialised engine."""
-
-    busy: dict[int, str] = {}  # arenas in use, by their address
 
     def __init__(self, gpu: SimulatedGpu, logger: Any, header: dict[str, Any], onnx: bytes) -> None:
         self.gpu, self.logger = gpu, logger
@@ -180,18 +188,21 @@ class SimulatedEngine:
     def get_tensor_dtype(self, name: str) -> DType:
         return DType[self.dtypes.get(name, "FLOAT")]
 
-    def create_execution_context(self, how: str | RuntimeConfig) -> EngineContext:
+    def create_execution_context(self, how: str | RuntimeConfig) -> EngineContext | None:
         strategy = how.strategy if isinstance(how, RuntimeConfig) else how
         assert strategy == "user managed"
+        if self.gpu.fails("create_execution_context"):
+            return None
         return EngineContext(self.gpu, self, None if isinstance(how, str) else how.cache)
 
     def create_runtime_config(self) -> RuntimeConfig:
         return RuntimeConfig()
 
     def begin(self, arena: tuple[int, int]) -> None:
-        other = self.busy.setdefault(arena[0], self.name)
-        if other != self.name:
+        other = self.gpu.busy.get(arena[0])
+        if other is not None:
             raise Violation(f"{self.name} runs in the arena that {other} is using")
+        self.gpu.busy[arena[0]] = self.name
         self.gpu.memory.view(*arena)[:] = POISON  # nothing of another engine survives in it
 
     def finish(
@@ -206,7 +217,7 @@ class SimulatedEngine:
         for name, values in zip(names, self._session.run(names, feeds), strict=True):
             view = self.gpu.memory.view(addresses[name], values.nbytes, aligned=True)
             view[:] = np.ascontiguousarray(values, np.float32).view(np.uint8).ravel()
-        self.busy.pop(arena[0], None)
+        del self.gpu.busy[arena[0]]
         self.gpu.launched[self.name] = self.gpu.launched.get(self.name, 0) + 1
 
 
@@ -220,7 +231,7 @@ def tensorrt_module(gpu: SimulatedGpu, version: str = VERSION) -> types.ModuleTy
 
         def deserialize_cuda_engine(self, data: bytes) -> SimulatedEngine | None:
             assert self.engine_host_code_allowed is False
-            if not data.startswith(MAGIC):
+            if gpu.fails("deserialize_cuda_engine") or not data.startswith(MAGIC):
                 self.logger.log(Severity.ERROR, "the magic tag does not match")
                 return None
             (length,) = struct.unpack_from("<I", data, len(MAGIC))
