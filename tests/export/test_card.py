@@ -63,7 +63,7 @@ def test_the_card_tells_levels_that_ship_from_those_that_were_trained(bundle: Pa
     record = dataclasses.asdict(TrainConfig(("photos",), "out")) | {"photos": 7}
     text = card(manifest, record)
     assert "| realism | 625 |" in text and "7 photo crops" in text
-    assert "- rcod: 2400 steps of 8 crops of 192 px" in text and ", at t = 250, 500, 750\n" in text
+    assert "- rcod: 1400 steps of 4 crops of 192 px" in text and ", at t = 250, 500, 750\n" in text
     record["rcod"]["grouping"] = "official"
     assert ", at t" not in card(manifest, record)
     record["rcod"] |= {"train_adapters": False, "decoder_learning_rate": 0.125}
