@@ -9,7 +9,7 @@ from rcod_export.cost import GPUS, Cost, measure_cost
 from rcod_runtime.backends import BACKENDS, precisions
 from rcod_runtime.backends.trt.engines import obstacle
 from rcod_runtime.bundle import Bundle, check_hash, open_bundle
-from rcod_runtime.errors import BundleError, HashMismatch
+from rcod_runtime.errors import HashMismatch
 from rcod_runtime.manifest import Engine, Precision
 from rcod_runtime.selftest import cpu_obstacle, self_test
 
@@ -84,19 +84,6 @@ def verify_bundle(folder: Path) -> Iterator[str]:
     yield from _loadable(bundle)
 
 
-def check_file(bundle: Bundle, file: str, digest: str) -> None:
-    """Hold a file that the manifest names to its hash.
-
-    Raises:
-        BundleError: it is missing, can't be read, or was changed.
-    """
-    path = bundle.path(file)
-    try:
-        check_hash(path, digest)
-    except OSError as exc:
-        raise BundleError(f"{path}: can't be read ({exc.strerror or exc}).") from exc
-
-
 def check_engines(bundle: Bundle, engines: Iterable[Engine]) -> None:
     """Hold the files of engines to their hashes.
 
@@ -105,7 +92,7 @@ def check_engines(bundle: Bundle, engines: Iterable[Engine]) -> None:
     """
     for engine in engines:
         try:
-            check_file(bundle, engine.file, engine.sha256)
+            check_hash(bundle.path(engine.file), engine.sha256)
         except HashMismatch as exc:
             raise HashMismatch(
                 f"{exc} Engines are programs: don't load it; rcod-export engines builds it again."

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from rcod_export.inspect import check_engines, check_file
-from rcod_runtime.bundle import open_bundle
+from rcod_export.inspect import check_engines
+from rcod_runtime.bundle import check_hash, open_bundle
 from rcod_runtime.errors import OutputError
 from rcod_runtime.manifest import MANIFEST_FILE, read_manifest_bytes
 from rcod_runtime.signature import SIGNATURE_FILE, sign_manifest
@@ -28,8 +28,8 @@ def sign_bundle(folder: Path, private_key: Path) -> Path:
     check_engines(bundle, bundle.manifest.engines)
     sample = bundle.manifest.sample
     if sample is not None:
-        check_file(bundle, sample.lq, sample.lq_sha256)
-        check_file(bundle, sample.sr, sample.sr_sha256)
+        check_hash(bundle.path(sample.lq), sample.lq_sha256)
+        check_hash(bundle.path(sample.sr), sample.sr_sha256)
     return sign_manifest(data, folder, private_key)
 
 

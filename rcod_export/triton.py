@@ -27,7 +27,7 @@ from rcod_export.output import check_replaceable, written_output
 from rcod_runtime.backends.trt.engines import EngineSet, engine_sets, flaw
 from rcod_runtime.bundle import open_bundle
 from rcod_runtime.errors import UsageError
-from rcod_runtime.manifest import Engine, Graph, Manifest, Precision, Tensor
+from rcod_runtime.manifest import Engine, Graph, Manifest, Tensor
 
 ENSEMBLE = "rcod"
 ORDER = ("guide", "vpim", "encoder", "denoiser", "decoder")
@@ -99,8 +99,7 @@ def _check_precision(bundle: Path, manifest: Manifest, config: TritonConfig) -> 
         raise UsageError(
             f"{bundle}: its int8 graphs are for CPUs. Give --backend onnxruntime --device cpu."
         )
-    precisions = {graph.precision for graph in manifest.graphs.values()}
-    if Precision.BF16 in precisions and config.device == "cpu":
+    if manifest.has_bf16 and config.device == "cpu":
         raise UsageError(
             f"{bundle}: ONNX Runtime has no bf16 convolutions on a CPU. Give --device gpu, or "
             "export the bundle with --precision fp32."

@@ -134,9 +134,12 @@ def check_hash(path: Path, expected: str) -> None:
 
     Raises:
         HashMismatch: it has another.
-        OSError: it can't be read.
+        BundleError: it can't be read.
     """
-    found = sha256_file(path)
+    try:
+        found = sha256_file(path)
+    except OSError as exc:
+        raise BundleError(f"{path}: can't be read ({exc.strerror or exc}).") from exc
     if found != expected:
         raise HashMismatch(
             f"{path}: expected SHA-256 {expected[:12]}..., found {found[:12]}... "

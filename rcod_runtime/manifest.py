@@ -351,6 +351,11 @@ class Manifest(_Checked):
         """Whether a graph's convolutions multiply 8 bits; the rest has the backend's precision."""
         return any(graph.precision is Precision.INT8 for graph in self.graphs.values())
 
+    @property
+    def has_bf16(self) -> bool:
+        """Whether a graph's products are in bf16, which ONNX Runtime has not on a CPU."""
+        return any(graph.precision is Precision.BF16 for graph in self.graphs.values())
+
     def precision_with(self, backend_precision: str) -> str:
         """What the graphs compute in where a backend has this precision, for people."""
         return f"int8 and {backend_precision}" if self.has_int8 else backend_precision

@@ -14,7 +14,7 @@ from rcod_runtime.colour import SAMPLE_COLOUR_MATCH
 from rcod_runtime.errors import BackendError, BundleError, HashMismatch
 from rcod_runtime.files import read_bounded
 from rcod_runtime.image_io import MAX_INPUT_PIXELS, Pixels, decode_image
-from rcod_runtime.manifest import Manifest, Precision
+from rcod_runtime.manifest import Manifest
 from rcod_runtime.upscaler import Upscaler
 
 MAX_SAMPLE_BYTES = 2**26
@@ -26,8 +26,7 @@ def cpu_obstacle(manifest: Manifest, backend: BackendName) -> str | None:
     """Why a CPU backend can't run a bundle on this machine, or None."""
     if not installed(backend):
         return "not installed"
-    precisions = {graph.precision for graph in manifest.graphs.values()}
-    if backend == "onnxruntime" and Precision.BF16 in precisions:
+    if backend == "onnxruntime" and manifest.has_bf16:
         return "has no bf16 convolutions on a CPU, which this bundle needs"
     return None
 

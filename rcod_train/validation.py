@@ -17,8 +17,8 @@ from torch import Tensor
 from rcod_train.board import Board
 from rcod_train.checkpoint import LEVEL_NAMES
 from rcod_train.data import Batch
-from rcod_train.errors import MetricError, TrainError
-from rcod_train.files import file_written_whole
+from rcod_train.errors import MetricError
+from rcod_train.files import disk_errors, file_written_whole
 from rcod_train.quality.metrics import psnr_y, ssim_y
 from rcod_train.quality.niqe import niqe
 from rcod_train.quality.pristine import Pristine
@@ -111,17 +111,12 @@ class Validation:
     def _write(self, step: int, levels: dict[str, dict[str, float | None]], grid: Pixels) -> None:
         path = self.folder / f"step-{step:07d}"
         text = json.dumps({"step": step, "photos": len(self.pairs), "levels": levels})
-        try:
+        with disk_errors(path):
             self.folder.mkdir(parents=True, exist_ok=True)
             with file_written_whole(path.with_suffix(".png")) as partial:
                 Image.fromarray(grid).save(partial, "PNG")
             with file_written_whole(path.with_suffix(".json")) as partial:
                 partial.write_text(text + "\n", encoding="utf-8")
-        except OSError as exc:
-            raise TrainError(
-                f"{path}: the validation could not be written ({exc.strerror or exc}). "
-                "Free space and run again with --resume."
-            ) from exc
 
 
 def _mean(values: Sequence[float]) -> float | None:

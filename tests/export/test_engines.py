@@ -11,6 +11,7 @@ import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -202,6 +203,22 @@ def replace_child(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     monkeypatch.setattr(rcod_export.engines.subprocess, "Popen", popen)
 
 
+def hang_until(monkeypatch: pytest.MonkeyPatch, number: signal.Signals) -> list[Any]:
+    """The builder hangs, and half a second after its start this process gets the signal; the list
+    takes the builder's process."""
+    replace_child(monkeypatch, HANG)
+    processes: list[Any] = []
+    real = rcod_export.engines.subprocess.Popen
+
+    def popen(command: list[str], **options: object) -> object:
+        processes.append(real(command, **options))
+        threading.Timer(0.5, os.kill, (os.getpid(), number)).start()
+        return processes[-1]
+
+    monkeypatch.setattr(rcod_export.engines.subprocess, "Popen", popen)
+    return processes
+
+
 def test_a_crash_of_the_builder_is_reported_with_the_logs_end(
     bundle: Path, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,16 +244,7 @@ def test_a_build_that_takes_too_long_is_ended(
 def test_a_cancelled_build_leaves_no_process_and_no_half_file(
     bundle: Path, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace_child(monkeypatch, HANG)
-    processes = []
-    real = rcod_export.engines.subprocess.Popen
-
-    def popen(command: list[str], **options: object) -> object:
-        processes.append(real(command, **options))
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGINT)).start()
-        return processes[-1]
-
-    monkeypatch.setattr(rcod_export.engines.subprocess, "Popen", popen)
+    processes = hang_until(monkeypatch, signal.SIGINT)
     # A shell's background job has Ctrl-C ignored, and so would this test.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -251,16 +259,7 @@ def test_a_cancelled_build_leaves_no_process_and_no_half_file(
 def test_sigterm_ends_the_builder_too(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    replace_child(monkeypatch, HANG)
-    processes = []
-    real = rcod_export.engines.subprocess.Popen
-
-    def popen(command: list[str], **options: object) -> object:
-        processes.append(real(command, **options))
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        return processes[-1]
-
-    monkeypatch.setattr(rcod_export.engines.subprocess, "Popen", popen)
+    processes = hang_until(monkeypatch, signal.SIGTERM)
     # Without a handler of the command the test fails, and does not end the run of all tests.
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

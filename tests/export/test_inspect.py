@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from torch.utils.flop_counter import FlopCounterMode
 
 import rcod_export.inspect
+import rcod_runtime.bundle
 import rcod_runtime.selftest
 from rcod_export.cost import Gpu, measure_cost
 from rcod_export.inspect import inspect_bundle, verify_bundle
@@ -160,10 +161,12 @@ def test_a_changed_engine_is_refused(bundle_with_engine: Path) -> None:
 def test_an_engine_that_cannot_be_read_is_a_typed_error(
     bundle_with_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(path: Path, digest: str) -> None:
-        raise PermissionError(13, "Permission denied", str(path))
+    def refused(path: Path) -> str:
+        if path.name == "vpim.engine":
+            raise PermissionError(13, "Permission denied", str(path))
+        return sha256_file(path)
 
-    monkeypatch.setattr(rcod_export.inspect, "check_hash", refused)
+    monkeypatch.setattr(rcod_runtime.bundle, "sha256_file", refused)
     with pytest.raises(BundleError, match="vpim.engine: can't be read .Permission denied"):
         list(verify_bundle(bundle_with_engine))
 
