@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from rcod_runtime import Upscaler
+from rcod_runtime.bundle import default_bundle_path
 
 Photo = Callable[..., np.ndarray]
 
@@ -95,3 +96,27 @@ def test_ctrl_c_after_models_were_closed_does_not_crash_the_process(bundle: Path
     command = [sys.executable, "-X", "faulthandler", "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stdout.strip()) == (0, "interrupted"), done.stderr
+
+
+def test_weights_are_held_once_as_they_are_stored(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And packed; OpenVINO alone holds them in fp32 too, twice their size in the file."""
+    pytest.importorskip("openvino")
+    from rcod_runtime.backends import openvino_backend
+
+    def compiled() -> tuple[set[str], np.ndarray]:
+        session = openvino_backend.OpenVinoBackend("fp32", 1).load(
+            default_bundle_path() / "onnx/vpim.onnx"
+        )
+        session.bind({"image": (1, 3, 64, 64)})
+        image = np.random.default_rng(0).random((1, 3, 64, 64), np.float32)
+        (tokens,) = session.run({"image": image}).values()
+        model = session._request.get_compiled_model().get_runtime_model()
+        layers = [n for n in model.get_ops() if n.get_rt_info()["layerType"].value == "Convolution"]
+        return {n.input_value(1).get_element_type().get_type_name() for n in layers}, tokens
+
+    held, tokens = compiled()
+    assert held == {"f16"}
+    monkeypatch.setattr(openvino_backend, "_keep_stored_weights", lambda model: None)
+    doubled, same = compiled()
+    assert doubled == {"f32"}
+    assert np.abs(tokens - same).max() < 1e-5 * np.abs(same).max()

@@ -1,0 +1,125 @@
+"""Wide 3x3 convolutions of OpenVINO's graphs with fewer products: the same results."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+ov = pytest.importorskip("openvino")
+
+from openvino import opset13 as ops  # noqa: E402
+
+from rcod_runtime import Upscaler  # noqa: E402
+from rcod_runtime.backends import openvino_backend  # noqa: E402
+from rcod_runtime.backends.openvino_backend import OpenVinoBackend, shared_core  # noqa: E402
+from rcod_runtime.backends.winograd import use_winograd  # noqa: E402
+from rcod_runtime.processor import Processor  # noqa: E402
+
+
+def convolution(
+    shape: tuple[int, ...] = (1, 96, 32, 32),
+    outputs: int = 96,
+    kernel: int = 3,
+    stride: int = 1,
+    border: int = 1,
+    dilation: int = 1,
+    stored: Any = np.float16,
+    dynamic: bool = False,
+) -> Any:
+    """A model of one, with a bias and ReLU behind it."""
+    rng = np.random.default_rng(0)
+    image = ops.parameter([-1, shape[1], -1, -1] if dynamic else list(shape), np.float32)
+    values = rng.standard_normal((outputs, shape[1], kernel, kernel)) / 30
+    weights = ops.constant(values.astype(stored))
+    if stored != np.float32:
+        weights = ops.convert(weights, "f32")
+    y = ops.convolution(image, weights, [stride] * 2, [border] * 2, [border] * 2, [dilation] * 2)
+    bias = rng.standard_normal((1, outputs, 1, 1)).astype(np.float32)
+    return ov.Model([ops.relu(ops.add(y, ops.constant(bias)))], [image])
+
+
+def computed(model: Any, image: np.ndarray) -> np.ndarray:
+    compiled = shared_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return np.array(compiled(image)[0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "outputs"),
+    [((1, 96, 32, 32), 96), ((1, 64, 16, 64), 256), ((3, 256, 36, 20), 64), ((2, 128, 24, 32), 80)],
+)
+@pytest.mark.parametrize("stored", [np.float16, np.float32])
+def test_results_are_those_of_the_convolution(
+    shape: tuple[int, ...], outputs: int, stored: Any
+) -> None:
+    model = convolution(shape, outputs, stored=stored)
+    image = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
+    wanted = computed(model, image)
+    assert use_winograd(model) == 1
+    assert "Convolution" not in {node.get_type_name() for node in model.get_ops()}
+    found = computed(model, image)
+    assert found.shape == wanted.shape
+    assert np.abs(found - wanted).max() < 2e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"shape": (1, 48, 32, 32), "outputs": 48},  # copies would take longer
+        {"shape": (1, 96, 16, 16)},  # weights would
+        {"shape": (1, 96, 34, 32)},  # blocks of 4x4 don't cover it
+        {"kernel": 1, "border": 0},
+        {"border": 0, "shape": (1, 96, 34, 34)},
+        {"stride": 2},
+        {"dilation": 2, "border": 2},
+        {"dynamic": True},
+        {"stored": np.int8},
+    ],
+)
+def test_others_stay_as_they_are(other: dict[str, Any]) -> None:
+    model = convolution(**other)
+    assert use_winograd(model) == 0
+    assert "Convolution" in {node.get_type_name() for node in model.get_ops()}
+
+
+def test_weights_that_are_computed_stay_as_they_are() -> None:
+    image, weights = (
+        ops.parameter(shape, np.float32) for shape in ([1, 96, 32, 32], [96, 96, 3, 3])
+    )
+    y = ops.convolution(image, weights, [1, 1], [1, 1], [1, 1], [1, 1])
+    assert use_winograd(ov.Model([y], [image, weights])) == 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "gains"), [("avx2 fma", True), ("avx2 avx512f", False), ("", False)]
+)
+def test_it_is_used_where_it_was_measured(
+    monkeypatch: pytest.MonkeyPatch, photo: Callable[..., np.ndarray], flags: str, gains: bool
+) -> None:
+    """On nano, at the shape of a whole tile; images differ by rounding."""
+    replaced: list[int] = []
+
+    def upscaled(flags: str) -> np.ndarray:
+        processor = Processor(flags=frozenset(flags.split()))
+        monkeypatch.setattr(openvino_backend, "read_processor", lambda: processor)
+        with Upscaler(backend="openvino", precision="fp32") as upscaler:
+            return upscaler(photo(128, 128)).astype(int)
+
+    monkeypatch.setattr(
+        openvino_backend, "use_winograd", lambda model: replaced.append(use_winograd(model))
+    )
+    found = upscaled(flags)
+    assert any(replaced) == gains
+    if gains:
+        away = np.abs(upscaled("") - found)
+        assert away.max() <= 1
+        assert (away > 0).mean() < 1e-3
+
+
+def test_bf16_has_no_bits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    processor = Processor(flags=frozenset({"avx2"}))
+    monkeypatch.setattr(openvino_backend, "read_processor", lambda: processor)
+    assert OpenVinoBackend("fp32", 1).has_winograd
+    assert not OpenVinoBackend("bf16", 1).has_winograd
