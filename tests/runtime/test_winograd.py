@@ -12,7 +12,7 @@ ov = pytest.importorskip("openvino")
 
 from openvino import opset13 as ops  # noqa: E402
 
-from rcod_runtime import Upscaler  # noqa: E402
+from rcod_runtime import BackendError, Upscaler  # noqa: E402
 from rcod_runtime.backends import openvino_backend  # noqa: E402
 from rcod_runtime.backends.openvino_backend import OpenVinoBackend, shared_core  # noqa: E402
 from rcod_runtime.backends.winograd import use_winograd  # noqa: E402
@@ -24,21 +24,25 @@ def convolution(
     outputs: int = 96,
     kernel: int = 3,
     stride: int = 1,
-    border: int = 1,
+    border: Any = 1,
     dilation: int = 1,
     stored: Any = np.float16,
     dynamic: bool = False,
+    half: bool = False,
 ) -> Any:
     """A model of one, with a bias and ReLU behind it."""
     rng = np.random.default_rng(0)
-    image = ops.parameter([-1, shape[1], -1, -1] if dynamic else list(shape), np.float32)
+    image = source = ops.parameter([-1, shape[1], -1, -1] if dynamic else list(shape), np.float32)
     values = rng.standard_normal((outputs, shape[1], kernel, kernel)) / 30
     weights = ops.constant(values.astype(stored))
-    if stored != np.float32:
+    if half:
+        image = ops.convert(image, "f16")
+    elif stored != np.float32:
         weights = ops.convert(weights, "f32")
-    y = ops.convolution(image, weights, [stride] * 2, [border] * 2, [border] * 2, [dilation] * 2)
-    bias = rng.standard_normal((1, outputs, 1, 1)).astype(np.float32)
-    return ov.Model([ops.relu(ops.add(y, ops.constant(bias)))], [image])
+    begin, end = border if isinstance(border, tuple) else (border, border)
+    y = ops.convolution(image, weights, [stride] * 2, [begin] * 2, [end] * 2, [dilation] * 2)
+    bias = rng.standard_normal((1, outputs, 1, 1)).astype(np.float16 if half else np.float32)
+    return ov.Model([ops.relu(ops.add(y, ops.constant(bias)))], [source])
 
 
 def computed(model: Any, image: np.ndarray) -> np.ndarray:
@@ -57,7 +61,7 @@ def test_results_are_those_of_the_convolution(
     model = convolution(shape, outputs, stored=stored)
     image = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     wanted = computed(model, image)
-    assert use_winograd(model) == 1
+    assert use_winograd(model, {}) == 1
     assert "Convolution" not in {node.get_type_name() for node in model.get_ops()}
     found = computed(model, image)
     assert found.shape == wanted.shape
@@ -70,18 +74,31 @@ def test_results_are_those_of_the_convolution(
         {"shape": (1, 48, 32, 32), "outputs": 48},  # copies would take longer
         {"shape": (1, 96, 16, 16)},  # weights would
         {"shape": (1, 96, 34, 32)},  # blocks of 4x4 don't cover it
-        {"kernel": 1, "border": 0},
-        {"border": 0, "shape": (1, 96, 34, 34)},
-        {"stride": 2},
-        {"dilation": 2, "border": 2},
+        {"kernel": 1},
+        {"border": (0, 1)},
+        {"border": (1, 0)},
+        {"stride": 2, "shape": (1, 96, 64, 64)},
+        {"dilation": 2},
         {"dynamic": True},
         {"stored": np.int8},
+        {"half": True},
     ],
 )
 def test_others_stay_as_they_are(other: dict[str, Any]) -> None:
     model = convolution(**other)
-    assert use_winograd(model) == 0
+    assert use_winograd(model, {}) == 0
     assert "Convolution" in {node.get_type_name() for node in model.get_ops()}
+
+
+def test_copies_of_a_model_share_what_is_transformed() -> None:
+    """Each would take four times the weights."""
+    model = convolution()
+    copy, transformed = model.clone(), {}
+    assert use_winograd(model, transformed) == use_winograd(copy, transformed) == 1
+    (weights,) = transformed.values()
+    assert weights.shape == (36, 96, 96)
+    image = np.random.default_rng(1).standard_normal((1, 96, 32, 32)).astype(np.float32)
+    assert np.array_equal(computed(model, image), computed(copy, image))
 
 
 def test_weights_that_are_computed_stay_as_they_are() -> None:
@@ -89,7 +106,7 @@ def test_weights_that_are_computed_stay_as_they_are() -> None:
         ops.parameter(shape, np.float32) for shape in ([1, 96, 32, 32], [96, 96, 3, 3])
     )
     y = ops.convolution(image, weights, [1, 1], [1, 1], [1, 1], [1, 1])
-    assert use_winograd(ov.Model([y], [image, weights])) == 0
+    assert use_winograd(ov.Model([y], [image, weights]), {}) == 0
 
 
 @pytest.mark.parametrize(
@@ -108,7 +125,7 @@ def test_it_is_used_where_it_was_measured(
             return upscaler(photo(128, 128)).astype(int)
 
     monkeypatch.setattr(
-        openvino_backend, "use_winograd", lambda model: replaced.append(use_winograd(model))
+        openvino_backend, "use_winograd", lambda *given: replaced.append(use_winograd(*given))
     )
     found = upscaled(flags)
     assert any(replaced) == gains
@@ -118,8 +135,22 @@ def test_it_is_used_where_it_was_measured(
         assert (away > 0).mean() < 1e-3
 
 
+def test_too_little_memory_is_the_backend_s_own_error(
+    monkeypatch: pytest.MonkeyPatch, photo: Callable[..., np.ndarray]
+) -> None:
+    def fail(*given: object) -> None:
+        raise MemoryError("no room for 37 MB")
+
+    processor = Processor(flags=frozenset({"avx2"}))
+    monkeypatch.setattr(openvino_backend, "read_processor", lambda: processor)
+    monkeypatch.setattr(openvino_backend, "use_winograd", fail)
+    upscaler = Upscaler(backend="openvino", precision="fp32")
+    with upscaler, pytest.raises(BackendError, match="no room for 37 MB"):
+        upscaler(photo(128, 128))
+
+
 def test_bf16_has_no_bits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     processor = Processor(flags=frozenset({"avx2"}))
     monkeypatch.setattr(openvino_backend, "read_processor", lambda: processor)
-    assert OpenVinoBackend("fp32", 1).has_winograd
-    assert not OpenVinoBackend("bf16", 1).has_winograd
+    assert OpenVinoBackend("fp32", 1).uses_winograd
+    assert not OpenVinoBackend("bf16", 1).uses_winograd
