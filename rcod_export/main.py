@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rcod_runtime.cli.upscale import (
+from rcod_runtime.cli.stopping import (
     EXIT_INTERRUPTED,
     EXIT_TERMINATED,
     Terminated,

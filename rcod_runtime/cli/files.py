@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from rcod_runtime.errors import ImageError, OutputError, UsageError
 
 STREAM = "-"  # stdin as an input, stdout as the output
 TABLES = (".parquet", ".tar")  # files of many images, which --ray takes
+CASELESS = ("darwin", "win32")  # names that differ in case alone are one file there
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "tiff": ".tif", "bmp": ".bmp"}
 
 
@@ -195,13 +197,13 @@ def _known() -> str:
 
 def _check_targets(tasks: Sequence[Task]) -> None:
     sources = {identity(task.source) for task in tasks if task.source is not None}
-    writers: dict[Path, Task] = {}
+    writers: dict[str, Task] = {}
     for task in tasks:
         assert task.target is not None
         if identity(task.target) in sources:
             raise UsageError(f"{task.target}: would replace an input. Choose another -o.")
-        if task.target in writers:
-            raise OutputError(
-                f"{task.target}: both {writers[task.target]} and {task} would write it."
-            )
-        writers[task.target] = task
+        name = str(task.target)
+        name = name.casefold() if sys.platform in CASELESS else name
+        if name in writers:
+            raise OutputError(f"{task.target}: both {writers[name]} and {task} would write it.")
+        writers[name] = task

@@ -19,13 +19,9 @@ import argparse
 import io
 import logging
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from rcod_runtime.cli.files import (
@@ -39,15 +35,18 @@ from rcod_runtime.cli.files import (
 )
 from rcod_runtime.cli.opening import add_opening_options, opening
 from rcod_runtime.cli.report import Record, Report
+from rcod_runtime.cli.stopping import (
+    EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
+    Terminated,
+    sigterm_raises,
+)
 from rcod_runtime.errors import RcodError, UsageError
 from rcod_runtime.files import remove_partials
 
 if TYPE_CHECKING:
     from rcod_runtime.cli.cluster import Cluster
     from rcod_runtime.cli.image import Options
-
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -120,10 +119,6 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-class Terminated(BaseException):
-    """SIGTERM came."""
-
-
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``rcod-upscale``; returns the exit code."""
     arguments = build_parser().parse_args(argv)
@@ -143,23 +138,6 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped; the images listed are whole", file=sys.stderr)
         return EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
     return 0
-
-
-@contextmanager
-def sigterm_raises() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does, in the block."""
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does
-        return
-    before = signal.signal(signal.SIGTERM, terminate)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _run(arguments: argparse.Namespace) -> None:

@@ -111,3 +111,17 @@ def test_an_input_is_not_replaced_under_another_of_its_names(tree: Path) -> None
     os.link("in/b.jpg", "second.jpg")
     with pytest.raises(UsageError, match=r"second.jpg: would replace an input"):
         plan_tasks(["in/b.jpg"], "second.jpg")
+
+
+@pytest.mark.parametrize(("platform", "refused"), [("linux", False), ("darwin", True)])
+def test_two_results_whose_names_differ_in_case_alone(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, platform: str, refused: bool
+) -> None:
+    """On some systems the second one would replace the first."""
+    monkeypatch.setattr("rcod_runtime.cli.files.sys.platform", platform)
+    inputs = ["in/a.PNG", "in/sub/a.png"]
+    if refused:
+        with pytest.raises(OutputError, match=r"a\.png: both in/a\.PNG and in/sub/a\.png"):
+            plan_tasks(inputs, "out")
+    else:
+        assert [t for _, t in pairs(plan_tasks(inputs, "out"))] == ["out/a.PNG", "out/a.png"]
