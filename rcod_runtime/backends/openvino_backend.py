@@ -21,6 +21,22 @@ MAX_COMPILED = 4  # variants for one shape each that are kept of a graph
 MAX_CHECKED = 256  # shapes of which a graph keeps in mind that they are what the manifest says
 
 
+def _meet_numpy() -> None:
+    """Every way in which this module hands arrays to OpenVINO and takes them back, once.
+
+    Its bindings look up numpy at first use, within C++'s guard of a static variable: a thread that
+    waits there holds Python's lock, which the one inside has to get back, and both wait for good.
+    An import is one thread's.
+    """
+    for values in (np.zeros(1, np.float16), np.zeros(1, np.float32), np.zeros(1, np.int64)):
+        ov.op.Constant(values, shared_memory=True).data  # noqa: B018
+        ov.op.Constant(values).data  # noqa: B018
+        ov.Tensor(values, shared_memory=True).data  # noqa: B018
+
+
+_meet_numpy()
+
+
 @functools.cache
 def shared_core() -> ov.Core:
     """The one Core of this process; it lives as long as the process.

@@ -120,3 +120,35 @@ def test_weights_are_held_once_as_they_are_stored(monkeypatch: pytest.MonkeyPatc
     doubled, same = compiled()
     assert doubled == {"f32"}
     assert np.abs(tokens - same).max() < 1e-5 * np.abs(same).max()
+
+
+def test_graphs_that_are_bound_at_once_in_a_new_process_do_not_wait_for_each_other() -> None:
+    """OpenVINO's bindings look up numpy at first use; two threads at once never came back."""
+    pytest.importorskip("openvino")
+    code = """
+        import os, sys, threading
+        import numpy as np
+        import openvino as ov
+        from rcod_runtime.backends import openvino_backend
+
+        sys.setswitchinterval(1e-6)
+        weights = [ov.op.Constant(ov.Type.f16, ov.Shape([4]), [1.0] * 4) for _ in range(8)]
+        barrier = threading.Barrier(8)
+
+        def read(constant):
+            barrier.wait()
+            constant.data
+            ov.op.Constant(np.zeros(4, np.float32), shared_memory=True)
+
+        threads = [threading.Thread(target=read, args=(w,), daemon=True) for w in weights]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        print(sum(thread.is_alive() for thread in threads), end="", flush=True)
+        os._exit(0)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    for _ in range(4):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stdout) == (0, "0"), done.stderr
