@@ -367,6 +367,11 @@ def _sample_photo(path: Path) -> Photo:
     if pixels.dtype != np.uint8 or pixels.shape[2:] != (3,):
         raise UsageError(f"{path}: expected an 8-bit RGB photo as the sample.")
     height, width = pixels.shape[:2]
+    if min(height, width) < COMPARED_PX:
+        raise UsageError(
+            f"{path}: expected at least {COMPARED_PX} px a side in the sample, found {width} x "
+            f"{height}."
+        )
     if height * width > MAX_SAMPLE_PIXELS:
         raise UsageError(
             f"{path}: expected at most {MAX_SAMPLE_PIXELS} pixels in the sample, which every "

@@ -233,6 +233,6 @@ def check_finite(values: Array, graph: str, where: str = "") -> None:
     """Raises NonFiniteOutput where values hold NaN or infinity; ``where`` goes into the message."""
     if not np.isfinite(values).all():
         raise NonFiniteOutput(
-            f"graph {graph}{where}: gave NaN or infinity; nothing was written. "
+            f"graph {graph}{where}: gave NaN or infinity; there is no result. "
             "Try precision fp32, or check the bundle: rcod-doctor --bundle DIR"
         )

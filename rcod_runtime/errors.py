@@ -96,7 +96,7 @@ class BackendError(RcodError):
 
 
 class NonFiniteOutput(BackendError):
-    """NaN or Inf came out of a graph; nothing was written."""
+    """NaN or Inf came out of a graph; there is no result."""
 
 
 class OutputError(RcodError):

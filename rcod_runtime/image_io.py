@@ -49,7 +49,8 @@ _DECODER_ERRORS = (
 
 _ORIENTATION = 0x0112  # EXIF
 _EXTRA_SAMPLES, _ASSOCIATED_ALPHA = 338, 1  # TIFF 6.0, section 18
-_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # not what stands among a JPEG's values
+# With a length behind it: not what stands among a JPEG's values, nor TEM (01), which has none.
+_MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
@@ -106,7 +107,7 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
                     f"{source}: expected at most {MAX_SCANS} scans in a JPEG, found "
                     f"{_scans(data)}: it was made to keep decoders busy."
                 )
-            if getattr(image, "n_frames", 1) > 1:
+            if getattr(image, "is_animated", False):  # n_frames would walk through all of them
                 log.warning("%s: has several frames; only the first is used", source)
             deep = _deep_colour(data, image, source)
             if deep is not None:

@@ -73,7 +73,8 @@ class Identity(_Checked):
     sources: tuple[str, ...]
 
     def check(self) -> None:
-        self.require("name", bool(re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.name)), "a short name")
+        good = bool(re.fullmatch(r"[A-Za-z0-9._-]{1,64}", self.name))
+        self.require("name", good, "1 to 64 letters, digits, dots, - and _")
 
 
 @dataclass(frozen=True)

@@ -258,6 +258,8 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
         at += 1
         value |= (byte & 0x7F) << shift
         if byte < 0x80:
+            if value >= 2**64:  # a reader would keep the lower bits, and see another number
+                raise _NotOnnx("a number of more than 64 bits")
             return value, at
         shift += 7
 

@@ -155,7 +155,8 @@ class Upscaler:
                 bundle that has no neutral.
             scale: 1 to 4, fractions too; None is the bundle's own (4). The result has exactly
                 round(H * scale) x round(W * scale) pixels.
-            out: array for the result; without it a fresh one is made, which the caller owns.
+            out: array for the result; without it a fresh one is made, which the caller owns. After
+                an error it may hold a part of the result.
             colour_match: how colours are held to the input's (see rcod_runtime.colour).
             tile_px, overlap_px: of tiles in the result; None is the bundle's choice.
             batch: tiles run together; None is the backend's choice.

@@ -25,7 +25,7 @@ from diffusers.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from rcod_train.errors import CheckpointError
+from rcod_train.errors import CheckpointError, ConfigError
 from rcod_train.files import reason_of, written_whole
 from rcod_train.grouping import Grouping
 from rcod_train.models.discriminator import Discriminator
@@ -39,6 +39,7 @@ from rcod_train.schedule import alpha_sigma
 
 VERSION = 2  # since nano's vae may have a skip, which version 1 would have read without it
 READABLE = (1, VERSION)
+INFO = "rcod.json"
 DISCRIMINATOR = "discriminator.safetensors"
 LEVEL_NAMES = {
     1: ("neutral",),
@@ -116,7 +117,7 @@ def save_merged(
                     _forget_origin(partial / name / CONFIG_NAME)
             if discriminator is not None:
                 (partial / DISCRIMINATOR).write_bytes(save(discriminator.state_dict()))
-            (partial / "rcod.json").write_text(info_text(info), encoding="utf-8")
+            (partial / INFO).write_text(info_text(info), encoding="utf-8")
     except (OSError, SafetensorError) as exc:
         raise CheckpointError(
             f"{folder}: the checkpoint could not be written ({reason_of(exc)}). "
@@ -159,7 +160,7 @@ def load_merged(folder: str | Path) -> tuple[Parts, CheckpointInfo]:
         CheckpointError: a part is missing, of another geometry, or rcod.json is not understood.
     """
     folder = Path(folder)
-    info = read_info(folder / "rcod.json")
+    info = read_info(folder / INFO)
     modules: dict[str, Any] = {}
     if info.family not in FAMILIES:
         raise CheckpointError(
@@ -179,6 +180,24 @@ def load_merged(folder: str | Path) -> tuple[Parts, CheckpointInfo]:
             raise CheckpointError(f"{folder / name}: could not be loaded: {exc}") from exc
         modules[name] = module.float().eval().requires_grad_(False)
     return Parts(**modules), info
+
+
+def check_replaceable(folder: Path) -> None:
+    """What else lies in the folder would be deleted with the checkpoint that is replaced.
+
+    Raises:
+        ConfigError: it exists, and is neither empty nor a merged checkpoint and nothing else.
+    """
+    if not folder.exists():
+        return
+    content = {path.name for path in folder.iterdir()} if folder.is_dir() else {folder.name}
+    foreign = sorted(content - {*PARTS, INFO, DISCRIMINATOR})
+    if foreign or (content and INFO not in content):
+        found = ", ".join(foreign[:3] or sorted(content))
+        raise ConfigError(
+            f"{folder}: expected a new folder, or a merged checkpoint to replace, found {found}. "
+            "Choose another --out."
+        )
 
 
 def load_discriminator(folder: str | Path) -> Discriminator | None:

@@ -60,12 +60,9 @@ def written_whole(target: Path) -> Iterator[Path]:
         folder.chmod(0o755)
         if target.exists():
             target.rename(old)
-        try:
-            folder.rename(target)
-        except OSError:
-            if old.exists():
-                old.rename(target)
-            raise
+        folder.rename(target)
     finally:
+        if old.exists() and not target.exists():  # an error, or Ctrl-C, between the two
+            old.rename(target)
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)

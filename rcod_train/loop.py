@@ -202,8 +202,9 @@ class _Trainer:
 
     def _diverged(self, what: str) -> TrainError:
         return TrainError(
-            f"stage {self.stage.name}, step {self.step}: {what}. Lower the learning rate, or "
-            f"--precision fp32; the last checkpoint in {self.folder} is whole."
+            f"stage {self.stage.name}, step {self.step}: {what}. Lower its learning rates and add "
+            f"--resume (from the newest checkpoint in {self.folder}, if one was written), or train "
+            "with --precision fp32 and another --out."
         )
 
     @torch.no_grad()
@@ -253,7 +254,10 @@ class _Trainer:
                 parameter.copy_(state["parameters"][name])
                 self.ema[name].copy_(state["ema"][name])
         for name, optimizer in self.optimizers.items():
+            bases = [members["base"] for members in optimizer.param_groups]
             optimizer.load_state_dict(state["optimizers"][name])
+            for members, base in zip(optimizer.param_groups, bases, strict=True):
+                members["base"] = base  # of now: after a divergence it is a lower one
             if state.get("scalers", {}).get(name):
                 self.scalers[name].load_state_dict(state["scalers"][name])
         self.stage.load_extra_state(state["extra"])

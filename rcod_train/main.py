@@ -20,12 +20,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rcod_train.errors import RcodTrainError
+from rcod_train.errors import Interrupted, RcodTrainError
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -67,7 +71,7 @@ def _add_run(parser: argparse.ArgumentParser, name: str, licence: str) -> None:
         help="folders with LR/ and HR/, x4, the same names: taken as they are, beside --data or "
         "in its place",
     )
-    add("--name", default=name, help="name of the model (default: %(default)s)")
+    add("--name", type=_name, default=name, help="name of the model (default: %(default)s)")
     add("--licence", default=licence, help="SPDX licence of the weights (default: %(default)s)")
     add(
         "--source",
@@ -216,17 +220,42 @@ def _add_import(commands: Any) -> None:
         help="safetensors file with the embedding `tokens` (N, 1024) of a prompt (osediff.pkl)",
     )
     add("--out", type=Path, required=True, metavar="DIR", help="the merged checkpoint")
-    add("--name", help="name of the model (default: that of the published one)")
+    add("--name", type=_name, help="name of the model (default: that of the published one)")
+
+
+def _name(text: str) -> str:
+    """As a bundle's manifest has it."""
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,64}", text):
+        raise argparse.ArgumentTypeError(
+            f"expected 1 to 64 letters, digits, dots, - and _, found {text!r}"
+        )
+    return text
 
 
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``rcod-train``; returns the exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        return _COMMANDS[arguments.command](arguments)
+        with _sigterm_as_ctrl_c():
+            return _COMMANDS[arguments.command](arguments)
     except RcodTrainError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:  # a stage's steps end as Interrupted, with their state saved
+        print("stopped; what is written is whole", file=sys.stderr)
+        return Interrupted.exit_code
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may say what a signal does
+        return
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _common(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -336,7 +365,7 @@ def _run_stats(arguments: argparse.Namespace) -> int:
 
 
 def _import_official(arguments: argparse.Namespace) -> int:
-    from rcod_train.checkpoint import save_merged
+    from rcod_train.checkpoint import check_replaceable, save_merged
     from rcod_train.official import OfficialImport, import_official
 
     request = OfficialImport(
@@ -348,6 +377,7 @@ def _import_official(arguments: argparse.Namespace) -> int:
         mem=arguments.mem,
         name=arguments.name,
     )
+    check_replaceable(arguments.out)
     parts, info = import_official(request)
     save_merged(arguments.out, parts, info)
     print(arguments.out)

@@ -60,12 +60,14 @@ def train_rcod_s(
     tokens_px = parts.vpim.tokens_px
     estimator = read_state(Path(config.estimator), ESTIMATOR)
     backbone = load_backbone(config.backbone) if config.backbone else None
+    with seeded(config.seed):
+        guide = make_guide(parts, config, estimator)
     run.start()
     freeze(parts, run.device)
 
     grouping = run.grouping(parts, config.rcod, tokens_px)
-    with seeded(config.seed):  # branches, guide, discriminator, MEM
-        add_guide(parts, config, estimator)
+    with seeded(config.seed):  # branches, discriminator, MEM
+        add_guide(parts, guide)
         parts.mem = started_mem(parts, grouping).to(run.device)
         discriminator = BackboneDiscriminator(*backbone) if backbone else None
         rcod = RcodStage(
@@ -87,8 +89,8 @@ def train_rcod_s(
     return run.save(rcod.merge(), info)
 
 
-def add_guide(parts: Parts, config: RcodSConfig, estimator: dict[str, Tensor]) -> None:
-    """Branches on encoder and U-Net, and a new guide around this estimator.
+def make_guide(parts: Parts, config: RcodSConfig, estimator: dict[str, Tensor]) -> Guide:
+    """A new guide around this estimator, for the branches that encoder and U-Net will have.
 
     Raises:
         CheckpointError: the file is not that of an estimator.
@@ -107,6 +109,11 @@ def add_guide(parts: Parts, config: RcodSConfig, estimator: dict[str, Tensor]) -
     )
     with torch.no_grad():
         load_exactly(guide.estimator, estimator, config.estimator, hint)
+    return guide
+
+
+def add_guide(parts: Parts, guide: Guide) -> None:
+    """Branches on encoder and U-Net, and what feeds them."""
     guide.to(parts.unet.device)
     for network in (parts.vae, parts.unet):
         guide.add_branches(network)

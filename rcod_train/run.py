@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from rcod_train.allocator import keep_freed_memory
 from rcod_train.board import Board
@@ -95,6 +96,12 @@ class Run:
         if not self.ranks.writes:
             logging.getLogger("rcod_train").setLevel(logging.WARNING)
         self.autocast = Autocast(resolve_precision(config.precision, self.device), self.device)
+        for source in (*config.data, *config.pairs, *filter(None, (config.validation,))):
+            if self.out.resolve().is_relative_to(Path(source).resolve()):
+                raise ConfigError(
+                    f"--out {self.out}: lies in {source}, and the pictures that a run writes would "
+                    "be taken for photos. Choose a folder elsewhere."
+                )
         side = max(stage.context_px for stage in stages)
         self.photos = find_photos(config.data, side) if config.data else []
         for folder in config.pairs:
@@ -128,7 +135,8 @@ class Run:
         try:
             self.out.mkdir(parents=True, exist_ok=True)
             self._replaced = path.read_bytes() if path.exists() else None
-            self.config.write(path)
+            with file_written_whole(path) as partial:
+                self.config.write(partial)
         except OSError as exc:
             raise TrainError(
                 f"{self.out}: can't be written ({exc.strerror or exc}). Choose another --out."
@@ -177,7 +185,8 @@ class Run:
                 )  # fmt: skip
         except CheckpointError:
             if self._replaced is not None:
-                (self.out / "config.json").write_bytes(self._replaced)
+                with file_written_whole(self.out / "config.json") as partial:
+                    partial.write_bytes(self._replaced)
             raise
         finally:
             if board is not None:
@@ -213,7 +222,15 @@ class Run:
                 config.metric_samples / (config.photos_per_batch * config.crops_per_photo)
             )
             source = self.batches_of(config, "measure", tokens_px, config.degradations, count)(0)
-            m_min, m_max = measure_metric_range(parts, source, config, self.autocast)
+            progress = tqdm(
+                source,
+                desc="metric M",
+                total=count,
+                unit="batch",
+                dynamic_ncols=True,
+                disable=not self.ranks.writes,
+            )
+            m_min, m_max = measure_metric_range(parts, iter(progress), config, self.autocast)
             record = {"m_min": m_min, "m_max": m_max, **made_with}
             if self.ranks.writes:
                 with disk_errors(path), file_written_whole(path) as partial:

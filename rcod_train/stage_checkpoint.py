@@ -22,7 +22,16 @@ from rcod_train.ranks import Ranks
 KEPT_CHECKPOINTS = 2
 # Settings that a stage may be continued with other values of. A stage that later ones were built on
 # is not trained on, whatever its steps: see ``loop.run_stage``.
-FREE = ("steps", "checkpoint_steps", "validation_steps", "gradient_checkpointing")
+FREE = (
+    "steps",
+    "checkpoint_steps",
+    "validation_steps",
+    "gradient_checkpointing",
+    "learning_rate",
+    "decoder_learning_rate",
+    "regulariser_learning_rate",
+    "discriminator_learning_rate",
+)
 
 
 def write_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:

@@ -34,7 +34,8 @@ def open_chain(bundle: Bundle, backend: str, device: str, precision: str, thread
         threads: compute threads on the CPU, 0 for the library's choice.
 
     Raises:
-        UsageError: an unknown backend, device or precision, or two that exclude each other.
+        UsageError: an unknown backend, device or precision, two that exclude each other, or
+            ``threads`` below 0.
         EngineMismatch: engines were asked for and none fits.
         BackendError: a library is missing or refuses a graph.
     """
@@ -42,6 +43,8 @@ def open_chain(bundle: Bundle, backend: str, device: str, precision: str, thread
         raise UsageError(f"backend {backend!r}: expected one of {', '.join(CHOICES)}.")
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}.")
+    if threads < 0:
+        raise UsageError(f"threads {threads}: expected 0 (the library's choice) or more.")
     index = gpu_index(device)
     only_gpu, only_cpu = backend in (TENSORRT, ORT_TENSORRT), backend == "openvino"
     if (only_gpu and device == "cpu") or (only_cpu and index is not None):

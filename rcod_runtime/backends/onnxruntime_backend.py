@@ -24,7 +24,7 @@ class OnnxRuntimeBackend:
     """One session for each graph; it takes any shape.
 
     Args:
-        precision: ``fp32`` on the CPU; on a GPU ``graph``: what the graph says.
+        precision: ``fp32`` on the CPU; on a GPU that of the bundle's graphs.
         threads: of the CPU, 0 for ONNX Runtime's choice.
         gpu: None for the CPU, otherwise the GPU's number.
         tensorrt: on a GPU, ONNX Runtime's TensorRT provider, which builds engines at first use and

@@ -70,7 +70,7 @@ def plan_tasks(
     single = len(sources) == 1 and not os.path.isdir(inputs[0])
     # os.path, as everywhere here: before Python 3.14 pathlib raises where it may not look.
     is_name = not os.path.isdir(folder) and folder.suffix != ""
-    if is_name and not single and folder.suffix.lower() in FORMATS:
+    if not single and is_image_name(folder):
         raise UsageError(f"{out}: expected a folder for several images, found an image's name.")
     if is_name and single:
         tasks = [Task(sources[0][0], folder, _file_format(folder, format_choice))]
@@ -120,6 +120,13 @@ def identity(path: Path) -> object:
     except (OSError, ValueError):
         return os.path.realpath(path)  # no file yet
     return status.st_dev, status.st_ino
+
+
+def is_image_name(out: Path) -> bool:
+    """Whether it would be the name of one image, and is no folder."""
+    from rcod_runtime.image_io import FORMATS
+
+    return not os.path.isdir(out) and out.suffix.lower() in FORMATS
 
 
 def _file_format(target: Path, format_choice: str | None) -> str:

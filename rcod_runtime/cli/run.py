@@ -53,8 +53,8 @@ def run_tasks(
     """
     with progress(len(tasks)) as bar, ThreadPoolExecutor(jobs) as pool:
         run = _Run(upscaler, options, Results(report, bar))
-        futures = [pool.submit(run.do, task) for task in tasks]
         try:
+            futures = [pool.submit(run.do, task) for task in tasks]
             for future in as_completed(futures):
                 future.result()
         except BaseException:

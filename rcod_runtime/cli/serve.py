@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import signal
 import sys
 
@@ -60,7 +61,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         jobs=arguments.jobs,
         queue=arguments.queue,
         connections=arguments.connections,
-        body_bytes=int(arguments.max_mib * 2**20),
+        body_bytes=_bytes(arguments.max_mib),
         pixels=arguments.max_pixels,
         body_s=arguments.body_timeout,
         job_s=arguments.job_timeout,
@@ -68,6 +69,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     for name, value in vars(limits).items():
         if not value > 0:
             raise UsageError(f"{name}: expected more than 0, found {value}.")
+    if not 0 <= arguments.port < 2**16:
+        raise UsageError(f"--port {arguments.port}: expected 0 to 65535.")
     try:
         import uvicorn
 
@@ -99,6 +102,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     with contextlib.suppress(SystemExit):  # with a code of uvicorn's, where it can't listen
         server.run()
     return 0 if server.started else OutputError.exit_code
+
+
+def _bytes(mib: float) -> int:
+    if not 0 < mib < math.inf:
+        raise UsageError(f"--max-mib {mib}: expected a size of more than 0.")
+    return math.ceil(mib * 2**20)
 
 
 if __name__ == "__main__":

@@ -25,10 +25,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rcod_runtime.cli.files import (
+    STREAM,
     SUFFIXES,
     Task,
     check_folders,
     identity,
+    is_image_name,
     is_table,
     make_folders,
     plan_tasks,
@@ -149,6 +151,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if tables:
         if arguments.ray is None:
             raise UsageError(f"{tables[0]}: files of many images need --ray local.")
+        if arguments.out == STREAM or is_image_name(Path(arguments.out)):
+            raise UsageError(f"-o {arguments.out}: expected a folder for several images.")
         _check_report(arguments.report, map(Path, tables))
         _upscale_tables(arguments)
         return

@@ -1,4 +1,4 @@
-"""HTTP/1.1 for uvicorn, with a time limit for the head of a request."""
+"""HTTP/1.1 for uvicorn, with time limits for what a client must send and read."""
 
 from __future__ import annotations
 
@@ -9,33 +9,54 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_S = 10.0
+UNREAD_S = 60.0  # the kernel takes megabytes at a time: 20 kB/s are still enough
 
 
 class TimedProtocol(H11Protocol):
-    """Closes a connection whose request head is not there in time: uvicorn waits for it for ever,
-    and some hundred such connections would be all that it takes."""
+    """Closes connections that would be held for ever: uvicorn waits for a request's head, for the
+    rest of a body whose request is answered, and for answers to be read, and some hundred of such
+    connections would be all that it takes."""
 
-    head_s = HEAD_S
-    _timer: asyncio.TimerHandle | None = None
+    head_s, unread_s = HEAD_S, UNREAD_S
+    _request_timer: asyncio.TimerHandle | None = None
+    _answer_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self._await_head()
+        self._await_request()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
-        self._await_head()
+        self._await_request()
+        self._await_reading()  # answers are written in one piece
 
     def connection_lost(self, exc: Exception | None) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._request_timer, self._answer_timer):
+            if timer is not None:
+                timer.cancel()
         super().connection_lost(exc)
 
-    def _await_head(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-        self._timer = self.loop.call_later(self.head_s, self._late)
+    def _await_request(self) -> None:
+        if self._request_timer is not None:
+            self._request_timer.cancel()
+        self._request_timer = self.loop.call_later(self.head_s, self._end_request)
 
-    def _late(self) -> None:
-        if self.conn.their_state is h11.IDLE and not self.transport.is_closing():
+    def _end_request(self) -> None:
+        no_head = self.conn.their_state is h11.IDLE
+        rest_of_body = self.conn.our_state is h11.DONE
+        if (no_head or rest_of_body) and not self.transport.is_closing():
             self.transport.close()
+
+    def _await_reading(self) -> None:
+        if self._answer_timer is not None:
+            self._answer_timer.cancel()
+        unread = self.transport.get_write_buffer_size()
+        if unread:
+            self._answer_timer = self.loop.call_later(self.unread_s, self._end_answer, unread)
+
+    def _end_answer(self, unread: int) -> None:
+        """A reader may be slow, but must read."""
+        if self.transport.get_write_buffer_size() < unread:
+            self._await_reading()
+        else:
+            self.transport.abort()  # close() would wait until all is sent

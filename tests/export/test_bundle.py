@@ -367,10 +367,14 @@ def test_a_level_that_is_not_there_cannot_be_folded(
 def test_a_sample_that_the_self_test_would_not_take_is_refused_before_the_export(
     tiny_checkpoint: Path, tiny_config: ExportConfig, tmp_path: Path
 ) -> None:
-    write_image(tmp_path / "large.png", np.zeros((1040, 1040, 3), np.uint8))
-    config = dataclasses.replace(tiny_config, sample=tmp_path / "large.png")
-    with pytest.raises(UsageError, match="at most 1048576 pixels .* found 1040 x 1040"):
-        build_bundle(tiny_checkpoint, tmp_path / "out", config)
+    for height, width, words in (
+        (1040, 1040, "at most 1048576 pixels .* found 1040 x 1040"),
+        (51, 100, "at least 64 px a side in the sample, found 100 x 51"),
+    ):
+        write_image(tmp_path / "sample.png", np.zeros((height, width, 3), np.uint8))
+        config = dataclasses.replace(tiny_config, sample=tmp_path / "sample.png")
+        with pytest.raises(UsageError, match=words):
+            build_bundle(tiny_checkpoint, tmp_path / "out", config)
 
 
 @pytest.fixture(scope="module")

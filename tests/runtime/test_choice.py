@@ -87,10 +87,11 @@ def test_an_onnxruntime_without_cuda_says_which_package_has_it(bundle: Path) -> 
     [
         {"backend": "onnxruntime-tensorrt", "device": "cpu"},
         {"backend": "onnxruntime", "device": "cuda:0", "precision": "bf16"},
+        {"threads": -1},
     ],
 )
-def test_choices_that_exclude_each_other_are_refused(
-    monkeypatch: pytest.MonkeyPatch, bundle: Path, options: dict[str, str]
+def test_choices_that_exclude_each_other_or_cannot_be_are_refused(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, options: dict[str, Any]
 ) -> None:
     Recorder(monkeypatch)
     with pytest.raises(UsageError):

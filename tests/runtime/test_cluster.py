@@ -359,6 +359,8 @@ def test_what_can_not_be_used_is_said(
         ((photos, "-o", out, "--ray-gpus", 1), 2, "--ray-gpus: expected --ray beside it"),
         ((photos, table, "-o", out), 2, "t.parquet: files of many images need --ray local"),
         ((table, "-o", out, *local, "--report", table), 2, "--report "),
+        ((table, "-o", "-", *local), 2, "-o -: expected a folder for several images"),
+        ((table, "-o", tmp_path / "a.png", *local), 2, "a.png: expected a folder for several"),
     ):
         found, stdout, err = run(*arguments)
         assert (found, stdout) == (code, ""), (arguments, err)

@@ -10,10 +10,13 @@ import tracemalloc
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
+from PIL.GifImagePlugin import GifImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 
 from rcod_runtime.errors import ImageError, OutputError
 from rcod_runtime.image_io import MAX_SIDE_PX, decode_image, read_image, write_image
@@ -318,6 +321,36 @@ def test_a_jpeg_of_thousands_of_scans_is_refused(photo: Photo) -> None:
         else:
             with pytest.raises(ImageError, match="at most 100 scans in a JPEG, found 50"):
                 decode_image(longer, "a.jpg")
+
+
+def test_a_marker_without_a_length_hides_no_scans(photo: Photo) -> None:
+    """TEM, and then what a reader of lengths would leap over and libjpeg decodes."""
+    data = encoded(Image.fromarray(photo(64, 64)), "JPEG", progressive=True)
+    scan, end = data.rindex(b"\xff\xda"), data.rindex(b"\xff\xd9")
+    hidden = b"\xff\x01\xfe\xfe" + data[scan:end] * 200
+    with pytest.raises(ImageError, match="at most 100 scans in a JPEG, found 2"):
+        decode_image(data[:end] + hidden + data[end:], "a.jpg")
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF"])
+def test_frames_behind_the_first_are_not_walked_through(
+    photo: Photo, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """A TIFF of 32 MiB can have 800 000 of them, and each looks all others up in a list."""
+    frames = [Image.fromarray(photo(seed=s)) for s in range(40)]
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
+    plugin = {"TIFF": TiffImageFile, "GIF": GifImageFile}[kind]
+    sought: list[int] = []
+    real = plugin._seek
+
+    def seek(self: Any, frame: int, *more: Any) -> None:
+        sought.append(frame)
+        real(self, frame, *more)
+
+    monkeypatch.setattr(plugin, "_seek", seek)
+    assert decode_image(data, "a").pixels.shape[:2] == (24, 40)
+    assert "several frames" in caplog.text
+    assert max(sought, default=0) <= 1
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes with names here")

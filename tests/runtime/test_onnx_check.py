@@ -189,6 +189,7 @@ def test_changed_weights_beside_a_graph_are_found(own_bundle: Path) -> None:
         b"\x3a\x05abc",  # a graph that ends outside of the file
         b"\x0b",  # a group, which protobuf gave up
         b"\x08" + b"\xff" * 12,  # a number without end
+        b"\x08\x80\x80\x80\x80\x90\x80\x80\x80\x80\x02",  # 2^64 + 2^32: cut to 64 bits, 2^32
         b"\xba\x80\x80\x80\x80\x02\x00",  # field 2^33 + 7: cut to 32 bits it is a graph
         b"<?xml version='1.0'?><net/>",  # another format that OpenVINO reads
     ],

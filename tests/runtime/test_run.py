@@ -10,11 +10,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+import rcod_runtime.cli.run
 from rcod_runtime.cli import upscale
 from rcod_runtime.image_io import decode_image, read_image, write_image
 from tests.runtime.fakes import make_bundle
@@ -241,6 +244,20 @@ def test_a_run_that_is_stopped_keeps_what_is_done_and_can_be_resumed(
     resumed = contents(out)
     assert resumed.keys() == {f"{i:02}.png" for i in range(MANY)}, "lost, or left behind"
     assert all(resumed[name] == data for name, data in kept.items() if name in resumed)
+
+
+def test_a_stop_while_tasks_are_handed_out_leaves_the_rest(
+    bundle: Path, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Pool(ThreadPoolExecutor):
+        def submit(self, *call: Any) -> Any:  # type: ignore[override]
+            if self._work_queue.qsize() > 20:
+                raise KeyboardInterrupt
+            return super().submit(*call)
+
+    monkeypatch.setattr(rcod_runtime.cli.run, "ThreadPoolExecutor", Pool)
+    assert run(bundle, many, "-o", tmp_path / "out") == 130
+    assert len(contents(tmp_path / "out")) < 20
 
 
 def test_a_stop_does_not_wait_for_the_end_of_a_large_image(

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
+import rcod_train.run
 from rcod_train.config import NANO_FROM, TrainConfig
 from rcod_train.errors import ConfigError
 from rcod_train.main import main
@@ -150,16 +154,45 @@ def test_missing_lpips_says_what_to_install(
         (["--set", "rcod.grouping=official", "--set", "rcod.n=2"], 2, "expected rcod.n 3 or 4"),
         (["--set", "rcod.grouping=official", "--set", "rcod.n=4"], 9, "DataError"),
         (["--set", "rcod.train_adapters=false"], 2, "and vsd_weight=0, found True and 0.5"),
+        (["--data", "."], 2, "ConfigError: --out .*out: lies in [.], and the pictures"),
     ],
 )
 def test_the_command_prints_one_line_and_its_exit_code(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], extra: list[str], code: int, words: str
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    extra: list[str],
+    code: int,
+    words: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     argv = ["nano", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out"), *extra]
     assert main(argv) == code
     error = capsys.readouterr().err
     assert re.search(words, error) and "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_name_that_no_bundle_could_have_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Not after the training, by the export."""
+    with pytest.raises(SystemExit) as caught:
+        main(["nano", "--data", "photos", "--out", "out", "--name", "my photos"])
+    assert caught.value.code == 2
+    assert "--name: expected 1 to 64 letters, digits" in capsys.readouterr().err
+
+
+def test_a_stop_before_the_steps_is_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def told(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    monkeypatch.setattr(rcod_train.run, "find_photos", told)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["nano", "--data", "photos", "--out", str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err.endswith("stopped; what is written is whole\n")
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_build_without_onednn_trains_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ from rcod_train.network import Parts
 from rcod_train.official.reading import read_state
 from rcod_train.photos import find_photos
 from rcod_train.precision import Autocast
-from rcod_train.rcod_s import add_guide
+from rcod_train.rcod_s import add_guide, make_guide
 from rcod_train.stages.estimator import EstimatorStage
 from tests.tiny_sd import tiny_clip, tiny_unet, tiny_vae
 
@@ -136,7 +136,7 @@ def test_the_file_is_what_rcod_s_takes(photos: Path, tmp_path: Path) -> None:
         tiny_unet(),
         ClipVpim(tiny_clip().config.to_dict(), 24),
     )
-    add_guide(parts, config, state)
+    add_guide(parts, make_guide(parts, config, state))
     assert parts.guide is not None and parts.guide.config.estimator_features == 16
     for name, value in parts.guide.estimator.state_dict().items():
         assert torch.equal(value, state[name])

@@ -34,19 +34,25 @@ def test_an_error_leaves_the_earlier_one(tmp_path: Path, error: type[BaseExcepti
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
 
-def test_a_failing_rename_brings_the_earlier_one_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("after", [False, True])
+def test_an_error_while_folders_are_renamed_brings_the_earlier_one_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, after: bool
 ) -> None:
+    """``after``: when the earlier one has been put aside; else in the place of the new one's."""
     write(tmp_path / "target", "first")
     real = Path.rename
 
     def rename(self: Path, target: Path) -> Path:
-        if target.name == "target" and not self.name.endswith("-old"):
-            raise OSError(28, "No space left on device")
-        return real(self, target)
+        if target.name == "target" and not self.name.endswith("-old") and not after:
+            raise error
+        renamed = real(self, target)
+        if self.name == "target" and after:
+            raise error
+        return renamed
 
     monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(type(error)):
         write(tmp_path / "target", "second")
     assert (tmp_path / "target" / "a.txt").read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["target"]

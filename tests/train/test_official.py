@@ -159,6 +159,26 @@ def test_the_command_writes_a_checkpoint_with_the_published_constants(
     assert all(x.alpha**2 + x.sigma**2 == pytest.approx(1.0) for x in info.levels)
 
 
+def test_an_import_replaces_a_checkpoint_alone(
+    base: Path, raw: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """--out of a training holds its checkpoint beside all that it was trained from."""
+    torch.save(raw, tmp_path / "rcod_o.pkl")
+    run, out = tmp_path / "run", tmp_path / "out"
+    (run / "rcod").mkdir(parents=True)
+    assert main(command(tmp_path / "rcod_o.pkl", base, run)) == 2
+    assert "run: expected a new folder, or a merged checkpoint to replace, found rcod" in (
+        capsys.readouterr().err
+    )
+    assert (run / "rcod").is_dir()
+    out.mkdir()
+    for _ in range(2):  # into an empty folder, then in the place of what that made
+        assert main(command(tmp_path / "rcod_o.pkl", base, out)) == 0
+    (out / "notes.txt").write_text("mine")
+    assert main(command(tmp_path / "rcod_o.pkl", base, out)) == 2
+    assert "found notes.txt" in capsys.readouterr().err and (out / "notes.txt").exists()
+
+
 def test_osediff_becomes_one_level_with_the_tokens_of_a_prompt(
     base: Path, raw: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -25,7 +25,7 @@ from rcod_train.models.discriminator import BackboneDiscriminator
 from rcod_train.models.guide import DegradationEstimator, GuidedMem
 from rcod_train.network import Parts, predict_eps
 from rcod_train.precision import Autocast
-from rcod_train.rcod_s import add_guide, started_mem
+from rcod_train.rcod_s import add_guide, make_guide, started_mem
 from rcod_train.schedule import alpha_sigma
 from rcod_train.stages.mem import MemStage
 from rcod_train.stages.rcod import RcodStage
@@ -290,7 +290,7 @@ def test_the_branches_count_lora_alpha_over_their_rank(
     parts = load_base(str(base / "sd"), str(base / "clip"))
     rcod = dataclasses.replace(RCOD_S, rank_unet=4, rank_vae=2, lora_alpha=6)
     estimator = load_file(base / "estimator.safetensors")
-    add_guide(parts, RcodSConfig((), "", rcod=rcod), estimator)
+    add_guide(parts, make_guide(parts, RcodSConfig((), "", rcod=rcod), estimator))
     assert parts.guide is not None and parts.guide.config.lora_alpha == 6
     assert (parts.guide.network.unet.scaling, parts.guide.network.vae.scaling) == (1.5, 3.0)
     argv = arguments(base, photos, tmp_path / "out", "--set", "rcod.lora_alpha=0")
@@ -307,5 +307,6 @@ def test_a_file_that_is_no_estimator_is_named(
     assert main(argv) == 9
     error = capsys.readouterr().err
     assert "CheckpointError" in error and str(other) in error and "body.0.0.conv1" in error
+    assert not (tmp_path / "out").exists(), "settings of a run that never began"
     assert main(arguments(base, photos, tmp_path / "out", "--estimator", "none.pth")) == 9
     assert "none.pth: not found. Expected a degradation estimator" in capsys.readouterr().err

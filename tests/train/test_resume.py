@@ -64,11 +64,24 @@ def test_an_earlier_run_is_not_overwritten(tmp_path: Path) -> None:
 
 def test_a_run_of_other_settings_is_not_continued(tmp_path: Path) -> None:
     finished(tmp_path)
-    other = Line(dataclasses.replace(CONFIG, learning_rate=0.2))
-    with pytest.raises(CheckpointError, match="learning_rate: 0.1 there, 0.2 here"):
+    other = Line(dataclasses.replace(CONFIG, clip_norm=0.2))
+    with pytest.raises(CheckpointError, match="clip_norm: 1.0 there, 0.2 here"):
         run_stage(other, numbers, tmp_path, seed=5, resume=True)
     with pytest.raises(CheckpointError, match="another seed"):
         run_stage(Line(), numbers, tmp_path, seed=6, resume=True)
+
+
+def test_after_a_divergence_a_run_goes_on_with_a_lower_learning_rate(tmp_path: Path) -> None:
+    def poisoned(first: int) -> Iterator[float]:
+        yield from (0.0, 0.0, float("nan"))
+
+    with pytest.raises(TrainError, match="Lower its learning rates and add --resume"):
+        run_stage(Line(), poisoned, tmp_path, seed=5, resume=False)
+    before = read_checkpoint(tmp_path / "step-0000002.pt")["parameters"]["line.w"]
+    slower = Line(dataclasses.replace(CONFIG, learning_rate=0.0))
+    run_stage(slower, numbers, tmp_path, seed=5, resume=True)
+    after = read_checkpoint(tmp_path / "step-0000006.pt")["parameters"]["line.w"]
+    assert torch.equal(before, after), "trained on with the rate of before"
 
 
 def test_a_longer_run_of_the_same_settings_is_continued(tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""What ``rcod-serve`` does with connections whose clients neither send nor read: the time limits of
+its protocol, shortened, over loopback."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
+
+import pytest
+
+uvicorn = pytest.importorskip("uvicorn")
+
+from rcod_runtime.serve.protocol import TimedProtocol  # noqa: E402
+
+ANSWER = bytes(16 * 2**20)  # more than the kernel keeps for a socket
+
+LARGE = b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+class Hasty(TimedProtocol):
+    head_s, unread_s = 0.4, 1.0
+
+
+async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
+    assert scope["type"] == "http"
+    body = ANSWER if scope["path"] == "/large" else b"ok"
+    await send({"type": "http.response.start", "status": 200,
+                "headers": [(b"content-length", str(len(body)).encode())]})  # fmt: skip
+    await send({"type": "http.response.body", "body": body})
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Any]:
+    config = uvicorn.Config(app, port=0, http=Hasty, lifespan="off", log_level="warning")
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    yield server
+    server.should_exit = True
+    thread.join()
+
+
+def connect(server: Any, sent: bytes) -> socket.socket:
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)
+    connection.settimeout(30)
+    connection.connect(server.servers[0].sockets[0].getsockname())
+    connection.sendall(sent)
+    return connection
+
+
+def read_to_end(connection: socket.socket, pause_s: float = 0.0) -> int:
+    count = 0
+    while part := connection.recv(2**16):
+        count += len(part)
+        time.sleep(pause_s)
+    return count
+
+
+def test_a_body_that_does_not_end_though_its_request_is_answered(server: Any) -> None:
+    request = b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
+    with closing(connect(server, request)) as connection:
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
+        connection.sendall(b"a")  # for uvicorn that is life, and the connection is kept
+        began = time.monotonic()
+        read_to_end(connection)
+        assert time.monotonic() - began < 4, "uvicorn's own limit is 5 s from the answer"
+
+
+def test_an_answer_that_nobody_reads(server: Any) -> None:
+    with closing(connect(server, LARGE)) as connection:
+        assert connection.recv(1, socket.MSG_PEEK), "its beginning is there"
+        deadline = time.monotonic() + 20
+        while server.server_state.connections:
+            assert time.monotonic() < deadline, "the connection is held for ever"
+            time.sleep(0.01)
+        assert read_to_end(connection) < len(ANSWER), "what the kernel had"
+
+
+def test_an_answer_that_is_read_slowly_arrives(server: Any) -> None:
+    with closing(connect(server, LARGE)) as connection:
+        began = time.monotonic()
+        assert read_to_end(connection, pause_s=0.01) > len(ANSWER)
+        assert time.monotonic() - began > 1.5 * Hasty.unread_s, "not slow enough to tell"
