@@ -195,11 +195,17 @@ def _one_process(
             raise BenchmarkError(
                 f"{' '.join(command)}: ended with exit code {code} before a case ran."
             )
-        how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-        tally.add({"case": following, "outcome": "crash", "detail": how})
+        tally.add({"case": following, "outcome": "crash", "detail": _ending(code)})
         progress()
         return following + 1
+    if code != 0:  # with all cases done: its memory was spoilt before
+        how = f"at its end, {_ending(code)}"
+        tally.add({"case": last - 1, "outcome": "crash", "detail": how})
     return last
+
+
+def _ending(code: int) -> str:
+    return signal.Signals(-code).name if code < 0 else f"exit code {code}"
 
 
 def _read(process: subprocess.Popen[str], lines: queue.Queue[str | None]) -> None:

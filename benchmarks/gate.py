@@ -92,11 +92,17 @@ def read_gate(path: Path) -> Gate:
     return gate
 
 
-def check_runnable(gate: Gate, variants: Sequence[str], stages: Sequence[str]) -> None:
+def check_runnable(
+    gate: Gate, variants: Sequence[str], stages: Sequence[str], taken: Collection[str]
+) -> None:
     """Fail before anything is timed where a threshold could not be judged.
 
+    Args:
+        taken: the variants that ``auto`` takes on this machine, one of each backend.
+
     Raises:
-        UsageError: a graph the bundle hasn't, or a variant that isn't run and isn't optional.
+        UsageError: a graph the bundle hasn't, or a variant that isn't run, and is taken or isn't
+            optional.
     """
     for threshold in gate.at_least:
         if threshold.stage != WHOLE and threshold.stage not in stages:
@@ -104,7 +110,8 @@ def check_runnable(gate: Gate, variants: Sequence[str], stages: Sequence[str]) -
                 f"--gate: stage {threshold.stage!r}: expected {WHOLE} or one of "
                 f"{', '.join(stages)}."
             )
-        if threshold.variant not in variants and not threshold.optional:
+        needed = not threshold.optional or threshold.variant in taken
+        if threshold.variant not in variants and needed:
             raise UsageError(
                 f"--gate: {threshold.variant}: expected a variant of this run "
                 f"({', '.join(variants)}). Install it or run it, or make it optional."

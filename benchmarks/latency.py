@@ -239,7 +239,7 @@ def run(config: LatencyConfig) -> str | Verdict:
             model, missing = opened.model, opened.missing
             if config.gate is not None:
                 stages = tuple(opened.model["graph_sha256"])
-                check_runnable(config.gate, tuple(opened.whole), stages)
+                check_runnable(config.gate, tuple(opened.whole), stages, _taken())
             if "steady" in config.parts:
                 results["steady"] = _steady(opened, comparison, config)
             if "stages" in config.parts:
@@ -263,8 +263,7 @@ def run(config: LatencyConfig) -> str | Verdict:
     if config.gate is not None:
         parts = {WHOLE: results["steady"], **(results["stages"] or {})}
         ratios = {stage: part["times_as_fast_as_pytorch"] for stage, part in parts.items() if part}
-        taken = {f"{name} {precisions(name)[-1]}" for name in BACKENDS if installed(name)}
-        judgements = judge(config.gate, ratios, taken)
+        judgements = judge(config.gate, ratios, _taken())
         print(f"{format_judgements(judgements)}\n")
     document = report.document(
         "latency",
@@ -283,6 +282,11 @@ def run(config: LatencyConfig) -> str | Verdict:
         **results,
     )
     return Verdict(document, judgements is None or all(j.passed for j in judgements))
+
+
+def _taken() -> set[str]:
+    """The variants that ``auto`` takes on this machine, one of each backend."""
+    return {f"{name} {precisions(name)[-1]}" for name in BACKENDS if installed(name)}
 
 
 def _steady(opened: Opened, comparison: Comparison, config: LatencyConfig) -> dict[str, Any]:

@@ -134,6 +134,7 @@ def _configure(trt: Any, builder: Any, network: Any, config: Any, job: Job) -> l
     config.progress_monitor = _progress(trt)
     if job.target != "tensorrt-rtx":
         return [sm_of(load_cuda(), 0)]
+    config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # so that CUDA graphs can hold it
     config.num_compute_capabilities = len(job.sms)
     for index, sm in enumerate(job.sms):
         capability = getattr(trt.ComputeCapability, f"SM{sm}", None)

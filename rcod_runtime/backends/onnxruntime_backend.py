@@ -7,6 +7,8 @@ where the graphs of Stable Diffusion 2.1 take 28 ms at least on an RTX 4090 (rco
 
 from __future__ import annotations
 
+import contextlib
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from rcod_runtime.backends.trt.cache import cache_folder
 from rcod_runtime.errors import BackendError
 
 CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
+_LIBRARIES = {CUDA: "CUDA and cuDNN", TENSORRT: "CUDA, cuDNN and TensorRT"}
 
 
 class OnnxRuntimeBackend:
@@ -62,8 +65,8 @@ class OnnxRuntimeBackend:
         wanted, used = self._providers[0][0], session.get_providers()[0]
         if used != wanted:  # it goes on with the next one, with a line in its log
             raise BackendError(
-                f"{path}: expected {wanted}, ONNX Runtime fell back to {used}. Check that its CUDA "
-                "and cuDNN libraries are installed, or use --device cpu."
+                f"{path}: expected {wanted}, ONNX Runtime fell back to {used}. Check that its "
+                f"{_LIBRARIES[wanted]} libraries are installed, or use --device cpu."
             )
         return OnnxRuntimeSession(session, path)
 
@@ -71,16 +74,26 @@ class OnnxRuntimeBackend:
 def _providers(gpu: int | None, tensorrt: bool) -> list[tuple[str, dict[str, Any]]]:
     if gpu is None:
         return [(CPU, {})]
-    wanted: list[tuple[str, dict[str, Any]]] = [(CUDA, {"device_id": gpu})]
+    # TF32 is on by default; fp32 would not be fp32.
+    wanted: list[tuple[str, dict[str, Any]]] = [(CUDA, {"device_id": gpu, "use_tf32": 0})]
     if tensorrt:
-        cache = str(cache_folder() / "onnxruntime")
-        options = {"trt_engine_cache_enable": True, "trt_engine_cache_path": cache}
+        cache = cache_folder() / "onnxruntime"
+        try:  # the provider makes no more than the last folder
+            cache.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as exc:
+            raise BackendError(
+                f"{cache}: expected a folder for TensorRT's engines, it can't be made "
+                f"({exc.strerror or exc}). Set XDG_CACHE_HOME to one that can be written."
+            ) from exc
+        options = {"trt_engine_cache_enable": True, "trt_engine_cache_path": str(cache)}
         wanted.insert(0, (TENSORRT, {"device_id": gpu, **options}))
     if wanted[0][0] not in ort.get_available_providers():
         raise BackendError(
             f"this ONNX Runtime {ort.__version__} has no {wanted[0][0]}. "
             'pip uninstall onnxruntime, then pip install "rcod[cuda]"'
         )
+    with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout may be an image
+        ort.preload_dlls(directory="")  # those of NVIDIA's packages, where they are installed
     return [*wanted, (CPU, {})]
 
 

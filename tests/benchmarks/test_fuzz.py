@@ -93,6 +93,14 @@ def test_crashes_hangs_and_slow_cases_are_recorded_and_the_run_goes_on() -> None
     ]
 
 
+def test_a_process_that_dies_after_its_last_case_is_a_crash() -> None:
+    """Memory that a case spoilt may be noticed no sooner."""
+    worker = WORKER + "import os; os.abort()\n"
+    tally = run_cases((sys.executable, "-c", worker), range(6, 8), hang_s=10)
+    assert tally.counts == {"fine": 2, "crash": 1}
+    assert tally.findings[-1]["detail"] == "at its end, SIGABRT"
+
+
 def test_the_command_prints_one_document_and_runs_single_cases(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

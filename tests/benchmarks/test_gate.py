@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gate import Gate, Threshold, format_judgements, judge, read_gate
+from benchmarks.gate import Gate, Threshold, check_runnable, format_judgements, judge, read_gate
 from benchmarks.latency import main
 from rcod_runtime import UsageError
 from tests.benchmarks.conftest import REPOSITORY
@@ -77,6 +77,14 @@ def test_command_ends_with_1_and_a_table_where_a_threshold_is_missed(
         assert (document["steady"] is None, document["stages"] is None) == (False, not code)
         assert document["start"] is None and document["memory"] is None
         assert "pytorch autocast bf16" not in document["steady"]["latency"]
+
+
+def test_an_optional_variant_that_auto_takes_is_run() -> None:
+    gate = Gate(1, (threshold(precision="bf16", optional=True),))
+    check_runnable(gate, ("openvino fp32",), (), ("openvino fp32",))
+    check_runnable(gate, ("openvino fp32", "openvino bf16"), (), ("openvino bf16",))
+    with pytest.raises(UsageError, match="openvino bf16: expected a variant of this run"):
+        check_runnable(gate, ("openvino fp32",), (), ("openvino bf16",))
 
 
 @pytest.mark.parametrize(

@@ -196,6 +196,21 @@ def test_it_is_kept_of_all_engines_where_the_first_image_is_adaptive(
         assert len(gpu.compiled) == compiled
 
 
+def test_what_it_compiles_later_for_other_shapes_is_kept_too(
+    monkeypatch: pytest.MonkeyPatch, own_engines: Path, photo: Photo, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    add_engines(own_engines, TILE_PX, target="tensorrt-rtx")
+    for compiled in (["decoder", "denoiser", "encoder"], []):
+        gpu = SimulatedGpu()
+        install(monkeypatch, gpu)
+        with Upscaler(own_engines) as upscaler:
+            upscaler(photo(), batch=1)
+            gpu.compiled.clear()
+            upscaler(photo(), batch=2)
+        assert sorted(gpu.compiled) == compiled
+
+
 def test_a_cache_that_cannot_be_written_stops_nothing(
     monkeypatch: pytest.MonkeyPatch, own_engines: Path, photo: Photo, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ class DeviceChain:
         self._bound: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}  # of what comes down
         self._caches: list[tuple[Path, Any]] = []
+        self._compiles = False  # TensorRT-RTX has shapes that it has not run
         self._resources = contextlib.ExitStack()
         self._closed = False
         with contextlib.ExitStack() as undo:
@@ -218,6 +219,7 @@ class DeviceChain:
                     self._drain()
                 finally:
                     self._drop_captures()
+            self._caches = []
 
     def _release(self) -> None:
         with self._cuda.guard():
@@ -260,7 +262,7 @@ class DeviceChain:
                 self._drop_captures()
             self._bound.pop(name, None)
             self._engines[name].bind_shapes(shapes)
-            self._bound[name] = shapes
+            self._bound[name], self._compiles = shapes, True
         self._shapes = {
             tensor.name: tensor.sized(feed.batch, *feed.tile_hw)
             for name in STAGES
@@ -404,7 +406,8 @@ class DeviceChain:
     def _whole_or_reset(self, all_ran: bool = True) -> Iterator[None]:
         """After an error, or an iterator left early: nothing in flight, and all bound anew.
 
-        Once all engines ran, what TensorRT-RTX compiled is kept: before, files would be without it.
+        Once all engines ran with new shapes, what TensorRT-RTX compiled for them is kept: before,
+        files would be without it.
         """
         try:
             yield
@@ -416,9 +419,10 @@ class DeviceChain:
                 finally:
                     self._drop_captures()
             raise
-        caches, self._caches = (self._caches, []) if all_ran else ([], self._caches)
-        for path, cache in caches:  # compiled for this GPU now: the next start will be faster
-            write_cache(path, cache)
+        if all_ran and self._compiles:
+            self._compiles = False
+            for path, cache in self._caches:  # the next start will be faster
+                write_cache(path, cache)
 
     def _drain(self) -> None:
         for stream in (self._memory.up, self._memory.compute, self._memory.down):

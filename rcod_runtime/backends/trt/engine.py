@@ -85,6 +85,10 @@ class LoadedEngine:
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(user_managed)
             config.set_runtime_cache(cache)
+            # Kernels for a shape are there when it has run once. By default others stand in while
+            # they are compiled, and a CUDA graph would keep those.
+            eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = eager
             self._context = self._engine.create_execution_context(config)
         else:
             self._context = self._engine.create_execution_context(user_managed)

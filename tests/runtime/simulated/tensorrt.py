@@ -54,7 +54,7 @@ class Logger:
 
 
 class RuntimeCache:
-    """What TensorRT-RTX compiled on this machine: here the names of the engines."""
+    """What TensorRT-RTX compiled on this machine: here names of engines and their shapes."""
 
     def __init__(self) -> None:
         self.kernels: list[str] = []
@@ -73,6 +73,7 @@ class RuntimeConfig:
     """Of TensorRT-RTX's contexts."""
 
     strategy = "static"
+    dynamic_shapes_kernel_specialization_strategy = "lazy"
     cache: RuntimeCache | None = None
 
     def set_execution_context_allocation_strategy(self, strategy: str) -> None:
@@ -147,8 +148,9 @@ class EngineContext:
         if stream.capture is not None and not self.ran:
             raise Violation(f"{self.engine.name} is captured before a run with its shapes")
         self.ran = True
-        if self.cache is not None and self.engine.name not in self.cache.kernels:
-            self.cache.kernels.append(self.engine.name)
+        kernel = self.engine.name + str(sorted(self.shapes.items())).replace(" ", "")
+        if self.cache is not None and kernel not in self.cache.kernels:
+            self.cache.kernels.append(kernel)
             self.gpu.compiled.append(self.engine.name)
         shapes, addresses, arena = dict(self.shapes), dict(self.addresses), self.arena
         # Two pieces of work, so that another stream's can come between and be caught.
@@ -191,6 +193,8 @@ class SimulatedEngine:
     def create_execution_context(self, how: str | RuntimeConfig) -> EngineContext | None:
         strategy = how.strategy if isinstance(how, RuntimeConfig) else how
         assert strategy == "user managed"
+        if isinstance(how, RuntimeConfig):  # else graphs would hold what only stands in
+            assert how.dynamic_shapes_kernel_specialization_strategy == "eager"
         if self.gpu.fails("create_execution_context"):
             return None
         return EngineContext(self.gpu, self, None if isinstance(how, str) else how.cache)
@@ -247,6 +251,9 @@ def tensorrt_module(gpu: SimulatedGpu, version: str = VERSION) -> types.ModuleTy
     module.DataType = DType  # type: ignore[attr-defined]
     module.ExecutionContextAllocationStrategy = types.SimpleNamespace(  # type: ignore[attr-defined]
         USER_MANAGED="user managed"
+    )
+    module.DynamicShapesKernelSpecializationStrategy = types.SimpleNamespace(  # type: ignore[attr-defined]
+        LAZY="lazy", EAGER="eager"
     )
     return module
 
