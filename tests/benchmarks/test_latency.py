@@ -139,7 +139,6 @@ def test_new_processes_are_timed_and_import_nothing_heavy(
     start = json.loads(result.read_text())["start"]
     assert start["heavy_modules"] == []
     assert start["first_command_ms"] == start["command"]["median_ms"]
-    assert start["import_package"]["median_ms"] <= start["import_upscaler"]["median_ms"]
     assert "openvino fp32" in start["contestants"]
     for cost in start["contestants"].values():
         assert all(cost[name] > 0 for name in ("import_ms", "load_ms", "first_ms", "peak_bytes"))

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
+from types import SimpleNamespace
 
 import pytest
 
+import benchmarks.timing
 from benchmarks.errors import BenchmarkError
 from benchmarks.timing import time_in_turns, times_as_fast
 
@@ -23,11 +24,17 @@ def test_every_round_calls_every_variant_once_in_changing_order() -> None:
     assert sum(done) == 24
 
 
-def test_warm_up_is_left_out_and_time_is_in_milliseconds() -> None:
-    delays = iter([0.2, 0.02, 0.02])
-    (times,) = time_in_turns({"a": lambda: time.sleep(next(delays))}, runs=2, warmup=1).values()
-    assert len(times) == 2
-    assert all(19 < ms < 190 for ms in times), times
+def test_warm_up_is_left_out_and_time_is_in_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, delays = 7.0, iter([0.25, 0.03125, 0.0625])
+
+    def call() -> None:
+        nonlocal now
+        now += next(delays)
+
+    clock = SimpleNamespace(perf_counter=lambda: now, sleep=lambda _: None)
+    monkeypatch.setattr(benchmarks.timing, "time", clock)
+    (times,) = time_in_turns({"a": call}, runs=2, warmup=1).values()
+    assert times == [31.25, 62.5]
 
 
 def test_no_runs_is_an_error() -> None:

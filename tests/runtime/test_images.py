@@ -256,10 +256,10 @@ def test_a_chunk_that_claims_gigabytes_is_refused_at_once(kind: bytes) -> None:
     data = deep_png(np.full((24, 32, 3), 7, np.uint16))
     at = data.index(b"IDAT") - 4
     claimed = struct.pack(">I", 0xFB000007) + kind
-    begin = time.perf_counter()
+    begin = time.process_time()
     with pytest.raises(ImageError, match="damaged or cut short"):
         decode_image(data[:at] + claimed + data[at + 8 :], "d.png")
-    assert time.perf_counter() - begin < 2
+    assert time.process_time() - begin < 2
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

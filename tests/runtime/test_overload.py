@@ -42,7 +42,7 @@ def test_a_photo_that_has_no_place_is_refused_before_it_is_read(
     bundle: Path, photo: Callable[..., np.ndarray]
 ) -> None:
     server = Server(bundle, "--queue", "1", "--body-timeout", "10")
-    whole = bytes(30 * 2**20)
+    whole = bytes(12 * 2**20)
     large = {"Content-Length": str(len(whole))}
     try:
         assert server.ask("/v1/upscale", png(photo()))[0] == 200
@@ -106,7 +106,7 @@ def test_a_photo_that_cannot_be_decoded_is_not_kept(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Not until the collector of cycles comes by either: an idle server runs none."""
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**20))  # glibc keeps 60 MiB otherwise
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", str(2**16))  # glibc keeps 60 MiB otherwise
     server = Server(bundle, "--queue", "1")
     try:
         assert server.ask("/v1/upscale", bytes(9))[0] == 422
@@ -177,10 +177,10 @@ def test_a_body_is_timed_without_asyncio_timeout(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_client_that_leaves_frees_its_place(bundle: Path) -> None:
-    """And one that waits longer than it may is told so; the work stops at the next tiles."""
-    server = Server(bundle, "--queue", "1", "--job-timeout", "1")
+    """The work stops at the next tiles, long before its time is over."""
+    server = Server(bundle, "--queue", "1", "--job-timeout", "1000")
     try:
-        body = large()
+        body = large(2000)
         head = f"POST /v1/upscale HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", server.port)) as connection:
             connection.sendall(head.encode() + body)
@@ -192,7 +192,15 @@ def test_a_client_that_leaves_frees_its_place(bundle: Path) -> None:
             assert time.monotonic() < deadline, "its place is not free again"
             time.sleep(0.05)
         assert server.measure('rcod_answers_total{status="200"}') == 0
-        status, _, answer = server.ask("/v1/upscale", body)
+        assert server.measure('rcod_answers_total{status="499"}') == 1
+    finally:
+        server.stop()
+
+
+def test_a_photo_that_takes_too_long_is_given_up(bundle: Path) -> None:
+    server = Server(bundle, "--job-timeout", "1")
+    try:
+        status, _, answer = server.ask("/v1/upscale", large())
         assert status == 504 and "not done in 1 s" in error_of(answer)["message"]
     finally:
         server.stop()

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from typing import Any
 
 import pytest
@@ -35,9 +35,12 @@ async def app(scope: dict[str, Any], receive: Any, send: Any) -> None:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Any]:
-    config = uvicorn.Config(app, port=0, http=Hasty, lifespan="off", log_level="warning")
+    config = uvicorn.Config(app, http=Hasty, lifespan="off", log_level="warning")
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+    listening = socket.create_server(("127.0.0.1", 0))
+    # Else the kernel takes megabytes at a time, and what is left shrinks by jumps.
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 2**18)
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     while not server.started:
         assert thread.is_alive()
@@ -68,9 +71,10 @@ def test_a_body_that_does_not_end_though_its_request_is_answered(server: Any) ->
     request = b"GET / HTTP/1.1\r\nHost: x\r\nContent-Length: 2\r\n\r\n"
     with closing(connect(server, request)) as connection:
         assert connection.recv(4096).startswith(b"HTTP/1.1 200 ")
-        connection.sendall(b"a")  # for uvicorn that is life, and the connection is kept
         began = time.monotonic()
-        read_to_end(connection)
+        with suppress(ConnectionError):  # where this process is that slow it is closed already
+            connection.sendall(b"a")  # for uvicorn that is life, and the connection is kept
+            read_to_end(connection)
         assert time.monotonic() - began < 4, "uvicorn's own limit is 5 s from the answer"
 
 

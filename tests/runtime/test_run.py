@@ -221,6 +221,17 @@ def interrupted(
     return process.returncode, said
 
 
+SLOWLY = """
+import time
+import rcod_runtime.cli.image as image
+upscale_image = image.upscale_image
+def slowly(*arguments):
+    time.sleep(0.1)
+    return upscale_image(*arguments)
+image.upscale_image = slowly
+"""
+
+
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -9)]
 )
@@ -229,7 +240,7 @@ def test_a_run_that_is_stopped_keeps_what_is_done_and_can_be_resumed(
 ) -> None:
     out, report = tmp_path / "out", tmp_path / "r.jsonl"
     arguments = (many, "-o", out, "--jobs", 2, "--skip-existing", "--report", report)
-    call = command(*arguments, "--bundle", bundle)
+    call = command(*arguments, "--bundle", bundle, code=SLOWLY)
     found, said = interrupted(call, number)
     assert found == code and b"Traceback" not in said, said
     done = {Path(str(record["output"])) for record in records(report)}
@@ -263,7 +274,7 @@ def test_a_stop_while_tasks_are_handed_out_leaves_the_rest(
 def test_a_stop_does_not_wait_for_the_end_of_a_large_image(
     bundle: Path, photos: Path, photo: Photo, tmp_path: Path
 ) -> None:
-    write_image(photos / "1.png", photo(800, 800))
+    write_image(photos / "1.png", photo(1600, 1600))
     call = command(photos, "-o", tmp_path / "out", "--bundle", bundle)
     assert interrupted(call, signal.SIGINT, images=1, wait_s=0.3)[0] == 130  # now in its tiles
     assert contents(tmp_path / "out").keys() == {"0.png"}

@@ -112,9 +112,9 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def large() -> bytes:
+def large(side: int = 1000) -> bytes:
     """An image that is some seconds of work in many tiles."""
-    return png(np.random.default_rng(0).integers(0, 256, (1000, 1000, 3), dtype=np.uint8))
+    return png(np.random.default_rng(0).integers(0, 256, (side, side, 3), dtype=np.uint8))
 
 
 def error_of(body: bytes) -> dict[str, str]:
@@ -393,13 +393,20 @@ def test_nothing_is_left_behind(server: Server, photo: Callable[..., np.ndarray]
         server.ask("/v1/upscale", b"no image")
         server.raw(b"POST /v1/upscale HTTP/1.1\r\nContent-Length: 9999999\r\nHost: x\r\n\r\n")
 
+    def settled() -> tuple[int, int]:
+        found = held()
+        time.sleep(0.5)
+        while (later := held()) != found:
+            found = later
+            time.sleep(0.5)
+        return found
+
     use()
-    time.sleep(0.5)
-    before = held()
+    before = settled()
     for _ in range(5):
         use()
-    time.sleep(0.5)
-    assert held() == before
+    wait_for(lambda: held() <= before)
+    assert settled() == before
 
 
 # -- start and stop --------------------------------------------------------------------------------
@@ -409,7 +416,7 @@ def test_nothing_is_left_behind(server: Server, photo: Callable[..., np.ndarray]
 def test_a_stop_lets_the_photo_in_work_be_finished(bundle: Path, number: int) -> None:
     server = Server(bundle)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        answer = pool.submit(server.ask, "/v1/upscale", large())
+        answer = pool.submit(server.ask, "/v1/upscale", large(500))
         deadline = time.monotonic() + 120
         while not server.measure("rcod_jobs_running") and time.monotonic() < deadline:
             time.sleep(0.02)
