@@ -18,11 +18,13 @@ from numpy.typing import ArrayLike
 from openvino import opset13 as ops
 
 from rcod_runtime.backends import Array
+from rcod_runtime.processor import read_processor
 
 # C K / (C + K) of C input and K output channels: the products saved grow with C K, the copies with
 # C + K. 1.2 times as fast at this bound (96 and 96), 1.2 to 1.5 for 128, 1.5 to 1.9 for 256, 2.0 to
-# 2.5 for 512 (AVX2).
-MIN_CHANNELS = 48
+# 2.5 for 512 (AVX2). AVX-512 doubles the rate of products and not that of copies: .8 to 1.0 for 96,
+# .9 to 1.2 for 128, 1.3 to 1.5 for 256, 1.8 to 1.9 for 512.
+MIN_CHANNELS, MIN_CHANNELS_AVX512 = 48, 64
 MIN_BLOCKS = 64  # of 4x4 outputs: with fewer, what takes time is to read four times the weights
 
 Transformed = dict[tuple[int, tuple[int, ...]], Array]  # by the address and shape of the weights
@@ -67,8 +69,10 @@ def use_winograd(model: ov.Model, transformed: Transformed) -> int:
             model share theirs. It lives no longer than the model whose weights they are.
     """
     replaced = 0
+    wide = "avx512f" in read_processor().flags
+    least = MIN_CHANNELS_AVX512 if wide else MIN_CHANNELS
     for node in model.get_ordered_ops():
-        if node.get_type_name() == "Convolution" and _gains(node):
+        if node.get_type_name() == "Convolution" and _gains(node, least):
             weights = _stored(node.input_value(1).get_node())
             if weights is not None:
                 key = (weights.ctypes.data, weights.shape)
@@ -81,7 +85,7 @@ def use_winograd(model: ov.Model, transformed: Transformed) -> int:
     return replaced
 
 
-def _gains(node: ov.Node) -> bool:
+def _gains(node: ov.Node, min_channels: int) -> bool:
     image, weights = (node.get_input_partial_shape(i) for i in (0, 1))
     if image.is_dynamic or weights.is_dynamic or len(image) != 4:
         return False
@@ -93,7 +97,7 @@ def _gains(node: ov.Node) -> bool:
     k, c, *kernel = weights.to_shape()
     if kernel != [3, 3] or h % 4 or w % 4 or n * h * w < 16 * MIN_BLOCKS:
         return False
-    return bool(c * k >= MIN_CHANNELS * (c + k)) and node.get_output_element_type(0) == ov.Type.f32
+    return bool(c * k >= min_channels * (c + k)) and node.get_output_element_type(0) == ov.Type.f32
 
 
 def _stored(node: ov.Node) -> Array | None:

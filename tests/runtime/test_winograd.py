@@ -13,7 +13,7 @@ ov = pytest.importorskip("openvino")
 from openvino import opset13 as ops  # noqa: E402
 
 from rcod_runtime import BackendError, Upscaler  # noqa: E402
-from rcod_runtime.backends import openvino_backend  # noqa: E402
+from rcod_runtime.backends import openvino_backend, winograd  # noqa: E402
 from rcod_runtime.backends.openvino_backend import OpenVinoBackend, shared_core  # noqa: E402
 from rcod_runtime.backends.winograd import use_winograd  # noqa: E402
 from rcod_runtime.processor import Processor  # noqa: E402
@@ -48,6 +48,18 @@ def convolution(
 def computed(model: Any, image: np.ndarray) -> np.ndarray:
     compiled = shared_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return np.array(compiled(image)[0])
+
+
+@pytest.fixture(autouse=True)
+def avx2(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, "avx2")
+
+
+def on(monkeypatch: pytest.MonkeyPatch, flags: str) -> None:
+    """As on a processor with these flags."""
+    processor = Processor(flags=frozenset(flags.split()))
+    for module in (winograd, openvino_backend):
+        monkeypatch.setattr(module, "read_processor", lambda: processor)
 
 
 @pytest.mark.parametrize(
@@ -90,6 +102,14 @@ def test_others_stay_as_they_are(other: dict[str, Any]) -> None:
     assert "Convolution" in {node.get_type_name() for node in model.get_ops()}
 
 
+@pytest.mark.parametrize(("channels", "replaced"), [(96, 0), (128, 1)])
+def test_with_avx512_wider_ones_alone_gain(
+    monkeypatch: pytest.MonkeyPatch, channels: int, replaced: int
+) -> None:
+    on(monkeypatch, "avx2 avx512f")
+    assert use_winograd(convolution((1, channels, 32, 32), channels), {}) == replaced
+
+
 def test_copies_of_a_model_share_what_is_transformed() -> None:
     """Each would take four times the weights."""
     model = convolution()
@@ -110,7 +130,7 @@ def test_weights_that_are_computed_stay_as_they_are() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "gains"), [("avx2 fma", True), ("avx2 avx512f", False), ("", False)]
+    ("flags", "gains"), [("avx2 fma", True), ("avx2 avx512f", True), ("", False)]
 )
 def test_it_is_used_where_it_was_measured(
     monkeypatch: pytest.MonkeyPatch, photo: Callable[..., np.ndarray], flags: str, gains: bool
@@ -119,8 +139,7 @@ def test_it_is_used_where_it_was_measured(
     replaced: list[int] = []
 
     def upscaled(flags: str) -> np.ndarray:
-        processor = Processor(flags=frozenset(flags.split()))
-        monkeypatch.setattr(openvino_backend, "read_processor", lambda: processor)
+        on(monkeypatch, flags)
         with Upscaler(backend="openvino", precision="fp32") as upscaler:
             return upscaler(photo(128, 128)).astype(int)
 
@@ -141,16 +160,12 @@ def test_too_little_memory_is_the_backend_s_own_error(
     def fail(*given: object) -> None:
         raise MemoryError("no room for 37 MB")
 
-    processor = Processor(flags=frozenset({"avx2"}))
-    monkeypatch.setattr(openvino_backend, "read_processor", lambda: processor)
     monkeypatch.setattr(openvino_backend, "use_winograd", fail)
     upscaler = Upscaler(backend="openvino", precision="fp32")
     with upscaler, pytest.raises(BackendError, match="no room for 37 MB"):
         upscaler(photo(128, 128))
 
 
-def test_bf16_has_no_bits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    processor = Processor(flags=frozenset({"avx2"}))
-    monkeypatch.setattr(openvino_backend, "read_processor", lambda: processor)
+def test_bf16_has_no_bits_for_it() -> None:
     assert OpenVinoBackend("fp32", 1).uses_winograd
     assert not OpenVinoBackend("bf16", 1).uses_winograd
