@@ -98,7 +98,7 @@ class _Numbers:
 
 
 def read_network(param: Path) -> Any:
-    """An openvino.Model: image (1, 3, H, W) in 0..1, RGB -> image, with the sizes left open.
+    """An openvino.Model: "image" (1, 3, H, W) in 0..1, RGB -> "sr", with the sizes left open.
 
     Raises:
         BenchmarkError: a layer is unknown, or the weights don't fit the layers.
@@ -119,6 +119,8 @@ def read_network(param: Path) -> Any:
             continue
         tensors[layer.outputs[0]] = last = _node(layer, inputs, numbers, param, ops)
     numbers.check_end()
+    image.output(0).set_names({"image"})
+    last.output(0).set_names({"sr"})
     return openvino.Model([last], [image], param.stem)
 
 

@@ -98,28 +98,13 @@ def open_peer(peer: Peer, engine: str, threads: int) -> Upscale:
 
 
 def _openvino(param: Path, precision: str, threads: int) -> Callable[[Any], Any]:
-    from rcod_runtime.backends.openvino_backend import shared_core
-    from rcod_runtime.backends.winograd import use_winograd
-    from rcod_runtime.processor import read_processor
+    from rcod_runtime.backends.openvino_backend import OpenVinoBackend
 
-    options = {
-        "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
-        "INFERENCE_NUM_THREADS": threads,
-        "PERFORMANCE_HINT": "LATENCY",
-        "ENABLE_CPU_PINNING": False,
-    }
-    model = read_network(param)
-    requests: dict[tuple[int, ...], Any] = {}
+    session = OpenVinoBackend(precision, threads).session(read_network(param), param)
 
     def run(image: npt.NDArray[np.float32]) -> Any:
-        if image.shape not in requests:  # a fixed shape runs faster than an open one
-            fixed = model.clone()
-            fixed.reshape(list(image.shape))
-            if precision == "fp32" and read_processor().gains_from_winograd:
-                use_winograd(fixed, {})  # as the runtime does
-            compiled = shared_core().compile_model(fixed, "CPU", options)
-            requests[image.shape] = compiled.create_infer_request()
-        return next(iter(requests[image.shape].infer({0: image}).values()))[0]
+        session.bind({"image": image.shape})
+        return session.run({"image": image})["sr"][0]
 
     return run
 

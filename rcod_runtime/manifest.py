@@ -47,8 +47,7 @@ class _Checked(Record):
     """Checks that several records need."""
 
     def require_file(self, field: str, path: str) -> None:
-        good = bool(_FILE.fullmatch(path)) and len(path) <= 240
-        if not good:
+        if not (_FILE.fullmatch(path) and len(path) <= 240):
             raise ManifestError(
                 field, "a relative POSIX path inside the bundle (letters, digits, . _ - /)", path
             )

@@ -10,7 +10,6 @@ import dataclasses
 import json
 import logging
 import math
-import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +36,7 @@ from rcod_train.stage_checkpoint import (
     read_checkpoint,
     write_checkpoint,
 )
+from rcod_train.stopping import stop_requested
 
 log = logging.getLogger(__name__)
 
@@ -269,23 +269,6 @@ class _Trainer:
             parameter.copy_(self.ema[name])
 
 
-@contextmanager
-def _stop_requested() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, so that the loop stops between two steps."""
-    received: list[int] = []
-    previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        try:
-            previous[number] = signal.signal(number, lambda n, _: received.append(n))
-        except ValueError:  # not in the main thread: the caller handles signals
-            break
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
-
-
 def run_stage(
     stage: Stage,
     make_batches: Any,
@@ -396,7 +379,7 @@ def _train(
         mininterval=1.0,
         disable=not ranks.writes,
     )
-    with _stop_requested() as stopped, progress:
+    with stop_requested() as stopped, progress:
         stream = iter(batches)
         while trainer.step < steps:
             started = time.perf_counter()

@@ -21,15 +21,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from rcod_train.errors import Interrupted, RcodTrainError
+from rcod_train.stopping import sigterm_as_ctrl_c
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -236,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point of ``rcod-train``; returns the exit code."""
     arguments = build_parser().parse_args(argv)
     try:
-        with _sigterm_as_ctrl_c():
+        with sigterm_as_ctrl_c():
             return _COMMANDS[arguments.command](arguments)
     except RcodTrainError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -244,18 +242,6 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:  # a stage's steps end as Interrupted, with their state saved
         print("stopped; what is written is whole", file=sys.stderr)
         return Interrupted.exit_code
-
-
-@contextmanager
-def _sigterm_as_ctrl_c() -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does
-        return
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _common(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Run:
         if not self.ranks.writes:
             logging.getLogger("rcod_train").setLevel(logging.WARNING)
         self.autocast = Autocast(resolve_precision(config.precision, self.device), self.device)
-        for source in (*config.data, *config.pairs, *filter(None, (config.validation,))):
+        for source in (*config.data, *filter(None, (config.validation,))):
             if self.out.resolve().is_relative_to(Path(source).resolve()):
                 raise ConfigError(
                     f"--out {self.out}: lies in {source}, and the pictures that a run writes would "

@@ -85,9 +85,13 @@ class OpenVinoBackend:
             model = reader.convert(reader.load(path))
             if self.precision == "fp32":
                 _keep_stored_weights(model)
-            return OpenVinoSession(self._core, self._config, model, path, self.uses_winograd)
+            return self.session(model, path)
         except Exception as exc:  # its readers' exceptions share no base class
             raise BackendError(f"{path}: OpenVINO {self.version} refused it: {exc}") from exc
+
+    def session(self, model: ov.Model, path: Path) -> OpenVinoSession:
+        """Of a model that was read from ``path``; its inputs and outputs have names."""
+        return OpenVinoSession(self._core, self._config, model, path, self.uses_winograd)
 
 
 def _keep_stored_weights(model: ov.Model) -> None:

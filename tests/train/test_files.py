@@ -52,8 +52,9 @@ def test_an_error_while_folders_are_renamed_brings_the_earlier_one_back(
         return renamed
 
     monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(type(error)):
+    with pytest.raises(type(error)) as caught:
         write(tmp_path / "target", "second")
+    assert caught.value is error
     assert (tmp_path / "target" / "a.txt").read_text() == "first"
     assert [p.name for p in tmp_path.iterdir()] == ["target"]
 
