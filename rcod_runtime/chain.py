@@ -18,6 +18,7 @@ from rcod_runtime.contract import GUIDE
 from rcod_runtime.errors import NonFiniteOutput, UsageError
 from rcod_runtime.manifest import Manifest
 
+LARGE_GRAPH_BYTES = 2**30  # compiled alone: beside others it needs the most memory
 STAGES = ("encoder", "denoiser", "decoder")  # what runs for every tile
 
 
@@ -105,13 +106,15 @@ class HostChain:
         self._manifest = bundle.manifest
         # The largest first: while it is loaded, it needs the most memory beside what is loaded.
         sizes = {name: bundle.graph_bytes(name) for name in bundle.manifest.graphs}
+        order = sorted(sizes, key=lambda name: -sizes[name])
+        self._large = [name for name in order if sizes[name] > LARGE_GRAPH_BYTES]
         self._sessions: dict[str, Session] = {
             name: CheckedSession(
                 backend.load(bundle.graph_path(name)),
                 bundle.graph_path(name),
                 bundle.manifest.graphs[name],
             )
-            for name in sorted(sizes, key=lambda name: -sizes[name])
+            for name in order
         }
         self._bound: tuple[dict[str, Shapes], bool] | None = None
         self._lock = threading.Lock()
@@ -194,8 +197,12 @@ class HostChain:
         shapes = input_shapes(self._manifest, feed)
         if (shapes, feed.common_tile) != self._bound:
             self._bound = None  # neither the old shapes nor the new ones, where one graph refuses
+            large = [name for name in self._large if name in shapes]
+            others = [name for name in shapes if name not in large]
+            for name in large:
+                self._bind(name, shapes[name], feed)
             with ThreadPoolExecutor(len(shapes)) as pool:  # compiling releases the GIL
-                list(pool.map(lambda name: self._bind(name, shapes[name], feed), shapes))
+                list(pool.map(lambda name: self._bind(name, shapes[name], feed), others))
             self._bound = shapes, feed.common_tile
         if feed.kept:
             return

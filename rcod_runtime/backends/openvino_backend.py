@@ -13,7 +13,8 @@ import openvino as ov
 from openvino.frontend import FrontEndManager
 
 from rcod_runtime.backends import Array, Shapes
-from rcod_runtime.backends.winograd import Transformed, use_winograd
+from rcod_runtime.backends.pages import forget_pages
+from rcod_runtime.backends.winograd import use_winograd
 from rcod_runtime.errors import BackendError
 from rcod_runtime.processor import read_processor
 
@@ -125,7 +126,6 @@ class OpenVinoSession:
     ) -> None:
         self._core, self._config, self._model, self._path = core, config, model, path
         self._uses_winograd = uses_winograd
-        self._transformed: Transformed = {}
         self._names = [output.get_any_name() for output in model.outputs]
         self._requests: OrderedDict[tuple[object, ...], Any] = OrderedDict()
         self._any_shape: Any = None
@@ -139,7 +139,7 @@ class OpenVinoSession:
                 if key not in self._requests:
                     model = self._reshaped(shapes, outputs or {})
                     if self._uses_winograd:
-                        use_winograd(model, self._transformed)
+                        use_winograd(model)
                     self._requests[key] = self._compiled(model)
                 self._request = _latest(self._requests, key, MAX_COMPILED)
                 return
@@ -154,7 +154,9 @@ class OpenVinoSession:
         self._request = self._any_shape
 
     def _compiled(self, model: ov.Model) -> Any:
-        return self._core.compile_model(model, "CPU", self._config).create_infer_request()
+        request = self._core.compile_model(model, "CPU", self._config).create_infer_request()
+        forget_pages(self._path)  # its weights were packed
+        return request
 
     def _reshaped(self, shapes: Shapes, outputs: Shapes) -> ov.Model:
         model = self._model.clone()

@@ -8,6 +8,9 @@ block of 4x4 outputs that needs 144 directly. A convolution becomes 36 products 
 with d the 6x6 inputs under a block, g the 3x3 weights, * summed over the input channels. OpenVINO
 has it not for x86; its products of matrices run at the processor's rate, and the transforms around
 them are copies, which is why it pays for many channels alone (measured: ``MIN_CHANNELS``).
+
+G g G' is four times the weights. It is computed anew for each image, in room that all convolutions
+share, from the weights as the file holds them.
 """
 
 from __future__ import annotations
@@ -17,7 +20,6 @@ import openvino as ov
 from numpy.typing import ArrayLike
 from openvino import opset13 as ops
 
-from rcod_runtime.backends import Array
 from rcod_runtime.processor import read_processor
 
 # C K / (C + K) of C input and K output channels: the products saved grow with C K, the copies with
@@ -26,8 +28,6 @@ from rcod_runtime.processor import read_processor
 # .9 to 1.2 for 128, 1.3 to 1.5 for 256, 1.8 to 1.9 for 512.
 MIN_CHANNELS, MIN_CHANNELS_AVX512 = 48, 64
 MIN_BLOCKS = 64  # of 4x4 outputs: with fewer, what takes time is to read four times the weights
-
-Transformed = dict[tuple[int, tuple[int, ...]], Array]  # by the address and shape of the weights
 
 _B_T = np.array(
     [
@@ -57,28 +57,21 @@ _A_T = np.array(
 )
 
 
-def use_winograd(model: ov.Model, transformed: Transformed) -> int:
+def use_winograd(model: ov.Model) -> int:
     """Replace, in place, the convolutions that gain from it; returns how many they were.
 
     Those with 3x3 weights, stride 1 and a border of 1, whose shapes are fixed, whose weights are in
     the file and whose outputs are whole blocks. Results are those of a direct convolution but for
     rounding: 2e-5 of the largest value.
-
-    Args:
-        transformed: weights that were transformed before, and those of this call: copies of one
-            model share theirs. It lives no longer than the model whose weights they are.
     """
     replaced = 0
     wide = "avx512f" in read_processor().flags
     least = MIN_CHANNELS_AVX512 if wide else MIN_CHANNELS
     for node in model.get_ordered_ops():
         if node.get_type_name() == "Convolution" and _gains(node, least):
-            weights = _stored(node.input_value(1).get_node())
-            if weights is not None:
-                key = (weights.ctypes.data, weights.shape)
-                if key not in transformed:
-                    transformed[key] = _transformed(weights)
-                output = _winograd(node.input_value(0), transformed[key])
+            weights = node.input_value(1)
+            if _is_stored(weights.get_node()):
+                output = _winograd(node.input_value(0), weights)
                 output.set_friendly_name(node.get_friendly_name())
                 node.output(0).replace(output.output(0))
                 replaced += 1
@@ -100,27 +93,17 @@ def _gains(node: ov.Node, min_channels: int) -> bool:
     return bool(c * k >= min_channels * (c + k)) and node.get_output_element_type(0) == ov.Type.f32
 
 
-def _stored(node: ov.Node) -> Array | None:
-    """Weights, as they are or stored in half precision; None for any others (of 8 bits, say)."""
+def _is_stored(node: ov.Node) -> bool:
+    """Weights of the file, as they are or in half precision; not any others (of 8 bits, say)."""
     if node.get_type_name() == "Convert":
         node = node.input_value(0).get_node()
-    if node.get_type_name() != "Constant" or node.get_element_type() not in (
-        ov.Type.f32,
-        ov.Type.f16,
-    ):
-        return None
-    return np.asarray(node.data)
+    kinds = (ov.Type.f32, ov.Type.f16)
+    return node.get_type_name() == "Constant" and node.get_element_type() in kinds
 
 
-def _transformed(weights: Array) -> Array:
-    """(K, C, 3, 3) -> G g G', (36, K, C) fp32."""
-    k, c = weights.shape[:2]
-    return (np.kron(_G, _G) @ weights.reshape(k * c, 9).T.astype(np.float32)).reshape(36, k, c)
-
-
-def _winograd(image: ov.Output, weights: Array) -> ov.Node:
+def _winograd(image: ov.Output, weights: ov.Output) -> ov.Node:
     n, c, h, w = image.get_partial_shape().to_shape()
-    k, rows, columns = weights.shape[1], h // 4, w // 4
+    k, rows, columns = weights.get_partial_shape().to_shape()[0], h // 4, w // 4
     blocks = rows * columns
 
     padded = ops.pad(image, _ints(0, 0, 1, 1), _ints(0, 0, 1, 1), "constant", _constant(0))
@@ -129,11 +112,25 @@ def _winograd(image: ov.Output, weights: Array) -> ov.Node:
     d = _reshaped(d, n * c, 36, blocks)
     v = ops.matmul(_constant(np.kron(_B_T, _B_T)), d, False, False)
     v = ops.transpose(_reshaped(v, n, c, 36, blocks), _ints(2, 1, 0, 3))
-    m = ops.matmul(_constant(weights), _reshaped(v, 36, c, n * blocks), False, False)
+    v = _reshaped(v, 36, c, n * blocks)
+    g = _reshaped(_read_after(v, weights, k), k * c, 9)
+    u = ops.matmul(_constant(np.kron(_G, _G)), g, False, True)
+    m = ops.matmul(_reshaped(u, 36, k, c), v, False, False)
     m = _reshaped(m, 36, k * n * blocks)
     y = ops.matmul(_constant(np.kron(_A_T, _A_T)), m, False, False)
     y = ops.transpose(_reshaped(y, 4, 4, k, n, rows, columns), _ints(3, 2, 4, 0, 5, 1))
     return _reshaped(y, n, k, h, w)
+
+
+def _read_after(values: ov.Node, weights: ov.Output, rows: int) -> ov.Node:
+    """``weights``, read when ``values`` (of rank 3) are there, in fp32.
+
+    What depends on no input OpenVINO computes once and holds for good: so the numbers of the rows
+    depend on a value, and none is beyond infinity.
+    """
+    first = ops.slice(values, _ints(0, 0, 0), _ints(1, 1, 1), _ints(1, 1, 1))
+    zero = ops.convert(_reshaped(ops.less(_constant(np.inf), first), 1), "i64")
+    return ops.gather(weights, ops.add(zero, _ints(*range(rows))), _ints(0))
 
 
 def _reshaped(node: ov.Node, *shape: int) -> ov.Node:

@@ -6,14 +6,16 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from rcod_runtime import Upscaler
-from rcod_runtime.bundle import default_bundle_path
+from rcod_runtime import Upscaler, chain
+from rcod_runtime.bundle import default_bundle_path, open_bundle
 
 Photo = Callable[..., np.ndarray]
 
@@ -42,6 +44,28 @@ def test_no_thread_is_bound_to_a_processor(bundle: Path) -> None:
     command = [sys.executable, "-c", textwrap.dedent(code)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def test_large_graphs_are_compiled_alone_and_first(
+    bundle: Path, photo: Photo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside others, the one that needs the most memory needs theirs too."""
+    opened = open_bundle(bundle)
+    sizes = {name: opened.graph_bytes(name) for name in opened.manifest.graphs}
+    large = sorted(sizes, key=lambda name: -sizes[name])[:2]
+    monkeypatch.setattr(chain, "LARGE_GRAPH_BYTES", sizes[large[-1]] - 1)
+    began: list[tuple[str, bool]] = []
+    real = chain.HostChain._bind
+
+    def bind(self: Any, name: str, *given: Any) -> None:
+        began.append((name, threading.current_thread() is threading.main_thread()))
+        real(self, name, *given)
+
+    monkeypatch.setattr(chain.HostChain, "_bind", bind)
+    with Upscaler(bundle, backend="openvino") as upscaler:
+        upscaler(photo(32, 32))
+    assert began[:2] == [(name, True) for name in large]
+    assert sorted(began[2:]) == [(name, False) for name in sorted(set(sizes) - set(large))]
 
 
 def test_photos_smaller_than_a_tile_share_what_is_compiled(

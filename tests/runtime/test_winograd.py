@@ -73,7 +73,7 @@ def test_results_are_those_of_the_convolution(
     model = convolution(shape, outputs, stored=stored)
     image = np.random.default_rng(1).standard_normal(shape).astype(np.float32)
     wanted = computed(model, image)
-    assert use_winograd(model, {}) == 1
+    assert use_winograd(model) == 1
     assert "Convolution" not in {node.get_type_name() for node in model.get_ops()}
     found = computed(model, image)
     assert found.shape == wanted.shape
@@ -98,7 +98,7 @@ def test_results_are_those_of_the_convolution(
 )
 def test_others_stay_as_they_are(other: dict[str, Any]) -> None:
     model = convolution(**other)
-    assert use_winograd(model, {}) == 0
+    assert use_winograd(model) == 0
     assert "Convolution" in {node.get_type_name() for node in model.get_ops()}
 
 
@@ -107,18 +107,64 @@ def test_with_avx512_wider_ones_alone_gain(
     monkeypatch: pytest.MonkeyPatch, channels: int, replaced: int
 ) -> None:
     on(monkeypatch, "avx2 avx512f")
-    assert use_winograd(convolution((1, channels, 32, 32), channels), {}) == replaced
+    assert use_winograd(convolution((1, channels, 32, 32), channels)) == replaced
 
 
-def test_copies_of_a_model_share_what_is_transformed() -> None:
-    """Each would take four times the weights."""
-    model = convolution()
-    copy, transformed = model.clone(), {}
-    assert use_winograd(model, transformed) == use_winograd(copy, transformed) == 1
-    (weights,) = transformed.values()
-    assert weights.shape == (36, 96, 96)
-    image = np.random.default_rng(1).standard_normal((1, 96, 32, 32)).astype(np.float32)
-    assert np.array_equal(computed(model, image), computed(copy, image))
+def executed(compiled: Any) -> list[tuple[str, Any]]:
+    """(type, output) of what OpenVINO runs, in its order."""
+    nodes = compiled.get_runtime_model().get_ops()
+    told = [(node.get_rt_info(), node.output(0)) for node in nodes]
+    told.sort(key=lambda item: int(item[0]["execOrder"].astype(str)))
+    return [(info["layerType"].astype(str), output) for info, output in told]
+
+
+def three_convolutions() -> tuple[Any, np.ndarray]:
+    """Each on what the one before gives, weights in half precision; their input."""
+    rng = np.random.default_rng(0)
+    y = source = ops.parameter([1, 96, 32, 32], np.float32)
+    for _ in range(3):
+        weights = ops.constant((rng.standard_normal((96, 96, 3, 3)) / 30).astype(np.float16))
+        y = ops.convolution(y, ops.convert(weights, "f32"), [1, 1], [1, 1], [1, 1], [1, 1])
+    model = ov.Model([y], [source])
+    openvino_backend._keep_stored_weights(model)
+    return model, rng.standard_normal((1, 96, 32, 32)).astype(np.float32)
+
+
+def test_weights_are_held_as_the_file_has_them() -> None:
+    """And not transformed: that would be eight times as much."""
+    model, image = three_convolutions()
+    wanted = computed(model, image)
+    assert use_winograd(model) == 3
+    compiled = shared_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    shapes = [
+        (output.get_partial_shape().to_shape(), output.get_element_type())
+        for name, output in executed(compiled)
+        if name == "Const"
+    ]
+    large = [(list(shape), kind) for shape, kind in shapes if np.prod(shape) > 36 * 36]
+    assert large == [([96, 96, 3, 3], ov.Type.f16)] * 3
+    assert np.abs(np.array(compiled(image)[0]) - wanted).max() < 2e-5 * np.abs(wanted).max()
+
+
+def test_weights_are_transformed_one_after_the_other() -> None:
+    """When their input is there; all at once they would need the room of all."""
+    model, _ = three_convolutions()
+    use_winograd(model)
+    compiled = shared_core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    seen = [name for name, _ in executed(compiled) if name in ("ExtractImagePatches", "Gather")]
+    assert seen == ["ExtractImagePatches", "Gather"] * 3
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_what_is_no_number_reads_no_other_rows(value: float) -> None:
+    """The numbers of the rows depend on a value of the image."""
+    model, image = three_convolutions()
+    use_winograd(model)
+    image[0, 0, 0, 0] = value
+    found = computed(model, image)
+    assert not np.isfinite(found[0, :, :4, :4]).any()
+    image[0, 0, 0, 0] = 0
+    assert np.array_equal(found[0, :, 16:], computed(model, image)[0, :, 16:])
 
 
 def test_weights_that_are_computed_stay_as_they_are() -> None:
@@ -126,7 +172,7 @@ def test_weights_that_are_computed_stay_as_they_are() -> None:
         ops.parameter(shape, np.float32) for shape in ([1, 96, 32, 32], [96, 96, 3, 3])
     )
     y = ops.convolution(image, weights, [1, 1], [1, 1], [1, 1], [1, 1])
-    assert use_winograd(ov.Model([y], [image, weights]), {}) == 0
+    assert use_winograd(ov.Model([y], [image, weights])) == 0
 
 
 @pytest.mark.parametrize(

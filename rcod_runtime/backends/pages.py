@@ -1,0 +1,30 @@
+"""Pages of a mapped file that were read and are in the way."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+MAPS = Path("/proc/self/maps")
+MADV_DONTNEED = 4  # of Linux; for a file's pages that nobody wrote: read them again when asked
+
+
+def forget_pages(path: Path) -> None:
+    """Take what of a file, and of files whose names go on from its own, is in this process's
+    memory out of it; who reads there again gets the same bytes from the file.
+
+    Mappings that can't be written alone. The kernel would take the pages itself when memory is
+    short; until then they count as this process's. Does nothing where there is no Linux.
+    """
+    prefix = os.path.realpath(path)
+    try:
+        maps = os.fsdecode(MAPS.read_bytes())
+        madvise = ctypes.CDLL(None).madvise
+    except (OSError, AttributeError):
+        return
+    for line in maps.rstrip().split("\n"):
+        span, permissions, *_, name = line.split(maxsplit=5)
+        if name.startswith(prefix) and permissions.startswith("r-"):
+            begin, end = (int(address, 16) for address in span.split("-"))
+            madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED)

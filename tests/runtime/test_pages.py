@@ -1,0 +1,69 @@
+"""Pages of mapped files leave memory and nothing is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rcod_runtime.backends import pages
+from rcod_runtime.backends.pages import forget_pages
+
+SMAPS = Path("/proc/self/smaps")
+BYTES = 2**20
+
+pytestmark = pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux's /proc")
+
+
+def resident(path: Path) -> int:
+    """Bytes of a mapped file that are in this process's memory."""
+    total, ours = 0, False
+    for line in SMAPS.read_text(encoding="utf-8", errors="replace").splitlines():
+        words = line.split()
+        if "-" in words[0] and not words[0].endswith(":"):
+            ours = line.endswith(f" {path}")
+        elif ours and words[0] == "Rss:":
+            total += int(words[1]) * 1024
+    return total
+
+
+@pytest.fixture
+def values() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, BYTES, dtype=np.uint8)
+
+
+@pytest.mark.parametrize("name", ["weights.onnx", "weights.onnx.data", "with space.onnx"])
+def test_they_are_forgotten_and_read_again(tmp_path: Path, values: np.ndarray, name: str) -> None:
+    path, other = tmp_path / name, tmp_path / "other.onnx"
+    for file in (path, other):
+        values.tofile(file)
+    mapped, untouched = (np.memmap(file, mode="r") for file in (path, other))
+    assert mapped.sum() == untouched.sum()
+    assert resident(path) == resident(other) == BYTES
+    forget_pages(Path(str(path).removesuffix(".data")))
+    assert resident(path) == 0
+    assert resident(other) == BYTES
+    assert np.array_equal(mapped, values)
+
+
+def test_what_was_written_stays(tmp_path: Path, values: np.ndarray) -> None:
+    """A copy on write is nowhere else."""
+    path = tmp_path / "weights.onnx"
+    values.tofile(path)
+    mapped = np.memmap(path, mode="c")
+    mapped[:] = 7
+    forget_pages(path)
+    assert (mapped == 7).all()
+
+
+def test_where_nothing_tells_the_mappings_nothing_happens(
+    tmp_path: Path, values: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "weights.onnx"
+    values.tofile(path)
+    mapped = np.memmap(path, mode="r")
+    assert mapped.sum()
+    monkeypatch.setattr(pages, "MAPS", tmp_path / "missing")
+    forget_pages(path)
+    assert resident(path) == BYTES
