@@ -20,6 +20,7 @@ import openvino as ov
 from numpy.typing import ArrayLike
 from openvino import opset13 as ops
 
+from rcod_runtime.backends import Array
 from rcod_runtime.processor import read_processor
 
 # C K / (C + K) of C input and K output channels: the products saved grow with C K, the copies with
@@ -106,29 +107,28 @@ def _winograd(image: ov.Output, weights: ov.Output) -> ov.Node:
     k, rows, columns = weights.get_partial_shape().to_shape()[0], h // 4, w // 4
     blocks = rows * columns
 
-    padded = ops.pad(image, _ints(0, 0, 1, 1), _ints(0, 0, 1, 1), "constant", _constant(0))
-    planes = _reshaped(padded, n * c, 1, h + 2, w + 2)
-    d = ops.extract_image_patches(planes, [6, 6], [4, 4], [1, 1], "valid")
-    d = _reshaped(d, n * c, 36, blocks)
-    v = ops.matmul(_constant(np.kron(_B_T, _B_T)), d, False, False)
-    v = ops.transpose(_reshaped(v, n, c, 36, blocks), _ints(2, 1, 0, 3))
-    v = _reshaped(v, 36, c, n * blocks)
-    g = _reshaped(_read_after(v, weights, k), k * c, 9)
-    u = ops.matmul(_constant(np.kron(_G, _G)), g, False, True)
+    # The planes' border of 1 is what "same" leaves of 6x6 inputs at every fourth place.
+    planes = _reshaped(image, n * c, 1, h, w)
+    d = ops.extract_image_patches(planes, [6, 6], [4, 4], [1, 1], "same_upper")
+    v = _transformed(np.kron(_B_T, _B_T), _reshaped(d, n * c, 36, blocks))
+    v = ops.transpose(_reshaped(v, n, c, 36, blocks), _ints(0, 2, 1, 3))
+    u = _transformed(np.kron(_G, _G), _reshaped(_read_after(v, weights, k), k * c, 9), True)
     m = ops.matmul(_reshaped(u, 36, k, c), v, False, False)
-    m = _reshaped(m, 36, k * n * blocks)
-    y = ops.matmul(_constant(np.kron(_A_T, _A_T)), m, False, False)
-    y = ops.transpose(_reshaped(y, 4, 4, k, n, rows, columns), _ints(3, 2, 4, 0, 5, 1))
-    return _reshaped(y, n, k, h, w)
+    y = _transformed(np.kron(_A_T, _A_T), _reshaped(m, n, 36, k * blocks))
+    return ops.depth_to_space(_reshaped(y, n, 16 * k, rows, columns), "blocks_first", 4)
+
+
+def _transformed(matrix: Array, values: ov.Node, transposed: bool = False) -> ov.Node:
+    return ops.matmul(_constant(matrix), values, False, transposed)
 
 
 def _read_after(values: ov.Node, weights: ov.Output, rows: int) -> ov.Node:
-    """``weights``, read when ``values`` (of rank 3) are there, in fp32.
+    """``weights``, read when ``values`` (of rank 4) are there, in fp32.
 
     What depends on no input OpenVINO computes once and holds for good: so the numbers of the rows
     depend on a value, and none is beyond infinity.
     """
-    first = ops.slice(values, _ints(0, 0, 0), _ints(1, 1, 1), _ints(1, 1, 1))
+    first = ops.slice(values, _ints(0, 0, 0, 0), _ints(1, 1, 1, 1), _ints(1, 1, 1, 1))
     zero = ops.convert(_reshaped(ops.less(_constant(np.inf), first), 1), "i64")
     return ops.gather(weights, ops.add(zero, _ints(*range(rows))), _ints(0))
 
