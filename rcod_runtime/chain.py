@@ -233,7 +233,9 @@ def input_shapes(manifest: Manifest, feed: ImageFeed) -> dict[str, Shapes]:
 
 def to_pixels(decoded: Array) -> Array:
     """What the decoder gives, (B, 3, h, w) in [-1, 1] -> a new (B, h, w, 3) in 0..255."""
-    return (decoded.transpose(0, 2, 3, 1) + 1.0) * np.float32(127.5)
+    pixels = decoded + 1.0
+    pixels *= np.float32(127.5)
+    return pixels.transpose(0, 2, 3, 1)
 
 
 def check_finite(values: Array, graph: str, where: str = "") -> None:

@@ -32,6 +32,7 @@ from rcod_runtime.colour import (
     DEFAULT_COLOUR_MATCH,
     ColourMatch,
     match_colour,
+    store,
 )
 from rcod_runtime.errors import UsageError
 from rcod_runtime.levels import adaptive_level, choice_weights, default_level, level_weights
@@ -366,8 +367,7 @@ class _Job:
     ) -> None:
         """All tiles into ``sr`` (H, W, 3), uint8 or uint16; weights None: the graphs' choice."""
         plan = self.plan
-        limit = np.iinfo(sr.dtype).max
-        gain = np.float32(limit / 255)
+        gain = np.float32(np.iinfo(sr.dtype).max / 255)
         blender = Blender(plan, 3)
         done = 0
         tiles = (self._tiles([(row, x) for x in columns]) for row, columns in self._chunks())
@@ -381,10 +381,10 @@ class _Job:
                     progress(done, plan.count)
                 if columns[-1] == len(plan.x.starts) - 1:
                     for top, rows in blender.finish_row(row):
-                        rows *= gain
-                        np.clip(rows, 0, limit, out=rows)
-                        np.rint(rows, out=rows)
-                        sr[top : top + len(rows)] = rows
+                        for c in range(3):
+                            if gain != 1:
+                                rows[:, :, c] *= gain
+                            store(rows[:, :, c], sr[top : top + len(rows), :, c])
 
     def adaptive_weights(self) -> Array:
         """One-hot weights of the level that Eq. 5 gives for the mean of M over the image."""

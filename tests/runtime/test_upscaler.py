@@ -153,7 +153,7 @@ def test_layout_and_depth_are_kept(upscaler: Upscaler, dtype: type, shape: tuple
     if shape[2:] in [(2,), (4,)]:
         alpha = Image.fromarray(image[:, :, -1].astype(np.float32))
         up = np.asarray(alpha.resize((44, 36), Image.Resampling.BICUBIC))
-        np.testing.assert_array_equal(sr[:, :, -1], np.rint(np.clip(up, 0, top)).astype(dtype))
+        assert np.abs(sr[:, :, -1] - np.clip(up, 0, top)).max() <= 0.5 + 1e-6 * top
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -419,8 +419,8 @@ def test_no_copy_in_floats_of_input_or_result_is_made(
     """``most``: bytes for a pixel of the input; a result of four times its side has 48."""
 
     def extra_bytes(height: int) -> int:
-        lq = np.tile(photo(60, 64, channels), (height // 60, 1, 1))
-        shape = (round(height * scale), round(64 * scale), channels)
+        lq = np.tile(photo(60, 160, channels), (height // 60, 1, 1))
+        shape = (round(height * scale), round(160 * scale), channels)
         out = np.empty(shape, np.uint8)
         rgb_bytes = 0 if channels == 3 else 3 * shape[0] * shape[1]  # what the tiles go into
         tracemalloc.start()
@@ -432,4 +432,4 @@ def test_no_copy_in_floats_of_input_or_result_is_made(
 
     extra_bytes(120)  # what is bound and cached once
     small, large = extra_bytes(240), extra_bytes(840)
-    assert large - small < most * 64 * (840 - 240), f"{small} bytes, then {large}"
+    assert large - small < most * 160 * (840 - 240), f"{small} bytes, then {large}"
