@@ -72,7 +72,7 @@ def _adain(sr: Pixels, lq: npt.NDArray[Any]) -> None:
             values += shift[c]
             store(values, sr[rows, :, c])
 
-    in_parallel(correct, row_bands(sr.shape[0]))
+    in_parallel(correct, row_bands(sr.shape[0], width=sr.shape[1]))
 
 
 def _is_larger(sr: Pixels, lq: npt.NDArray[Any]) -> bool:
@@ -87,7 +87,7 @@ def _coarse(sr: Pixels, lq: npt.NDArray[Any]) -> Floats:
     def compare(rows: slice) -> None:
         np.subtract(_averaged(lq, rows, size), _averaged(sr, rows, size), out=difference[rows])
 
-    in_parallel(compare, row_bands(size[0], COARSE_ROWS))
+    in_parallel(compare, row_bands(size[0], COARSE_ROWS, size[1]))
     return difference
 
 
@@ -100,7 +100,7 @@ def _detailed(sr: Pixels, lq: npt.NDArray[Any]) -> Floats:
     def compare(rows: slice) -> None:
         np.subtract(lq[rows], _averaged(sr, rows, size), out=missing[rows])
 
-    in_parallel(compare, row_bands(size[0], COARSE_ROWS))
+    in_parallel(compare, row_bands(size[0], COARSE_ROWS, size[1]))
     broad = Resampler(_averaged(missing, *_all_rows(_cells(size, LOW_PASS_PX))), size)
     luma = _luma_weights(sr.shape[2])
     detail = np.empty((*size, 1), np.float32)
@@ -110,7 +110,7 @@ def _detailed(sr: Pixels, lq: npt.NDArray[Any]) -> Floats:
         np.dot(missing[rows] - low, luma, out=detail[rows, :, 0])
         missing[rows] = low
 
-    in_parallel(split, row_bands(size[0]))
+    in_parallel(split, row_bands(size[0], width=size[1]))
     limit = CLIPPED * np.iinfo(sr.dtype).max
     brightness = _averaged(lq, *_all_rows(_cells(size, CELL_PX))) @ luma
     clipped = (brightness < limit) | (brightness > np.iinfo(sr.dtype).max - limit)
@@ -122,7 +122,7 @@ def _detailed(sr: Pixels, lq: npt.NDArray[Any]) -> Floats:
         wanted *= np.clip(share.box(rows.start, 0, rows.stop - rows.start, size[1]), 0, 1)
         missing[rows] += wanted
 
-    in_parallel(add, row_bands(size[0]))
+    in_parallel(add, row_bands(size[0], width=size[1]))
     return missing
 
 
@@ -173,7 +173,7 @@ def _add_upsampled(sr: Pixels, difference: Floats) -> None:
             values += sr[rows, :, c]
             store(values, sr[rows, :, c])
 
-    in_parallel(correct, row_bands(height))
+    in_parallel(correct, row_bands(height, width=width))
 
 
 def _statistics(
@@ -185,7 +185,7 @@ def _statistics(
         values = _averaged(image, rows, size_hw).astype(np.float64)
         return np.stack([values.sum((0, 1)), np.square(values).sum((0, 1))])
 
-    total = np.sum(in_parallel(sums, row_bands(size_hw[0], COARSE_ROWS)), axis=0)
+    total = np.sum(in_parallel(sums, row_bands(size_hw[0], COARSE_ROWS, size_hw[1])), axis=0)
     mean, square = total / (size_hw[0] * size_hw[1])
     return mean, np.sqrt(np.maximum(square - mean**2, 0.0))
 

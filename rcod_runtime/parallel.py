@@ -10,11 +10,14 @@ from typing import TypeVar
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
+WIDE = 1024  # pixels
 MAX_THREADS = 4  # memory traffic, not arithmetic, is the limit of such work
 
 
-def row_bands(height: int, rows: int = 64) -> Iterator[slice]:
-    """All rows, from top to bottom, some at a time: few enough for the processor's cache."""
+def row_bands(height: int, rows: int = 64, width: int = WIDE) -> Iterator[slice]:
+    """All rows, from top to bottom, some at a time: few enough for the processor's cache, and the
+    more the narrower they are, since each band costs the same."""
+    rows *= max(1, WIDE // width)
     for top in range(0, height, rows):
         yield slice(top, min(height, top + rows))
 
@@ -24,7 +27,11 @@ def in_parallel(work: Callable[[Part], Result], parts: Iterable[Part]) -> list[R
 
     For work that leaves Python's lock most of the time: numpy, Pillow, zlib.
     """
-    with ThreadPoolExecutor(min(MAX_THREADS, cpus_available())) as pool:
+    parts = list(parts)
+    threads = min(MAX_THREADS, cpus_available(), len(parts))
+    if threads < 2:
+        return [work(part) for part in parts]
+    with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, parts))
 
 

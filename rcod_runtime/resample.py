@@ -6,6 +6,7 @@ weights are zero, and products of small matrices are faster all the same than Pi
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 
@@ -22,6 +23,7 @@ BLOCK, BLOCK_SHRINKING = 64, 8
 # Multiplications of one product: numpy's BLAS wakes threads of its own beyond 2**18, and they wait
 # for more work where graphs would compute.
 PRODUCTS = 2**18
+MAX_BLOCKS = 256  # whose weights are kept, for all images: some 20 kB each
 TOKEN_BAND_ROWS = 256  # of the image, in work at once
 
 
@@ -29,8 +31,7 @@ class Resampler:
     """Resizes one image to one size, box by box; equal to the crop of the whole result but for
     rounding.
 
-    Makes no copy of the image: a box converts what it looks at. It keeps what it computed for
-    rows and columns, some hundred bytes for each. May be shared by threads.
+    Makes no copy of the image: a box converts what it looks at. May be shared by threads.
 
     Args:
         image: (H, W, C), any real dtype.
@@ -86,7 +87,6 @@ class _Axis:
     def __init__(self, source: int, size: int) -> None:
         self._source, self._size = source, size
         self._step = BLOCK if size >= source else BLOCK_SHRINKING
-        self._kept: dict[int, tuple[int, Floats]] = {}
 
     def looked_at(self, start: int, length: int) -> tuple[int, int]:
         """The first pixel of the source that the blocks of these results need, and the end."""
@@ -103,20 +103,21 @@ class _Axis:
             yield begin - start, end - start, first, weights[begin - top : end - top]
 
     def _block(self, index: int) -> tuple[int, Floats]:
-        if index not in self._kept:
-            self._kept[index] = self._made(index * self._step)
-        return self._kept[index]
+        return _block(self._source, self._size, index * self._step, self._step)
 
-    def _made(self, top: int) -> tuple[int, Floats]:
-        ratio = self._source / self._size
-        stretch = max(1.0, ratio)  # when it shrinks, the filter sees all pixels
-        centres = (np.arange(top, min(self._size, top + self._step)) + 0.5) * ratio
-        first = max(0, math.floor(centres[0] - 2 * stretch))
-        last = min(self._source, math.ceil(centres[-1] + 2 * stretch))
-        places = np.arange(first, last) + 0.5
-        weights = _bicubic(np.abs(places - centres[:, None]) / stretch)
-        weights /= weights.sum(1, keepdims=True)  # at the edges, of what there is
-        return first, weights.astype(np.float32)
+
+@functools.lru_cache(MAX_BLOCKS)
+def _block(source: int, size: int, top: int, length: int) -> tuple[int, Floats]:
+    """The first pixel of the source that results from ``top`` on are made of, and their weights."""
+    ratio = source / size
+    stretch = max(1.0, ratio)  # when it shrinks, the filter sees all pixels
+    centres = (np.arange(top, min(size, top + length)) + 0.5) * ratio
+    first = max(0, math.floor(centres[0] - 2 * stretch))
+    last = min(source, math.ceil(centres[-1] + 2 * stretch))
+    places = np.arange(first, last) + 0.5
+    weights = _bicubic(np.abs(places - centres[:, None]) / stretch)
+    weights /= weights.sum(1, keepdims=True)  # at the edges, of what there is
+    return first, weights.astype(np.float32)
 
 
 def _bicubic(distance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rcod_runtime.errors import UsageError
+from rcod_runtime.parallel import row_bands
 
 Floats = npt.NDArray[np.float32]
 
@@ -114,8 +115,8 @@ class Blender:
         until = self.plan.y.length_px if last else starts[row + 1]
         ready = until - self._top
         rows = self._band.transpose(1, 2, 0)
-        for first in range(0, ready, CACHED_ROWS):
-            yield self._top + first, rows[first : min(ready, first + CACHED_ROWS)]
+        for part in row_bands(ready, CACHED_ROWS, self.plan.x.length_px):
+            yield self._top + part.start, rows[part]
         if not last:
             kept = self._band.shape[1] - ready
             self._band[:, :kept] = self._band[:, ready:].copy()

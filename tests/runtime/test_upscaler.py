@@ -414,9 +414,16 @@ def test_progress_counts_every_tile(upscaler: Upscaler, photo: Photo) -> None:
     ],
 )
 def test_no_copy_in_floats_of_input_or_result_is_made(
-    upscaler: Upscaler, photo: Photo, scale: float, channels: int, method: ColourMatch, most: int
+    upscaler: Upscaler,
+    photo: Photo,
+    scale: float,
+    channels: int,
+    method: ColourMatch,
+    most: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """``most``: bytes for a pixel of the input; a result of four times its side has 48."""
+    monkeypatch.setattr("rcod_runtime.parallel.WIDE", 1)  # as few rows at once as of a wide image
 
     def extra_bytes(height: int) -> int:
         lq = np.tile(photo(60, 160, channels), (height // 60, 1, 1))
