@@ -130,7 +130,7 @@ def _bicubic(distance: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 def _parts(length: int, products: int) -> Iterator[slice]:
     """``length`` columns or rows, so many at a time that each product stays below PRODUCTS."""
-    step = max(BLOCK, PRODUCTS // max(1, products))
+    step = max(16, PRODUCTS // max(1, products))
     for first in range(0, length, step):
         yield slice(first, first + step)
 
