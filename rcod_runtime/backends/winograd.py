@@ -25,8 +25,8 @@ from rcod_runtime.processor import read_processor
 
 # C K / (C + K) of C input and K output channels: the products saved grow with C K, the copies with
 # C + K. 1.2 times as fast at this bound (96 and 96), 1.2 to 1.5 for 128, 1.5 to 1.9 for 256, 2.0 to
-# 2.5 for 512 (AVX2). AVX-512 doubles the rate of products and not that of copies: .8 to 1.0 for 96,
-# .9 to 1.2 for 128, 1.3 to 1.5 for 256, 1.8 to 1.9 for 512.
+# 2.5 for 512 (AVX2, in the form before). AVX-512 doubles the rate of products and not that of
+# copies: .9 for 96, 1.0 to 1.1 for 128, 1.6 to 1.7 for 256, 1.5 to 2.0 for 512.
 MIN_CHANNELS, MIN_CHANNELS_AVX512 = 48, 64
 MIN_BLOCKS = 64  # of 4x4 outputs: with fewer, what takes time is to read four times the weights
 

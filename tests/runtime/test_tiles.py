@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rcod_runtime import Upscaler
 from rcod_runtime.errors import UsageError
@@ -66,6 +67,32 @@ def test_upsampling_a_box_equals_the_crop_of_the_whole(photo: Callable[..., np.n
     for top, left, height, width in [(0, 0, 77, 101), (5, 40, 32, 61), (60, 0, 17, 20)]:
         box = resampler.box(top, left, height, width)
         np.testing.assert_allclose(box, whole[top : top + height, left : left + width], atol=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "size"),
+    [
+        ((23, 31), (92, 124)),
+        ((130, 70), (307, 166)),
+        ((100, 100), (100, 100)),
+        ((300, 41), (64, 64)),
+        ((900, 13), (7, 200)),
+        ((1, 1), (4, 4)),
+        ((2, 3), (8, 11)),
+    ],
+)
+def test_it_is_pillow_s_bicubic(
+    photo: Callable[..., np.ndarray], shape: tuple[int, int], size: tuple[int, int]
+) -> None:
+    """Growing, shrinking (antialiased), at edges and across blocks."""
+    image = photo(*shape)
+    for found, plane in zip(
+        upsample(image, size).transpose(2, 0, 1), image.transpose(2, 0, 1), strict=True
+    ):
+        wanted = Image.fromarray(plane.astype(np.float32)).resize(
+            size[::-1], Image.Resampling.BICUBIC
+        )
+        np.testing.assert_allclose(found, np.asarray(wanted), atol=2e-4)
 
 
 def test_padding_mirrors_even_a_single_pixel() -> None:
