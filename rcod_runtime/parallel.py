@@ -23,7 +23,8 @@ def row_bands(height: int, rows: int = 64, width: int = WIDE) -> Iterator[slice]
 
 
 def in_parallel(work: Callable[[Part], Result], parts: Iterable[Part]) -> list[Result]:
-    """``work`` on every part, in threads that end with this call; results in the order of parts.
+    """``work`` on every part, in threads that end with this call, or in the caller's where there is
+    one part or one processor; results in the order of parts.
 
     For work that leaves Python's lock most of the time: numpy, Pillow, zlib.
     """

@@ -23,7 +23,7 @@ def forget_pages(path: Path) -> None:
         madvise = ctypes.CDLL(None).madvise
     except (OSError, AttributeError):
         return
-    for line in maps.rstrip().split("\n"):
+    for line in filter(None, maps.split("\n")):
         span, permissions, *_, name = line.split(maxsplit=5)
         if name.startswith(prefix) and permissions.startswith("r-"):
             begin, end = (int(address, 16) for address in span.split("-"))

@@ -57,13 +57,17 @@ def test_what_was_written_stays(tmp_path: Path, values: np.ndarray) -> None:
     assert (mapped == 7).all()
 
 
+@pytest.mark.parametrize("there", [False, True])
 def test_where_nothing_tells_the_mappings_nothing_happens(
-    tmp_path: Path, values: np.ndarray, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, values: np.ndarray, monkeypatch: pytest.MonkeyPatch, there: bool
 ) -> None:
+    """There is no such file, or nothing in it."""
     path = tmp_path / "weights.onnx"
     values.tofile(path)
     mapped = np.memmap(path, mode="r")
     assert mapped.sum()
-    monkeypatch.setattr(pages, "MAPS", tmp_path / "missing")
+    if there:
+        (tmp_path / "maps").touch()
+    monkeypatch.setattr(pages, "MAPS", tmp_path / "maps")
     forget_pages(path)
     assert resident(path) == BYTES

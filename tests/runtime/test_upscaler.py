@@ -427,8 +427,8 @@ def test_no_copy_in_floats_of_input_or_result_is_made(
     monkeypatch.setattr("rcod_runtime.parallel.MAX_THREADS", 1)  # which meet or don't
 
     def extra_bytes(height: int) -> int:
-        lq = np.tile(photo(60, 160, channels), (height // 60, 1, 1))
-        shape = (round(height * scale), round(160 * scale), channels)
+        lq = np.tile(photo(60, 64, channels), (height // 60, 1, 1))
+        shape = (round(height * scale), round(64 * scale), channels)
         out = np.empty(shape, np.uint8)
         rgb_bytes = 0 if channels == 3 else 3 * shape[0] * shape[1]  # what the tiles go into
         tracemalloc.start()
@@ -441,4 +441,4 @@ def test_no_copy_in_floats_of_input_or_result_is_made(
     for height in (240, 840):  # what is bound, and what is kept for other images
         extra_bytes(height)
     small, large = extra_bytes(240), extra_bytes(840)
-    assert large - small < most * 160 * (840 - 240), f"{small} bytes, then {large}"
+    assert large - small < most * 64 * (840 - 240), f"{small} bytes, then {large}"
