@@ -126,6 +126,9 @@ class OpenVinoSession:
     ) -> None:
         self._core, self._config, self._model, self._path = core, config, model, path
         self._uses_winograd = uses_winograd
+        self._weights_at = [  # for as long as there is the model
+            node.data.ctypes.data for node in model.get_ops() if node.get_type_name() == "Constant"
+        ]
         self._names = [output.get_any_name() for output in model.outputs]
         self._requests: OrderedDict[tuple[object, ...], Any] = OrderedDict()
         self._any_shape: Any = None
@@ -155,7 +158,7 @@ class OpenVinoSession:
 
     def _compiled(self, model: ov.Model) -> Any:
         request = self._core.compile_model(model, "CPU", self._config).create_infer_request()
-        forget_pages(self._path)  # its weights were packed
+        forget_pages(self._path, self._weights_at)  # they were packed
         return request
 
     def _reshaped(self, shapes: Shapes, outputs: Shapes) -> ov.Model:

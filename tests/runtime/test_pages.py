@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from rcod_runtime.backends import pages
 from rcod_runtime.backends.pages import forget_pages
 
 SMAPS = Path("/proc/self/smaps")
-BYTES = 2**20
+BYTES, PAGE = 2**20, mmap.PAGESIZE
 
 pytestmark = pytest.mark.skipif(not SMAPS.exists(), reason="needs Linux's /proc")
 
@@ -28,6 +29,10 @@ def resident(path: Path) -> int:
     return total
 
 
+def at(array: np.ndarray) -> int:
+    return int(array.ctypes.data)
+
+
 @pytest.fixture
 def values() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, BYTES, dtype=np.uint8)
@@ -41,7 +46,7 @@ def test_they_are_forgotten_and_read_again(tmp_path: Path, values: np.ndarray, n
     mapped, untouched = (np.memmap(file, mode="r") for file in (path, other))
     assert mapped.sum() == untouched.sum()
     assert resident(path) == resident(other) == BYTES
-    forget_pages(Path(str(path).removesuffix(".data")))
+    forget_pages(Path(str(path).removesuffix(".data")), [at(untouched), at(mapped)])
     assert resident(path) == 0
     assert resident(other) == BYTES
     assert np.array_equal(mapped, values)
@@ -53,8 +58,35 @@ def test_what_was_written_stays(tmp_path: Path, values: np.ndarray) -> None:
     values.tofile(path)
     mapped = np.memmap(path, mode="c")
     mapped[:] = 7
-    forget_pages(path)
+    forget_pages(path, [at(mapped)])
     assert (mapped == 7).all()
+
+
+def test_a_mapping_that_nobody_holds_is_left_alone(tmp_path: Path, values: np.ndarray) -> None:
+    """Its owner may take it down while the list of mappings is read."""
+    path = tmp_path / "weights.onnx"
+    values.tofile(path)
+    ours, another = (np.memmap(path, mode="r") for _ in range(2))
+    assert ours.sum() == another.sum()
+    assert resident(path) == 2 * BYTES
+    forget_pages(path, [at(ours) + BYTES - 1])
+    assert resident(path) == BYTES
+
+
+def test_mappings_that_went_meanwhile_are_not_touched(
+    tmp_path: Path, values: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the list says is of before: an array lies where another thread's mapping was."""
+    path = tmp_path / "weights.onnx"
+    values.tofile(path)
+    ours, array = np.memmap(path, mode="r"), np.full(BYTES, 7, np.uint8)
+    begin = -(-at(array) // PAGE) * PAGE
+    lines = SMAPS.with_name("maps").read_text(encoding="utf-8", errors="replace")
+    stale = f"{begin:x}-{begin + BYTES - PAGE:x} r--s 00000000 fe:00 1 {path}\n"
+    (tmp_path / "maps").write_text(stale + lines, encoding="utf-8")
+    monkeypatch.setattr(pages, "MAPS", tmp_path / "maps")
+    forget_pages(path, [at(ours)])
+    assert (array == 7).all()
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -69,5 +101,5 @@ def test_where_nothing_tells_the_mappings_nothing_happens(
     if there:
         (tmp_path / "maps").touch()
     monkeypatch.setattr(pages, "MAPS", tmp_path / "maps")
-    forget_pages(path)
+    forget_pages(path, [at(mapped)])
     assert resident(path) == BYTES
