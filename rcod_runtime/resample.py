@@ -23,8 +23,9 @@ BLOCK, BLOCK_SHRINKING = 64, 8
 # Multiplications of one product: numpy's BLAS wakes threads of its own beyond 2**18, and they wait
 # for more work where graphs would compute.
 PRODUCTS = 2**18
-MAX_BLOCKS = 256  # whose weights are kept, for all images: some 20 kB each
-TOKEN_BAND_ROWS = 256  # of the image, in work at once
+# Weights are kept, of an axis and of the last axes of all images: photo after photo has one size.
+KEPT_BYTES, KEPT_AXES = 2**21, 16
+TOKEN_BAND_ROWS, TOKEN_BAND_PIXELS = 256, 2**20  # of the image, in work at once
 
 
 class Resampler:
@@ -48,8 +49,8 @@ class Resampler:
     ) -> None:
         self.image, self.size_hw = image, size_hw
         self.unit, self.offset = np.float32(unit), np.float32(offset)
-        self._rows = _Axis(image.shape[0], size_hw[0])
-        self._columns = _Axis(image.shape[1], size_hw[1])
+        self._rows = _axis(image.shape[0], size_hw[0])
+        self._columns = _axis(image.shape[1], size_hw[1])
 
     def box(
         self, top: int, left: int, height: int, width: int, out: Floats | None = None
@@ -82,11 +83,14 @@ class Resampler:
 
 
 class _Axis:
-    """What each result along one axis is made of."""
+    """What each result along one axis is made of. May be shared by threads: at worst two make the
+    same weights."""
 
     def __init__(self, source: int, size: int) -> None:
         self._source, self._size = source, size
         self._step = BLOCK if size >= source else BLOCK_SHRINKING
+        self._kept: dict[int, tuple[int, Floats]] = {}
+        self._room = KEPT_BYTES
 
     def looked_at(self, start: int, length: int) -> tuple[int, int]:
         """The first pixel of the source that the blocks of these results need, and the end."""
@@ -103,10 +107,18 @@ class _Axis:
             yield begin - start, end - start, first, weights[begin - top : end - top]
 
     def _block(self, index: int) -> tuple[int, Floats]:
-        return _block(self._source, self._size, index * self._step, self._step)
+        found = self._kept.get(index)
+        if found is None:
+            found = _block(self._source, self._size, index * self._step, self._step)
+            if found[1].nbytes <= self._room:
+                self._room -= found[1].nbytes
+                self._kept[index] = found
+        return found
 
 
-@functools.lru_cache(MAX_BLOCKS)
+_axis = functools.lru_cache(KEPT_AXES)(_Axis)
+
+
 def _block(source: int, size: int, top: int, length: int) -> tuple[int, Floats]:
     """The first pixel of the source that results from ``top`` on are made of, and their weights."""
     ratio = source / size
@@ -144,6 +156,8 @@ def resize_for_tokens(image: npt.NDArray[np.generic], side_px: int, unit: float 
     """The whole image squashed to a square, antialiased: (H, W, C) -> (S, S, C) float32."""
     resampler = Resampler(image, (side_px, side_px), unit)
     out = np.empty((side_px, side_px, image.shape[2]), np.float32)
-    for rows in row_bands(side_px, max(1, TOKEN_BAND_ROWS * side_px // image.shape[0])):
+    height, width = image.shape[:2]
+    band = min(TOKEN_BAND_ROWS * side_px // height, TOKEN_BAND_PIXELS // width)
+    for rows in row_bands(side_px, max(1, band)):
         out[rows] = resampler.box(rows.start, 0, rows.stop - rows.start, side_px)
     return out

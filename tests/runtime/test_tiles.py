@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from rcod_runtime import Upscaler
+from rcod_runtime import Upscaler, resample
 from rcod_runtime.errors import UsageError
-from rcod_runtime.resample import Resampler, upsample
+from rcod_runtime.resample import Resampler, resize_for_tokens, upsample
 from rcod_runtime.tiles import Blender, TilePlan, pad_to, plan_axis
 
 AXES = [(1, 64, 16), (63, 64, 16), (64, 64, 16), (65, 64, 16), (130, 64, 0), (511, 128, 64)]
@@ -93,6 +94,29 @@ def test_it_is_pillow_s_bicubic(
             size[::-1], Image.Resampling.BICUBIC
         )
         np.testing.assert_allclose(found, np.asarray(wanted), atol=2e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 400_000, 3), (400_000, 1, 3)])
+def test_memory_for_tokens_of_a_line_follows_its_pixels(shape: tuple[int, ...]) -> None:
+    """Not its pixels times the tokens' rows."""
+    image = np.zeros(shape, np.uint8)
+    tracemalloc.start()
+    try:
+        assert resize_for_tokens(image, 64).shape == (64, 64, 3)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 150 * image.size
+
+
+def test_weights_are_kept_within_their_bound() -> None:
+    axis = resample._Axis(50_000, 200_000)
+    made = [list(axis.blocks(start, 64)) for start in range(0, 200_000, 64)]
+    assert sum(weights.nbytes for blocks in made for *_, weights in blocks) > resample.KEPT_BYTES
+    kept = sum(weights.nbytes for _, weights in axis._kept.values())
+    assert 0.9 * resample.KEPT_BYTES < kept <= resample.KEPT_BYTES
+    again = list(axis.blocks(0, 64))
+    assert again[0][-1].base is made[0][0][-1].base, "those are not made again"
 
 
 def test_padding_mirrors_even_a_single_pixel() -> None:
