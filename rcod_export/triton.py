@@ -99,10 +99,11 @@ def _check_precision(bundle: Path, manifest: Manifest, config: TritonConfig) -> 
         raise UsageError(
             f"{bundle}: its int8 graphs are for CPUs. Give --backend onnxruntime --device cpu."
         )
-    if manifest.has_bf16 and config.device == "cpu":
+    if manifest.has_bf16 and config.backend == "onnxruntime":
         raise UsageError(
-            f"{bundle}: ONNX Runtime has no bf16 convolutions on a CPU. Give --device gpu, or "
-            "export the bundle with --precision fp32."
+            f"{bundle}: ONNX Runtime has no bf16 convolutions on a CPU, and enlarges no images in "
+            "bf16 on a GPU. Give --backend tensorrt, or export the bundle with --precision fp16 "
+            "for a GPU, fp32 for a CPU."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 
@@ -81,12 +82,25 @@ def _onnxruntime(bundle: Bundle, backend: str, index: int, precision: str) -> Ho
             f"precision {precision}: on a GPU the graphs run as they are, in {own}. Choose that or "
             "auto, or export the bundle in another precision."
         )
+    if bundle.manifest.has_bf16:
+        raise UsageError(
+            f"{bundle.folder}: its graphs are in bf16, in which ONNX Runtime enlarges no images. "
+            "Build engines (rcod-export engines), or export the bundle with --precision fp16."
+        )
     if not installed("onnxruntime"):
         raise BackendError(f'backend {backend}: not installed. pip install "rcod[cuda]"')
     with importing("onnxruntime"):
         from rcod_runtime.backends.onnxruntime_backend import OnnxRuntimeBackend
 
-    return HostChain(bundle, OnnxRuntimeBackend(own, 0, index, backend == ORT_TENSORRT))
+    engines_of = _content(bundle) if backend == ORT_TENSORRT else None
+    return HostChain(bundle, OnnxRuntimeBackend(own, 0, index, engines_of))
+
+
+def _content(bundle: Bundle) -> str:
+    """A name for all graphs with their weights."""
+    graphs = bundle.manifest.graphs
+    digests = "".join(graphs[name].content_sha256 for name in sorted(graphs))
+    return hashlib.sha256(digests.encode()).hexdigest()[:32]
 
 
 def _has_cuda_provider() -> bool:

@@ -8,6 +8,7 @@ where the graphs of Stable Diffusion 2.1 take 28 ms at least on an RTX 4090 (rco
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,22 +28,27 @@ class OnnxRuntimeBackend:
     """One session for each graph; it takes any shape.
 
     Args:
-        precision: ``fp32`` on the CPU; on a GPU that of the bundle's graphs.
+        precision: ``fp32`` on the CPU; on a GPU that of the bundle's graphs, ``fp32`` or ``fp16``.
         threads: of the CPU, 0 for ONNX Runtime's choice.
         gpu: None for the CPU, otherwise the GPU's number.
-        tensorrt: on a GPU, ONNX Runtime's TensorRT provider, which builds engines at first use and
-            keeps them in the user's cache folder.
+        engines_of: on a GPU, ONNX Runtime's TensorRT provider, which builds engines at first use
+            and keeps them in the user's cache folder, under this name of what they are made of: it
+            knows a graph again by its names, not by its weights. It multiplies fp32 as TF32 where
+            a GPU has that; NVIDIA_TF32_OVERRIDE=0 in the environment prevents it. None: the CUDA
+            provider.
 
     Raises:
         BackendError: the installed ONNX Runtime has no such provider; says the pip line.
     """
 
     def __init__(
-        self, precision: str, threads: int, gpu: int | None = None, tensorrt: bool = False
+        self, precision: str, threads: int, gpu: int | None = None, engines_of: str | None = None
     ) -> None:
         self.version = str(ort.__version__)
         self.precision = precision
-        self._providers = _providers(gpu, tensorrt)
+        if engines_of and precision == "fp32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
+            self.precision = "tf32"
+        self._providers = _providers(gpu, engines_of, precision == "fp16")
         self.name = "onnxruntime" if gpu is None else f"onnxruntime {self._providers[0][0]}"
         self._options = ort.SessionOptions()
         self._options.log_severity_level = 3
@@ -71,13 +77,15 @@ class OnnxRuntimeBackend:
         return OnnxRuntimeSession(session, path)
 
 
-def _providers(gpu: int | None, tensorrt: bool) -> list[tuple[str, dict[str, Any]]]:
+def _providers(
+    gpu: int | None, engines_of: str | None, fp16: bool
+) -> list[tuple[str, dict[str, Any]]]:
     if gpu is None:
         return [(CPU, {})]
     # TF32 is on by default; fp32 would not be fp32.
     wanted: list[tuple[str, dict[str, Any]]] = [(CUDA, {"device_id": gpu, "use_tf32": 0})]
-    if tensorrt:
-        cache = cache_folder() / "onnxruntime"
+    if engines_of:
+        cache = cache_folder() / "onnxruntime" / engines_of
         try:  # the provider makes no more than the last folder
             cache.mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as exc:
@@ -85,7 +93,11 @@ def _providers(gpu: int | None, tensorrt: bool) -> list[tuple[str, dict[str, Any
                 f"{cache}: expected a folder for TensorRT's engines, it can't be made "
                 f"({exc.strerror or exc}). Set XDG_CACHE_HOME to one that can be written."
             ) from exc
-        options = {"trt_engine_cache_enable": True, "trt_engine_cache_path": str(cache)}
+        options = {
+            "trt_engine_cache_enable": True,
+            "trt_engine_cache_path": str(cache),
+            "trt_fp16_enable": fp16,  # TensorRT 10 refuses fp16 graphs without it
+        }
         wanted.insert(0, (TENSORRT, {"device_id": gpu, **options}))
     if wanted[0][0] not in ort.get_available_providers():
         raise BackendError(

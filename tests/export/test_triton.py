@@ -214,9 +214,10 @@ def test_what_a_device_cannot_compute_is_refused_with_what_to_give() -> None:
         with pytest.raises(UsageError, match="Give --backend onnxruntime --device cpu"):
             check(Precision.INT8, config)
     check(Precision.INT8, TritonConfig(device="cpu"))
-    with pytest.raises(UsageError, match="no bf16 convolutions on a CPU"):
-        check(Precision.BF16, TritonConfig(device="cpu"))
-    check(Precision.BF16, TritonConfig())
+    for config in (TritonConfig(), TritonConfig(device="cpu")):
+        with pytest.raises(UsageError, match="no bf16 convolutions on a CPU.*--backend tensorrt"):
+            check(Precision.BF16, config)
+    check(Precision.BF16, TritonConfig("tensorrt"))
 
 
 def test_a_repository_that_holds_other_models_is_not_replaced(tmp_path: Path) -> None:

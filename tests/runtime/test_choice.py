@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime as ort
 import pytest
 
@@ -15,6 +19,7 @@ from rcod_runtime.cli.opening import BACKENDS
 from rcod_runtime.cli.upscale import build_parser
 from rcod_runtime.colour import COLOUR_MATCHES, DEFAULT_COLOUR_MATCH
 from rcod_runtime.errors import BackendError, EngineMismatch, UsageError
+from rcod_runtime.manifest import Manifest
 
 CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
 
@@ -63,6 +68,49 @@ def test_a_gpu_without_engines_runs_on_onnxruntimes_providers(
     for providers in recorder.asked:
         assert [name for name, _ in providers] == wanted
         assert all(chosen["device_id"] == 1 for name, chosen in providers if name != CPU)
+
+
+def test_engines_are_kept_apart_by_the_weights_they_are_made_of(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, tmp_path: Path
+) -> None:
+    """The provider knows an engine again by the names of files and tensors: those of another
+    bundle, of the same names, it would take for this one's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("NVIDIA_TF32_OVERRIDE", raising=False)
+    recorder = Recorder(monkeypatch)
+    retrained = tmp_path / "retrained"
+    shutil.copytree(bundle, retrained)
+    text = (retrained / "manifest.json").read_text()
+    graph = onnx.load(retrained / "onnx" / "decoder.onnx")
+    graph.doc_string = "other weights"
+    onnx.save(graph, retrained / "onnx" / "decoder.onnx")
+    content = (retrained / "onnx" / "decoder.onnx").read_bytes()
+    known = json.loads(text)["graphs"]["decoder"]
+    text = text.replace(known["sha256"], hashlib.sha256(content).hexdigest())
+    text = text.replace(f'"bytes": {known["bytes"]}', f'"bytes": {len(content)}')
+    (retrained / "manifest.json").write_text(text)
+    for folder in (bundle, retrained, bundle):
+        with Upscaler(folder, backend="onnxruntime-tensorrt", device="cuda:0") as upscaler:
+            assert upscaler.backend.endswith(" tf32")
+    options = [dict(providers[0][1]) for providers in recorder.asked]
+    assert {chosen["trt_fp16_enable"] for chosen in options} == {False}
+    caches = [chosen["trt_engine_cache_path"] for chosen in options]
+    first, second, third = (set(caches[i : i + 4]) for i in (0, 4, 8))
+    assert len(first) == len(second) == 1 and first == third != second
+    assert all(Path(cache).is_dir() for cache in caches)
+    monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
+    with Upscaler(bundle, backend="onnxruntime-tensorrt", device="cuda:0") as upscaler:
+        assert upscaler.backend.endswith(" fp32")
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-tensorrt"])
+def test_onnxruntime_gets_no_bf16_on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, bundle: Path, backend: str
+) -> None:
+    Recorder(monkeypatch)
+    monkeypatch.setattr(Manifest, "has_bf16", True)
+    with pytest.raises(UsageError, match="bf16, in which ONNX Runtime enlarges no images"):
+        Upscaler(bundle, backend=backend, device="cuda:0")
 
 
 def test_a_silent_fallback_to_the_cpu_is_an_error(
