@@ -17,6 +17,7 @@ import numpy.typing as npt
 import onnx
 
 from rcod_export.card import CARD, write_card
+from rcod_export.magnitude import checked_magnitudes
 from rcod_export.onnx_file import export_onnx
 from rcod_export.output import check_replaceable, written_output
 from rcod_export.parity import check_levels_differ, check_sample, compare
@@ -123,7 +124,8 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
     Raises:
         CheckpointError: the checkpoint can't be read.
         ExportError: a graph can't be exported.
-        ParityError: a graph differs from PyTorch beyond its limit, or levels don't differ.
+        ParityError: a graph differs from PyTorch beyond its limit, or levels don't differ; or
+            fp16 can't hold a value.
         OutputError: ``out`` can't be written, or holds something else than a bundle.
         UsageError: a choice that can't be had, such as a level that the checkpoint has not.
     """
@@ -151,15 +153,16 @@ def build_bundle(checkpoint: Path, out: Path, config: ExportConfig) -> Manifest:
     photos = _calibration_photos(info, contract, config)
     lq = _sample_photo(config.sample)
     log.info("reference: PyTorch in fp32")
-    references = References(
-        list(parity_cases(parts, info)),
-        list(photo_cases(parts, info, _centre(lq), contract.scale)),
-        [
-            dataclasses.replace(case, expected={})
-            for photo in photos
-            for case in photo_cases(parts, info, photo, contract.scale, decoded=False)
-        ],
-    )
+    with checked_magnitudes(config.precision):
+        references = References(
+            list(parity_cases(parts, info)),
+            list(photo_cases(parts, info, _centre(lq), contract.scale)),
+            [
+                dataclasses.replace(case, expected={})
+                for photo in photos
+                for case in photo_cases(parts, info, photo, contract.scale, decoded=False)
+            ],
+        )
     images = whole_images(references.sample)
     check_levels_differ(images)  # PyTorch's, before the export takes its minutes
     with written_output(out) as folder:
