@@ -295,6 +295,25 @@ def test_a_library_that_does_not_export_is_quoted(gpu: SimulatedGpu, engines: Pa
             upscaler.enqueue(array, array, stream=stream)
 
 
+@pytest.mark.parametrize("error", [RuntimeError, KeyError])
+@pytest.mark.parametrize("base", [OnGpu, ByDlpack])
+def test_a_library_that_does_not_say_where_an_array_lies_is_quoted(
+    gpu: SimulatedGpu, engines: Path, base: Any, error: type[Exception]
+) -> None:
+    """As torch, of a tensor that requires gradients or has a dtype without a name."""
+
+    class Tracked(base):
+        @property
+        def __cuda_array_interface__(self) -> dict[str, Any]:
+            raise error("Can't get __cuda_array_interface__ on Variable that requires grad.")
+
+    with Upscaler(engines, backend="tensorrt") as upscaler, new_stream(gpu) as stream:
+        array = Tracked(gpu, stream, random(1, SHAPE))
+        match = r"image: Tracked does not export it .*requires grad.*give tensor\.detach\(\)"
+        with pytest.raises(UsageError, match=match):
+            upscaler.enqueue(array, array, stream=stream)
+
+
 def test_an_array_without_a_version_may_be_read_only_by_its_other_interface(
     gpu: SimulatedGpu, engines: Path
 ) -> None:

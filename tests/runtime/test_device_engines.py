@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,6 @@ def test_auto_takes_engines_where_they_fit(gpu: SimulatedGpu, engines: Path) -> 
     ("machine", "reason"),
     [
         ({"sm": 120}, "built for sm_89, this GPU is sm_120"),
-        ({"count": 0}, "no GPU answers here"),
         ({"version": "10.13.2"}, "built by tensorrt 10.9.0, 10.13.2 is installed"),
     ],
 )
@@ -49,6 +49,39 @@ def test_engines_of_another_machine_are_refused_or_announced(
     with Upscaler(engines) as upscaler:
         assert not upscaler.backend.startswith("tensorrt")
     assert reason in caplog.text
+
+
+OLDER = (
+    r"no GPU answers here \(cudaErrorInsufficientDriver\): the driver is of CUDA 12\.4, older than "
+    r'cuda-bindings expects, 13\.5\. pip install "cuda-bindings<13", or update the driver'
+)
+
+
+@pytest.mark.parametrize(
+    ("machine", "reason"),
+    [
+        ({"count": 0}, r"no GPU answers here \(cudaErrorNoDevice\)"),
+        ({"driver": 12040}, OLDER),
+        ({"driver": 0}, r"no GPU answers here \(.*\): no NVIDIA driver is installed"),
+        ({"count": 1}, "cuda:1: no such GPU, 1 answered"),
+    ],
+)
+def test_what_building_does_not_cure_says_what_does(
+    monkeypatch: pytest.MonkeyPatch, engines: Path, machine: dict[str, int], reason: str
+) -> None:
+    install(monkeypatch, SimulatedGpu(**machine))
+    with pytest.raises(EngineMismatch, match=reason) as refused:
+        Upscaler(engines, device="cuda:1")
+    assert "rcod-export" not in str(refused.value) and "--device cpu" in str(refused.value)
+
+
+def test_a_missing_library_is_not_cured_by_building(
+    monkeypatch: pytest.MonkeyPatch, gpu: SimulatedGpu, engines: Path
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(EngineMismatch, match=r'pip install "rcod\[tensorrt\]"') as refused:
+        Upscaler(engines, device="cuda:0")
+    assert "rcod-export" not in str(refused.value)
 
 
 @pytest.mark.parametrize(("target", "fits"), [("tensorrt", True), ("tensorrt-rtx", False)])

@@ -113,7 +113,7 @@ def test_a_new_array_whose_release_fails_raises_nothing(
     monkeypatch.setattr(sys, "unraisablehook", raised.append)
     names = []
     with Upscaler(engines, backend="tensorrt") as upscaler, new_stream(gpu) as stream:
-        for number in range(6):
+        for number in range(8):
             made = enqueue_one(gpu, upscaler, stream)
             gpu.cudaStreamSynchronize(stream)  # here nothing but the event waits for the GPU
             memory, events = gpu.memory.live, len(gpu.events)
@@ -121,11 +121,12 @@ def test_a_new_array_whose_release_fails_raises_nothing(
             del made
             names.append(gpu.calls[gpu.fail_at])
             freed = memory - gpu.memory.live, events - len(gpu.events)
-            # It is freed, but for where its GPU can't be made current.
-            assert freed == ((0, 0) if number < 2 else (1, 1)), names
+            # It is freed, but for where the thread can't be made ready for that.
+            assert freed == ((0, 0) if number < 3 else (1, 1)), names
     assert names == [
-        "cudaGetDevice", "cudaSetDevice", "cudaEventSynchronize", "cudaEventDestroy", "cudaFree",
-        "cudaSetDevice",
+        "cudaGetDevice", "cudaSetDevice", "cudaThreadExchangeStreamCaptureMode",
+        "cudaEventSynchronize", "cudaEventDestroy", "cudaFree",
+        "cudaThreadExchangeStreamCaptureMode", "cudaSetDevice",
     ]  # fmt: skip
     assert raised == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import threading
 from collections.abc import Callable
@@ -94,6 +95,39 @@ def test_a_thousand_calls_hold_no_more_memory_than_ten(
 
         before = free_after(10)
         assert before - free_after(1000) < 2**20
+
+
+def test_a_dropped_upscaler_gives_back_its_memory(
+    engines: Path, runtime: Any, photo: Callable[..., np.ndarray]
+) -> None:
+    def free_after_one() -> int:
+        Upscaler(engines, backend="tensorrt")(photo())
+        gc.collect()
+        return int(runtime.cudaMemGetInfo()[1])
+
+    before = free_after_one()  # what the libraries keep is loaded now
+    assert before - min(free_after_one() for _ in range(5)) < 2**20
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_another_librarys_capture_goes_on_while_an_upscaler_is_dropped(
+    engines: Path, runtime: Any, photo: Callable[..., np.ndarray], own: bool
+) -> None:
+    held = [Upscaler(engines, backend="tensorrt")]
+    held[0](photo())
+    stream = runtime.cudaStreamCreateWithFlags(runtime.cudaStreamNonBlocking)[1]
+    mode = runtime.cudaStreamCaptureMode.cudaStreamCaptureModeGlobal
+    assert int(runtime.cudaStreamBeginCapture(stream, mode)[0]) == 0
+    thread = threading.Thread(target=held.clear)
+    if own:
+        held.clear()
+    else:
+        thread.start()
+        thread.join()
+    error, graph = runtime.cudaStreamEndCapture(stream)
+    assert int(error) == 0
+    runtime.cudaGraphDestroy(graph)
+    runtime.cudaStreamDestroy(stream)
 
 
 def test_two_threads_get_their_own_images(engines: Path, photo: Callable[..., np.ndarray]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rcod_runtime.backends.trt.engine import make_logger
-from tests.runtime.simulated.cudart import CopyKind, Error, SimulatedGpu
+from tests.runtime.simulated.cudart import CaptureMode, CopyKind, Error, SimulatedGpu
 from tests.runtime.simulated.memory import Violation
 from tests.runtime.simulated.streams import Scheduler, Stream
 from tests.runtime.simulated.tensorrt import (
@@ -99,6 +99,34 @@ def test_what_may_wait_for_the_gpu_breaks_a_capture_of_its_thread(name: str) -> 
     assert gpu.cudaStreamEndCapture(stream)[0] == Error.cudaSuccess
 
 
+@pytest.mark.parametrize("mode", CaptureMode)
+@pytest.mark.parametrize("own", [True, False])
+def test_what_another_librarys_capture_forbids_depends_on_the_threads_mode(
+    mode: CaptureMode, own: bool
+) -> None:
+    gpu = SimulatedGpu()
+    module, found = gpu.module(), []
+
+    def allocate() -> None:
+        exchange = module.cudaThreadExchangeStreamCaptureMode
+        before = exchange(mode)[1]
+        found.append((before, module.cudaMalloc(8)[0], exchange(before)[1]))
+
+    with gpu.foreign_capture() as graph:
+        if own:
+            allocate()
+        else:
+            thread = threading.Thread(target=allocate)
+            thread.start()
+            thread.join()
+    allowed = mode == CaptureMode.cudaStreamCaptureModeRelaxed or (
+        mode == CaptureMode.cudaStreamCaptureModeThreadLocal and not own
+    )
+    error = Error.cudaSuccess if allowed else Error.cudaErrorStreamCaptureUnsupported
+    assert found == [(CaptureMode.cudaStreamCaptureModeGlobal, error, mode)]
+    assert graph.broken is not allowed
+
+
 def bound_context(gpu: SimulatedGpu, engines: Path) -> EngineContext:
     """Of an encoder, with all that it needs to run."""
     trt = tensorrt_module(gpu)
@@ -174,8 +202,8 @@ def test_cuda_has_what_the_device_stands_in_for() -> None:
     attributes = real.cudaDeviceAttr
     assert int(attributes.cudaDevAttrComputeCapabilityMajor) == 75
     assert int(attributes.cudaDevAttrComputeCapabilityMinor) == 76
-    mode = real.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-    assert int(mode) == 1
+    for mode in CaptureMode:
+        assert int(getattr(real.cudaStreamCaptureMode, mode.name)) == mode
 
 
 def test_tensorrt_has_what_the_device_stands_in_for() -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ from rcod_runtime.backends.trt.cuda import (
     DeviceBuffer,
     Event,
     Stream,
-    after_capture,
+    release_with,
 )
 from rcod_runtime.backends.trt.dlpack import (
     CPU,
@@ -31,7 +30,7 @@ from rcod_runtime.backends.trt.dlpack import (
     Borrowed,
     make_capsule,
 )
-from rcod_runtime.errors import BackendError, UsageError
+from rcod_runtime.errors import UsageError
 
 LEGACY_STREAM = 1  # CUDA's own handle of the default stream; as 0 the standard does not take it
 NO_SYNC = -1  # in the place of a stream: the consumer sees to the order itself
@@ -92,7 +91,13 @@ def view_array(
     Raises:
         UsageError: not on this GPU, or its library does not export it.
     """
-    interface = getattr(array, "__cuda_array_interface__", None)
+    try:
+        interface = getattr(array, "__cuda_array_interface__", None)
+    except (*DLPACK_ERRORS, KeyError) as exc:  # torch's: gradients, or a dtype without a name
+        raise UsageError(
+            f"{name}: {type(array).__name__} does not export it ({exc}). Give a float32 array on "
+            "the GPU; of a torch tensor with gradients give tensor.detach()."
+        ) from exc
     if hasattr(array, "__dlpack__") and hasattr(array, "__dlpack_device__"):
         try:
             device = array.__dlpack_device__()
@@ -164,14 +169,15 @@ class DeviceArray:
 
     def __init__(self, cuda: Cuda, shape: tuple[int, ...], stream: int) -> None:
         self.shape, self.stream, self.index, self._cuda = shape, stream, cuda.index, cuda
-        with contextlib.ExitStack() as undo:
+        # In a thread that captures it is refused: its graph would write into freed memory later.
+        with cuda.capture_mode("ThreadLocal"), contextlib.ExitStack() as undo:
             buffer = DeviceBuffer(cuda, FLOAT_BYTES * math.prod(shape))
             undo.callback(buffer.close)
             self._written = Event(cuda)
             undo.callback(self._written.close)
             undo.callback(self._written.synchronize)
             self.address = buffer.address
-            weakref.finalize(self, _release, cuda, undo.pop_all()).atexit = False
+            release_with(self, cuda, undo.pop_all())
 
     def mark_written(self, stream: Stream) -> None:
         """All that writes it is enqueued on ``stream`` now."""
@@ -215,16 +221,6 @@ class DeviceArray:
             with self._cuda.guard():  # 1 and 2 are streams of the current GPU
                 self._written.delay(LEGACY_STREAM if stream is None else stream)
         return make_capsule(self, self.address, self.shape, self.index, max_version)
-
-
-def _release(cuda: Cuda, resources: contextlib.ExitStack) -> None:
-    """Nobody is left to hear of an error."""
-
-    def release() -> None:
-        with contextlib.suppress(BackendError), cuda.guard():
-            resources.close()
-
-    after_capture(release)
 
 
 def _export(array: Any, stream: int) -> Any:

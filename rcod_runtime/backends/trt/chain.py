@@ -25,7 +25,16 @@ import numpy as np
 from rcod_runtime.backends import Array
 from rcod_runtime.backends.trt.arrays import DeviceArray, DeviceView, stream_handle, view_array
 from rcod_runtime.backends.trt.cache import read_cache, write_cache
-from rcod_runtime.backends.trt.cuda import FLOAT_BYTES, CapturedGraph, Cuda, DeviceBuffer, Event
+from rcod_runtime.backends.trt.cuda import (
+    FLOAT_BYTES,
+    CapturedGraph,
+    Cuda,
+    DeviceBuffer,
+    Event,
+    drop_graphs,
+    release,
+    release_with,
+)
 from rcod_runtime.backends.trt.engine import LoadedEngine, float_bytes, make_logger
 from rcod_runtime.backends.trt.engines import EngineSet
 from rcod_runtime.backends.trt.libraries import load_cuda, load_tensorrt
@@ -84,8 +93,9 @@ class DeviceChain:
         self._compiles = False  # TensorRT-RTX has shapes that it has not run
         self._resources = contextlib.ExitStack()
         self._closed = False
+        self._resources.callback(self._caches.clear)  # after the contexts that use them
         with contextlib.ExitStack() as undo:
-            undo.callback(self._release)
+            undo.callback(release, cuda, self._resources)
             with cuda.guard():
                 self._engines = self._load(bundle, engines, trt)
                 self._memory = Memory(
@@ -93,6 +103,9 @@ class DeviceChain:
                 )
                 self._memory.bind(bundle.manifest, self._engines)
             undo.pop_all()
+        self._resources.callback(drop_graphs, self._captured)
+        self._resources.callback(self._memory.drain)
+        self._finalizer = release_with(self, cuda, self._resources)
 
     def run(
         self, feed: ImageFeed, level: Array | None, tiles: Iterable[Array]
@@ -211,19 +224,11 @@ class DeviceChain:
 
     def close(self) -> None:
         with self._lock:
-            if self._closed:
+            if not self._finalizer.alive:
                 return
-            with self._cuda.guard(), self._resources:
-                self._closed = True  # not before: without the GPU it can be tried again
-                try:
-                    self._drain()
-                finally:
-                    self._drop_captures()
-            self._caches = []
-
-    def _release(self) -> None:
-        with self._cuda.guard():
-            self._resources.close()
+            self._closed = True
+            release(self._cuda, self._resources)
+            self._finalizer.detach()  # not before: without the GPU it can be tried again
 
     def _load(self, bundle: Bundle, engines: EngineSet, trt: Any) -> dict[str, LoadedEngine]:
         logger = make_logger(trt)
@@ -254,7 +259,7 @@ class DeviceChain:
         if self._closed:
             raise UsageError("this Upscaler is closed; make a new one.")
         if not self._bound:  # perhaps after an error, where waiting failed as well
-            self._drain()
+            self._memory.drain()
         for name, shapes in input_shapes(self._manifest, feed).items():
             if self._bound.get(name) == shapes:
                 continue
@@ -415,7 +420,7 @@ class DeviceChain:
             self._bound = {}
             with contextlib.suppress(BackendError), self._cuda.guard():
                 try:
-                    self._drain()
+                    self._memory.drain()
                 finally:
                     self._drop_captures()
             raise
@@ -424,16 +429,9 @@ class DeviceChain:
             for path, cache in self._caches:  # the next start will be faster
                 write_cache(path, cache)
 
-    def _drain(self) -> None:
-        for stream in (self._memory.up, self._memory.compute, self._memory.down):
-            stream.synchronize()
-
     def _drop_captures(self) -> None:
-        captured, self._captured, self._ran = self._captured, {}, set()
-        with contextlib.ExitStack() as release:
-            for graph in captured.values():
-                if graph is not None:
-                    release.callback(graph.close)
+        self._ran = set()
+        drop_graphs(self._captured)
 
 
 def _batch_of(tiles: DeviceView, batches: tuple[int, int]) -> int:

@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import os
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,6 +51,21 @@ class Cuda:
             yield
         finally:
             self.call("cudaSetDevice", before)
+
+    @contextlib.contextmanager
+    def capture_mode(self, kind: str) -> Iterator[None]:
+        """How far captures of CUDA graphs bind this thread; kind is ``ThreadLocal`` or ``Relaxed``.
+
+        Where another library captures in CUDA's global mode, as torch does, no thread may allocate,
+        free or wait, and its capture is lost where one tries. ThreadLocal allows it to all threads
+        but the one that captures, Relaxed to that too.
+        """
+        mode = getattr(self.runtime.cudaStreamCaptureMode, f"cudaStreamCaptureMode{kind}")
+        before = self.call("cudaThreadExchangeStreamCaptureMode", mode)
+        try:
+            yield
+        finally:
+            self.call("cudaThreadExchangeStreamCaptureMode", before)
 
     def copy(self, target: int, source: int, nbytes: int, kind: str, stream: Stream) -> None:
         """Enqueue a copy; kind is ``HostToDevice``, ``DeviceToHost`` or ``DeviceToDevice``."""
@@ -169,6 +186,37 @@ def after_capture(release: Callable[[], None]) -> None:
         _thread.late.append(release)
 
 
+def release(cuda: Cuda, resources: contextlib.ExitStack) -> None:
+    """Release what a stack holds, in any thread and whoever captures. Twice is harmless.
+
+    Raises:
+        BackendError: a call failed; the rest is released. Where the GPU did not become current,
+            nothing is, and it can be tried again.
+    """
+    with cuda.guard(), cuda.capture_mode("Relaxed"):
+        resources.close()
+
+
+def release_with(
+    owner: object, cuda: Cuda, resources: contextlib.ExitStack
+) -> weakref.finalize[..., object]:
+    """``release`` when the owner is gone; not at the end of the process, which gives all back."""
+    finalizer = weakref.finalize(owner, _release_unheard, cuda, resources, os.getpid())
+    finalizer.atexit = False
+    return finalizer
+
+
+def _release_unheard(cuda: Cuda, resources: contextlib.ExitStack, process: int) -> None:
+    """Nobody is left to hear of an error."""
+
+    def unheard() -> None:
+        with contextlib.suppress(BackendError):
+            release(cuda, resources)
+
+    if os.getpid() == process:  # else a fork's child: nothing there is its own
+        after_capture(unheard)
+
+
 @contextlib.contextmanager
 def _nothing_released() -> Iterator[None]:
     """What ``after_capture`` is given in this thread meanwhile is called afterwards."""
@@ -214,3 +262,12 @@ class CapturedGraph(_Owned):
 
     def launch(self, stream: Stream) -> None:
         self._cuda.call("cudaGraphLaunch", self.handle, stream.handle)
+
+
+def drop_graphs(graphs: dict[bool, CapturedGraph | None]) -> None:
+    """Release them, whatever fails, and forget them; None is one that can't be captured."""
+    dropped = [graph for graph in graphs.values() if graph is not None]
+    graphs.clear()
+    with contextlib.ExitStack() as rest:
+        for graph in dropped:
+            rest.callback(graph.close)

@@ -74,15 +74,24 @@ def flaw(manifest: Manifest, engines: EngineSet) -> str | None:
 
 def obstacle(engine: Engine, index: int = 0) -> str | None:
     """Why this machine can't load an engine, by its entry, or None."""
-    if engine.os != operating_system():
-        return f"built for {engine.os}, this is {operating_system()}"
     try:
-        version = str(load_tensorrt(engine.target).__version__)
-        if version != engine.version:
-            return f"built by {engine.target} {engine.version}, {version} is installed"
-        sm = sm_of(load_cuda(engine.target), index)
+        return _mismatch(engine, index)
     except BackendError as exc:
         return str(exc)
+
+
+def _mismatch(engine: Engine, index: int) -> str | None:
+    """Why an engine is for another machine, or None.
+
+    Raises:
+        BackendError: no engine runs here: a library, a driver or the GPU is missing.
+    """
+    if engine.os != operating_system():
+        return f"built for {engine.os}, this is {operating_system()}"
+    version = str(load_tensorrt(engine.target).__version__)
+    if version != engine.version:
+        return f"built by {engine.target} {engine.version}, {version} is installed"
+    sm = sm_of(load_cuda(engine.target), index)
     if sm in engine.sm or (_for_later_gpus(engine) and sm >= AMPERE):
         return None
     return f"built for {', '.join(f'sm_{n}' for n in engine.sm)}, this GPU is sm_{sm}"
@@ -96,12 +105,17 @@ def _for_later_gpus(engine: Engine) -> bool:
 
 def find_engines(manifest: Manifest, index: int) -> EngineSet | str:
     """The first set that fits GPU ``index``, or why none does, with what to do about it."""
-    reasons = []
+    reasons, cure = [], "Without engines: --device cpu"
     for engines in engine_sets(manifest):
-        reason = flaw(manifest, engines) or obstacle(engines.engines["encoder"], index)
-        if reason is None:
-            return engines
+        try:
+            reason = flaw(manifest, engines) or _mismatch(engines.engines["encoder"], index)
+        except BackendError as exc:  # others would not run here either
+            reason = str(exc)
+        else:
+            if reason is None:
+                return engines
+            cure = "Build others: rcod-export engines BUNDLE (or --device cpu)"
         reasons.append(f"{engines.folder}: {reason}")
     if not reasons:
         return "the bundle has no engines. Build them: rcod-export engines BUNDLE"
-    return "; ".join(reasons) + ". Build others: rcod-export engines BUNDLE (or --device cpu)"
+    return f"{'; '.join(reasons)}. {cure}"

@@ -56,8 +56,27 @@ def gpu_count(runtime: Any) -> int:
     """
     error, count = runtime.cudaGetDeviceCount()
     if int(error) != 0 or count == 0:
-        raise BackendError(f"no GPU answers here ({error.name})")
+        raise BackendError(f"no GPU answers here ({error.name}){_about_driver(runtime, error)}")
     return int(count)
+
+
+def _about_driver(runtime: Any, error: Any) -> str:
+    """What is wrong with the driver, and what to do; empty where CUDA doesn't blame that."""
+    if error.name != "cudaErrorInsufficientDriver":  # CUDA says it of a missing one too
+        return ""
+    (_, found), (_, expected) = runtime.cudaDriverGetVersion(), runtime.cudaRuntimeGetVersion()
+    if not found:
+        return ": no NVIDIA driver is installed"
+    return (
+        f": the driver is of CUDA {_version(found)}, older than cuda-bindings expects, "
+        f'{_version(expected)}. pip install "cuda-bindings<13", or update the driver '
+        "(TensorRT-RTX needs that)"
+    )
+
+
+def _version(number: int) -> str:
+    """CUDA's 12040 is 12.4."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def gpu_name(runtime: Any, index: int) -> str:

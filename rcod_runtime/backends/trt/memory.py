@@ -67,6 +67,11 @@ class Memory:
         staged = {name: sizes[name] for name in DOWN}
         self.slots = [Slot(cuda, keep, staged) for _ in range(SLOTS)]
 
+    def drain(self) -> None:
+        """Wait for all that is enqueued."""
+        for stream in (self.up, self.compute, self.down):
+            stream.synchronize()
+
     def bind(self, manifest: Manifest, engines: dict[str, LoadedEngine]) -> None:
         """Tell every engine where its tensors lie."""
         for name, engine in engines.items():

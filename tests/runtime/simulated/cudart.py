@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import gc
 import itertools
@@ -14,8 +15,9 @@ from tests.runtime.simulated.memory import DeviceMemory, PinnedMemory, Violation
 from tests.runtime.simulated.streams import Event, Graph, Scheduler, Stream
 
 Handle = Stream | int  # CUDA takes both
+RUNTIME_VERSION = 13050
 
-# They may wait for the GPU: in a thread that captures they are refused, and its capture is lost.
+# They may wait for the GPU: where a capture forbids them they are refused, and it is lost.
 WAITING = ("cudaMalloc", "cudaMallocHost", "cudaFree", "cudaFreeHost", "cudaEventSynchronize")
 
 
@@ -25,6 +27,7 @@ class Error(enum.IntEnum):
     cudaSuccess = 0  # noqa: N815
     cudaErrorInvalidValue = 1  # noqa: N815
     cudaErrorMemoryAllocation = 2  # noqa: N815
+    cudaErrorInsufficientDriver = 35  # noqa: N815
     cudaErrorNoDevice = 100  # noqa: N815
     cudaErrorStreamCaptureUnsupported = 900  # noqa: N815
     cudaErrorStreamCaptureInvalidated = 901  # noqa: N815
@@ -36,23 +39,34 @@ class CopyKind(enum.IntEnum):
     cudaMemcpyDeviceToDevice = 3  # noqa: N815
 
 
+class CaptureMode(enum.IntEnum):
+    cudaStreamCaptureModeGlobal = 0  # noqa: N815
+    cudaStreamCaptureModeThreadLocal = 1  # noqa: N815
+    cudaStreamCaptureModeRelaxed = 2  # noqa: N815
+
+
 class _Thread(threading.local):
-    """``gpu``: the thread's current one."""
+    """``gpu``: the thread's current one. ``mode``: what captures forbid to the thread."""
 
     gpu = 0
+    mode = CaptureMode.cudaStreamCaptureModeGlobal
 
 
 class SimulatedGpu:
     """A machine with GPUs of one kind.
 
+    ``driver`` is the newest CUDA that its driver knows, 0 where none is installed; the runtime is
+    13.5.
     ``fail_at``: the number of the call, counted from 0, that answers with an error; ``calls`` are
     the names: all of CUDA's, and those of TensorRT's that say whether they did it.
     ``launched``: how often each engine ran, ``replays`` of graphs; ``busy``: arenas in use, by
     their address.
     """
 
-    def __init__(self, sm: int = 89, count: int = 2, seed: int = 0) -> None:
-        self.sm, self.count = sm, count
+    def __init__(
+        self, sm: int = 89, count: int = 2, seed: int = 0, driver: int = RUNTIME_VERSION
+    ) -> None:
+        self.sm, self.count, self.driver = sm, count, driver
         self._thread = _Thread()
         self.owner: int | None = None  # the GPU that everything was made on
         self.memory, self.pinned, self.scheduler = DeviceMemory(), PinnedMemory(), Scheduler(seed)
@@ -113,9 +127,7 @@ class SimulatedGpu:
         module.cudaMemcpyKind = CopyKind  # type: ignore[attr-defined]
         module.cudaStreamNonBlocking = 1  # type: ignore[attr-defined]
         module.cudaEventDisableTiming = 2  # type: ignore[attr-defined]
-        module.cudaStreamCaptureMode = types.SimpleNamespace(  # type: ignore[attr-defined]
-            cudaStreamCaptureModeThreadLocal=1
-        )
+        module.cudaStreamCaptureMode = CaptureMode  # type: ignore[attr-defined]
         module.cudaDeviceAttr = types.SimpleNamespace(  # type: ignore[attr-defined]
             cudaDevAttrComputeCapabilityMajor=75, cudaDevAttrComputeCapabilityMinor=76
         )
@@ -124,6 +136,7 @@ class SimulatedGpu:
     def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         free_of_device = {
             "cudaGetDevice", "cudaSetDevice", "cudaGetDeviceCount", "cudaDeviceGetAttribute",
+            "cudaDriverGetVersion", "cudaRuntimeGetVersion",
         }  # fmt: skip
 
         def call(*arguments: Any) -> Any:
@@ -151,16 +164,44 @@ class SimulatedGpu:
             raise Violation(f"{name} with GPU {self.current} current, owned by GPU {self.owner}")
 
     def _breaks_a_capture(self) -> bool:
-        """Of the calling thread: captures are thread-local."""
-        captures = [stream.capture for stream in self.scheduler.streams]
-        own = [graph for graph in captures if graph and graph.thread == threading.get_ident()]
-        for graph in own:
+        """Of the calling thread, and in its global mode those that were begun in that mode too."""
+        mode, free = self._thread.mode, CaptureMode.cudaStreamCaptureModeRelaxed
+        if mode == free:
+            return False
+        captures = [stream.capture for stream in self.scheduler.streams if stream.capture]
+        broken = [
+            graph
+            for graph in captures
+            if (graph.thread == threading.get_ident() and graph.mode != free)
+            or mode == graph.mode == CaptureMode.cudaStreamCaptureModeGlobal
+        ]
+        for graph in broken:
             graph.broken = True
-        return bool(own)
+        return bool(broken)
+
+    @contextlib.contextmanager
+    def foreign_capture(self) -> Iterator[Graph]:
+        """Another library captures in this thread, in CUDA's global mode as torch does."""
+        mode = CaptureMode.cudaStreamCaptureModeGlobal
+        graph = Graph(thread=threading.get_ident(), mode=mode)
+        stream = Stream(capture=graph)
+        self.scheduler.streams.add(stream)
+        try:
+            yield graph
+        finally:
+            self.scheduler.streams.remove(stream)
 
     # Devices.
 
+    def cudaDriverGetVersion(self) -> Any:  # noqa: N802
+        return Error.cudaSuccess, self.driver
+
+    def cudaRuntimeGetVersion(self) -> Any:  # noqa: N802
+        return Error.cudaSuccess, RUNTIME_VERSION
+
     def cudaGetDeviceCount(self) -> Any:  # noqa: N802
+        if self.driver // 1000 < RUNTIME_VERSION // 1000:  # of no driver as well
+            return Error.cudaErrorInsufficientDriver, None
         if self.count == 0:
             return Error.cudaErrorNoDevice, None
         return Error.cudaSuccess, self.count
@@ -266,8 +307,12 @@ class SimulatedGpu:
 
     def cudaStreamBeginCapture(self, stream: Stream, mode: int) -> Any:  # noqa: N802
         assert mode == 1, "a capture that other threads can break"
-        stream.capture = Graph(thread=threading.get_ident())
+        stream.capture = Graph(thread=threading.get_ident(), mode=mode)
         return (Error.cudaSuccess,)
+
+    def cudaThreadExchangeStreamCaptureMode(self, mode: CaptureMode) -> Any:  # noqa: N802
+        before, self._thread.mode = self._thread.mode, CaptureMode(mode)
+        return Error.cudaSuccess, before
 
     def cudaStreamEndCapture(self, stream: Stream) -> Any:  # noqa: N802
         graph, stream.capture = stream.capture, None

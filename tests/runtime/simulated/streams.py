@@ -27,11 +27,13 @@ class Event:
 class Graph:
     """Work recorded from a stream, with the addresses it had.
 
-    ``thread`` captures it; ``broken`` by a call that a capture does not allow.
+    ``thread`` captures it in a ``mode`` (of cudaStreamCaptureMode); ``broken`` by a call that a
+    capture does not allow.
     """
 
     work: list[Work] = field(default_factory=list)
     thread: int = 0
+    mode: int = 1
     broken: bool = False
 
 
