@@ -34,7 +34,8 @@ class Record:
 class Report:
     """A file that takes records; None takes them and keeps nothing.
 
-    An earlier file is replaced: a report is about one run.
+    An earlier file is replaced: a report is about one run. As a context it closes the file; what
+    that runs into hides no error that is on its way already.
 
     Raises:
         OutputError: it can't be written.
@@ -75,5 +76,10 @@ class Report:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._file is None:
+            return
+        try:
+            self._file.close()  # writes again what could not be written
+        except OSError as exc:
+            if error is None:
+                raise self._error(exc) from exc

@@ -4,9 +4,10 @@
   rcod-serve --bundle DIR --host 0.0.0.0 --port 80 --jobs 2 --queue 32
   curl --data-binary @photo.jpg 'http://127.0.0.1:8000/v1/upscale?realism=0.3' -o sharp.png
 
-SIGTERM and Ctrl-C: no new connections, what is in work is finished. There is no TLS and no login:
-put a proxy in front where strangers can reach it. Exit codes: those of rcod-upscale; 6 where it
-can't listen.
+SIGTERM and Ctrl-C: no new connections, what is in work is finished. It has the time that it would
+have had, --body-timeout + --job-timeout, and 30 s for its answer to be read; Ctrl-C once more gives
+it up. There is no TLS and no login: put a proxy in front where strangers can reach it. Exit codes:
+those of rcod-upscale; 6 where it can't listen.
 """
 
 from __future__ import annotations
@@ -21,8 +22,6 @@ from rcod_runtime.cli.opening import add_opening_options, opening
 from rcod_runtime.errors import BackendError, OutputError, RcodError, UsageError
 from rcod_runtime.serve.limits import Limits
 
-GRACE_S = 30
-
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -34,7 +33,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, default=limits.jobs, help="photos in work at once (%(default)s)")
     add("--queue", type=int, default=limits.queue,
         help="photos in work, waiting, arriving; more get 503 (default: %(default)s)")  # fmt: skip
-    add("--connections", type=int, default=limits.connections, help="default: %(default)s")
+    add("--connections", type=int, default=limits.connections,
+        help="open at once; with more, photos get 503 (default: %(default)s)")  # fmt: skip
     add("--max-mib", type=float, default=limits.body_bytes / 2**20, metavar="MIB",
         help="largest body (default: %(default)g)")  # fmt: skip
     add("--max-pixels", type=int, default=limits.pixels, metavar="N",
@@ -82,13 +82,14 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     upscaler = Upscaler(**opening(arguments))
     upscaler.warmup()
+    grace_s = limits.grace_s
     config = uvicorn.Config(
         make_app(upscaler, limits),
         host=arguments.host,
         port=arguments.port,
-        limit_concurrency=limits.connections,
         timeout_keep_alive=5,
-        timeout_graceful_shutdown=GRACE_S,
+        # then it cancels what is in work, and its clients get a 500
+        timeout_graceful_shutdown=math.ceil(grace_s) if math.isfinite(grace_s) else None,
         h11_max_incomplete_event_size=16 * 1024,
         http=TimedProtocol,
         ws="none",

@@ -6,13 +6,15 @@ POST /v1/upscale      the body is an image; the answer is one. Query: realism (a
                       visible.
 GET /v1/progress/ID   {"done": tiles, "total": tiles} of a request in work
 GET /v1/model         name, levels, scale and limits
-GET /healthz          200 while the process serves; /readyz: 503 once it is stopping
+GET /healthz          200 while the process serves; /readyz: 503 while the queue is full. A server
+                      that is stopping takes no connections, also for these
 GET /metrics          Prometheus' text format
 GET /                 a page to try it
 
 An error is {"error": {"type": ..., "message": ...}} with 400 (a parameter), 408 (a body that comes
 too slowly), 409 (an id in use), 411 (no length), 413 (too large), 415 (encoded), 422 (not an image
-that can be read), 499 (nobody waits), 503 (the queue is full) or 504 (too slow).
+that can be read), 499 (nobody waits), 503 (the queue is full, or too many connections are open) or
+504 (too slow).
 """
 
 from __future__ import annotations
@@ -52,12 +54,10 @@ def make_app(upscaler: Upscaler, limits: Limits) -> FastAPI:
     jobs = Jobs(upscaler, limits)
     measures = Measures(jobs)
     in_work: dict[str, Job] = {}
-    stopping = asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        stopping.set()
         await asyncio.to_thread(jobs.close)
         upscaler.close()
 
@@ -66,8 +66,10 @@ def make_app(upscaler: Upscaler, limits: Limits) -> FastAPI:
     @app.post("/v1/upscale")
     async def upscale(request: Request) -> Response:
         request_id = request.headers.get("x-request-id", "")
-        unread = True
+        unread = False
         try:
+            _check_connections(request, limits)
+            unread = True
             choice = _choice(request, upscaler)
             if request_id and not ID.fullmatch(request_id):
                 raise Refused(400, "UsageError", "X-Request-Id: letters, digits and - only, 1..64.")
@@ -125,8 +127,7 @@ def make_app(upscaler: Upscaler, limits: Limits) -> FastAPI:
     @app.get("/readyz")
     async def ready() -> Response:
         full = jobs.accepted >= limits.queue
-        state = "stopping" if stopping.is_set() else "full" if full else "ready"
-        return JSONResponse({"status": state}, 200 if state == "ready" else 503)
+        return JSONResponse({"status": "full" if full else "ready"}, 503 if full else 200)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -140,6 +141,17 @@ def make_app(upscaler: Upscaler, limits: Limits) -> FastAPI:
         return HTMLResponse(page, headers=headers)
 
     return app
+
+
+def _check_connections(request: Request, limits: Limits) -> None:
+    """Whether so few were open that this one may stay.
+
+    Raises:
+        Refused: 503.
+    """
+    if getattr(request.state, "connections", 0) > limits.connections:  # TimedProtocol's
+        message = f"over {limits.connections} connections are open: try again soon."
+        raise Refused(503, "Overloaded", message, retry_s=1)
 
 
 def _choice(request: Request, upscaler: Upscaler) -> Choice:
@@ -259,14 +271,20 @@ async def _disconnected(request: Request) -> None:
 
 
 def _error(refused: Refused) -> Response:
-    headers = {}
-    if refused.status in (408, 413):
-        headers["Connection"] = "close"  # what is still to come is not read
+    # of these what is still to come is not read
+    headers = _headers(refused, close=refused.status in (408, 413, 503))
     return JSONResponse(_said(refused), refused.status, headers=headers)
 
 
 def _said(refused: Refused) -> dict[str, Any]:
     return {"error": {"type": refused.kind, "message": refused.message}}
+
+
+def _headers(refused: Refused, close: bool) -> dict[str, str]:
+    headers = {"Connection": "close"} if close else {}
+    if refused.retry_s is not None:
+        headers["Retry-After"] = str(refused.retry_s)
+    return headers
 
 
 class Unread(JSONResponse):
@@ -276,10 +294,7 @@ class Unread(JSONResponse):
     never see this one."""
 
     def __init__(self, refused: Refused, limits: Limits) -> None:
-        headers = {"Connection": "close"}
-        if refused.retry_s is not None:
-            headers["Retry-After"] = str(refused.retry_s)
-        super().__init__(_said(refused), refused.status, headers=headers)
+        super().__init__(_said(refused), refused.status, headers=_headers(refused, close=True))
         self.limits = limits
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

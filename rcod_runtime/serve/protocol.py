@@ -1,4 +1,5 @@
-"""HTTP/1.1 for uvicorn, with time limits for what a client must send and read."""
+"""HTTP/1.1 for uvicorn, with time limits for what a client must send and read, and the connections
+counted for the application."""
 
 from __future__ import annotations
 
@@ -15,7 +16,11 @@ UNREAD_S = 60.0  # the kernel takes megabytes at a time: 20 kB/s are still enoug
 class TimedProtocol(H11Protocol):
     """Closes connections that would be held for ever: uvicorn waits for a request's head, for the
     rest of a body whose request is answered, and for answers to be read, and some hundred of such
-    connections would be all that it takes."""
+    connections would be all that it takes.
+
+    ``request.state.connections`` is how many were open when this one came, with it. uvicorn's own
+    limit would refuse every path, also those by which an orchestrator asks whether the process
+    lives, and of many that come together also the first."""
 
     head_s, unread_s = HEAD_S, UNREAD_S
     _request_timer: asyncio.TimerHandle | None = None
@@ -23,6 +28,7 @@ class TimedProtocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        self.app_state = {**self.app_state, "connections": len(self.connections)}
         self._await_request()
 
     def on_response_complete(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import socket
 import threading
 import time
@@ -68,6 +69,30 @@ def test_a_photo_that_has_no_place_is_refused_before_it_is_read(
     finally:
         server.stop()
     assert "Traceback" not in server.said
+
+
+def test_with_too_many_connections_photos_are_refused_and_probes_are_not(
+    bundle: Path, photo: Callable[..., np.ndarray]
+) -> None:
+    """uvicorn's limit refused /healthz too, in plain text: a server under load was restarted."""
+    server = Server(bundle, "--connections", "4")
+    try:
+        with contextlib.ExitStack() as open_ones:
+            for _ in range(4):
+                slow = server.begin(b"some", {"Content-Length": "99"})
+                open_ones.enter_context(closing(slow))
+            for path in ("/healthz", "/readyz", "/metrics", "/v1/model"):
+                assert server.ask(path)[0] == 200, path
+            wait_for(lambda: server.measure("rcod_jobs_arriving") == 4)
+            status, headers, body = server.ask("/v1/upscale", png(photo()))
+            assert status == 503 and headers["retry-after"] == "1"
+            assert headers["connection"] == "close", "it is not one more that is held"
+            assert error_of(body)["type"] == "Overloaded"
+            assert "over 4 connections are open" in error_of(body)["message"]
+            assert server.measure('rcod_answers_total{status="503"}') == 1
+        wait_for(lambda: server.ask("/v1/upscale", png(photo()))[0] == 200)
+    finally:
+        server.stop()
 
 
 def test_a_place_is_free_again_however_its_photo_ends(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import concurrent.futures
+import http.client
+import math
 import os
 import signal
 import socket
@@ -10,10 +12,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from tests.runtime.test_serve import Server, large
+from tests.runtime.test_serve import Server, large, wait_for
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -29,6 +32,73 @@ def test_a_stop_lets_the_photo_in_work_be_finished(bundle: Path, number: int) ->
     assert "Traceback" not in server.said
     with pytest.raises(OSError):
         server.ask("/healthz")
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        ((), 140),
+        (("--body-timeout", "7.5", "--job-timeout", "600"), 607.5),
+        (("--job-timeout", "inf"), math.inf),
+    ],
+)
+def test_a_stop_waits_as_long_as_a_request_may_take(
+    options: tuple[str, ...], least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After 30 s uvicorn cancelled photos that had 120."""
+    import uvicorn
+
+    from rcod_runtime.cli import serve
+
+    configs: list[uvicorn.Config] = []
+
+    class Recorder:
+        started = True
+
+        def __init__(self, config: uvicorn.Config) -> None:
+            configs.append(config)
+
+        def run(self) -> None:
+            pass
+
+    monkeypatch.setattr("rcod_runtime.Upscaler", lambda **_: SimpleNamespace(warmup=lambda: None))
+    monkeypatch.setattr(uvicorn, "Server", Recorder)
+    monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
+    assert serve.main(list(options)) == 0
+    grace_s = configs[0].timeout_graceful_shutdown
+    if least == math.inf:
+        assert grace_s is None
+    else:
+        assert grace_s is not None and least < grace_s < least + 60
+
+
+def test_a_server_that_stops_takes_no_connections_and_ctrl_c_ends_it_at_once(bundle: Path) -> None:
+    server = Server(bundle, "--job-timeout", "1000")
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        answer = pool.submit(server.ask, "/v1/upscale", large(2000))
+        wait_for(lambda: server.measure("rcod_jobs_running") == 1)
+        server.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: not answers(server, "/readyz"))
+        assert server.process.poll() is None and not answer.done()
+        began = time.monotonic()
+        assert server.stop(signal.SIGINT) == 0
+        assert time.monotonic() - began < 60, "it went on with the photo"
+        assert not finished(answer)
+
+
+def answers(server: Server, path: str) -> bool:
+    try:
+        server.ask(path)
+    except OSError:
+        return False
+    return True
+
+
+def finished(answer: concurrent.futures.Future[tuple[int, dict[str, str], bytes]]) -> bool:
+    try:
+        return answer.result()[0] == 200
+    except (OSError, http.client.HTTPException):
+        return False
 
 
 def test_what_cannot_be_served_is_named(bundle: Path, tmp_path: Path) -> None:
