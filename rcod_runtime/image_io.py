@@ -19,6 +19,7 @@ from rcod_runtime.files import read_bounded, write_whole
 from rcod_runtime.parallel import row_bands
 from rcod_runtime.png import encode_png
 from rcod_runtime.tiff import with_profile
+from rcod_runtime.tiff_kind import BITS, PHOTOMETRIC, check_tiles, is_tiff, stretch, unreadable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,12 +70,13 @@ def read_image(path: Path | str, max_pixels: int = MAX_INPUT_PIXELS) -> Photo:
     """Decode an image file.
 
     EXIF orientation is applied, palettes are expanded, CMYK is converted to sRGB, of an animation
-    the first frame is taken. 16-bit grey keeps its depth; 16-bit colour does where OpenCV is
-    installed and is read at 8 bits with a warning otherwise. The one transparent colour that a PNG
-    may have becomes alpha.
+    the first frame is taken. 16-bit grey keeps its depth, 12-bit grey becomes 16-bit; 16-bit colour
+    keeps its depth where OpenCV is installed and is read at 8 bits with a warning otherwise. The
+    one transparent colour that a PNG may have becomes alpha.
 
     Raises:
-        ImageError: missing, a folder, empty, not an image, damaged, or over ``max_pixels``.
+        ImageError: missing, a folder, empty, not an image, of a kind of TIFF that can't be read,
+            damaged, over ``max_pixels``, or made to keep decoders busy.
     """
     path = Path(path)
     try:
@@ -102,6 +104,8 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
                     f"{source}: {width} x {height} px; the limit is {max_pixels / 1e6:g} million "
                     "pixels. Cut the image into parts."
                 )
+            if image.format == "TIFF":
+                check_tiles(data, max_pixels, source)
             if image.format in ("JPEG", "MPO") and _scans(data) > MAX_SCANS:
                 raise ImageError(
                     f"{source}: expected at most {MAX_SCANS} scans in a JPEG, found "
@@ -122,6 +126,8 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
             photo = _converted(image, source)  # now a TIFF is upright, and doesn't say how it was
             return Photo(_upright(photo.pixels, _orientation(image, source)), photo.icc)
     except UnidentifiedImageError as exc:
+        if is_tiff(data):
+            raise unreadable(data, source) from exc
         raise ImageError(
             f"{source}: expected an image (PNG, JPEG, WebP, TIFF, BMP, GIF), found another kind of "
             "file."
@@ -156,7 +162,7 @@ def _is_deep_colour(image: Image, data: bytes) -> bool:
     if image.format == "PNG":
         return data[24] == 16 and data[25] in (2, 4, 6)  # IHDR: bit depth, colour type
     if image.format == "TIFF":
-        bits = getattr(image, "tag_v2", {}).get(258, (8,))
+        bits = getattr(image, "tag_v2", {}).get(BITS, (8,))
         return len(bits) > 1 and max(bits) > 8
     return False
 
@@ -256,7 +262,11 @@ def _converted(image: Image, source: str) -> Photo:
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ImageError(f"{source}: expected 8 or 16 bits a channel, found 32-bit integers.")
-        return Photo(_with_alpha(values.astype(np.uint16), key), icc)
+        grey = values.astype(np.uint16)
+        if image.format == "TIFF" and mode != "I":
+            tags = getattr(image, "tag_v2", {})
+            stretch(grey, tags.get(BITS, (16,))[0], tags.get(PHOTOMETRIC))
+        return Photo(_with_alpha(grey, key), icc)
     if mode == "F":
         raise ImageError(f"{source}: expected 8 or 16 bits a channel, found floating point.")
     if mode in ("1", "L"):
