@@ -222,7 +222,8 @@ class EstimatorStageConfig(LoopConfig):
     _LIMITS = LoopConfig._LIMITS | {"heavy_share": SHARE, "crop_px": (4, math.inf)}
     steps: int = 20_000
     learning_rate: float = 2e-4
-    photos_per_batch: int = 8
+    photos_per_batch: int = 16
+    crops_per_photo: int = 1  # the crop is the whole context
     crop_px: int = 256
     context_px: int = 256
     heavy_share: float = 0.5  # of "osediff" degradations, the rest "s3diff"

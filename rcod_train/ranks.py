@@ -76,14 +76,17 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def join(on_cpu: bool) -> Ranks:
-    """The processes that the environment speaks of, connected by accelerate.
+def join(device: str) -> Ranks:
+    """The processes that the environment speaks of, connected by accelerate; ``device`` as
+    ``resolve_device`` takes it.
 
     Raises:
         ConfigError: they can't be connected.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return Ranks()
+    # Without a GPU accelerate would leave each of them alone, as the first of one.
+    on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     from accelerate import PartialState
 
     try:

@@ -89,7 +89,7 @@ class Run:
         check_stages(config)
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.ranks = join(on_cpu=config.device == "cpu")
+        self.ranks = join(config.device)
         self.device = resolve_device(config.device, self.ranks)
         if self.device.type == "cpu":
             keep_freed_memory()

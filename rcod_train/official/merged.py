@@ -27,7 +27,7 @@ def merge_official(
         _check_keys(raw, state, source)
     replace_conv_in(unet, raw["state_dict_unet"], source)
     for adapter in MERGED_ADAPTERS:
-        for module in raw[adapter.modules]:
+        for module in dict.fromkeys(raw[adapter.modules]):  # the VAE's are named several times
             _merge(unet if adapter.part == "unet" else vae, module, adapter, raw, source)
 
 

@@ -53,7 +53,7 @@ class Lpips(nn.Module):
 
 
 def _unit(features: Tensor) -> Tensor:
-    """Of length 1 at each place, fp32; channel by channel in memory, which is faster on a CPU."""
-    features = features.float().contiguous()
+    """Of length 1 at each place, fp32; in memory as the convolution left it."""
+    features = features.float()
     unit: Tensor = features / (torch.linalg.vector_norm(features, dim=1, keepdim=True) + 1e-10)
     return unit

@@ -59,7 +59,10 @@ class Published:
             "unet_lora_encoder_modules": down,
             "unet_lora_decoder_modules": up,
             "unet_lora_others_modules": others,
-            "vae_lora_encoder_modules": encoder,
+            # The published loop appends a name for each of its patterns that fit.
+            "vae_lora_encoder_modules": [
+                n for n in encoder for _ in range(10 if n == "quant_conv" else 2)
+            ],
         }
         for name, modules in (("encoder", down), ("decoder", up), ("others", others)):
             self.unet.add_adapter(lora(modules), adapter_name=f"default_{name}")

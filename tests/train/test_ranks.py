@@ -29,7 +29,7 @@ SETTINGS = [
 def arguments(base: Path, photos: Path, out: Path, accumulate: int) -> list[str]:
     argv = ["rcod-o", "--base", str(base / "sd"), "--clip", str(base / "clip")]
     argv += ["--data", str(photos), "--out", str(out), "--threads", "1", "--workers", "0"]
-    argv += ["--no-lpips", "--device", "cpu", "--precision", "fp32"]
+    argv += ["--no-lpips", "--precision", "fp32"]  # on the CPU, where there is no GPU
     for setting in (*SETTINGS, f"rcod.accumulate={accumulate}"):
         argv += ["--set", setting]
     return argv
@@ -72,7 +72,7 @@ def test_two_processes_are_one_with_the_double_batch(photos: Path, tmp_path: Pat
 
 def test_alone_nothing_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    ranks = join(on_cpu=True)
+    ranks = join("cpu")
     assert (ranks.rank, ranks.world, ranks.writes) == (0, 1, True)
     value = torch.ones(2)
     ranks.average_([value])
