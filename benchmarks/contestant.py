@@ -28,10 +28,11 @@ def open_runtime(task: dict[str, Any]) -> Callable[[Any], object]:
 
 def open_pytorch(task: dict[str, Any]) -> Callable[[Any], object]:
     from benchmarks.eager import MODES, EagerPipeline
-    from rcod_runtime.bundle import open_bundle
+    from rcod_runtime.bundle import default_bundle_path
+    from rcod_runtime.manifest import MANIFEST_FILE, read_manifest
 
-    bundle = None if task["bundle"] is None else Path(task["bundle"])
-    manifest = open_bundle(bundle).manifest
+    bundle = default_bundle_path() if task["bundle"] is None else Path(task["bundle"])
+    manifest = read_manifest(bundle / MANIFEST_FILE)  # its graphs are the other side's to load
     (mode,) = (mode for mode in MODES if mode.name == task["mode"])
     return EagerPipeline(Path(task["checkpoint"]), manifest, task["level"], task["threads"], mode)
 

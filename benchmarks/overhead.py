@@ -102,7 +102,9 @@ def run(config: OverheadConfig) -> str:
             results["folder"] = measure_folder(config, Path(folder))
     print(report.format_card(card))
     _print_results(config, results)
-    return report.document("overhead", SCHEMA_VERSION, card, backend=config.backend, **results)
+    with Upscaler(config.bundle, "cpu", config.backend) as upscaler:
+        backend = upscaler.backend  # with the precision that it chose
+    return report.document("overhead", SCHEMA_VERSION, card, backend=backend, **results)
 
 
 def measure_large(config: OverheadConfig, folder: Path) -> dict[str, Any]:

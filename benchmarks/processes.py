@@ -39,7 +39,10 @@ try:
     with open("/proc/self/status", encoding="ascii") as status:
         peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 except OSError:
-    import resource
+    try:
+        import resource
+    except ModuleNotFoundError:  # Windows
+        sys.exit("the peak of a process can't be measured on this system")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak *= 1 if sys.platform == "darwin" else 1024
 print(peak)

@@ -2,10 +2,10 @@
 
   python -m benchmarks.soak                       10000 calls on each backend
 
-A tiny bundle takes images of sizes that need more compiled shapes than a backend keeps, so that
-compiling and forgetting is in the loop too. Prints a machine card, a table, and one JSON document
-as the last line; growth is the slope of a line through the samples of the second half. Exit codes:
-those of rcod-upscale, 11 what can't be measured.
+A tiny bundle takes images of several sizes in tiles of more sizes than a backend keeps compiled, so
+that compiling and forgetting is in the loop too. Prints a machine card, a table, and one JSON
+document as the last line; growth is the slope of a line through the samples of the second half.
+Exit codes: those of rcod-upscale, 11 what can't be measured.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from rcod_runtime.backends import BACKENDS, installed
 SCHEMA_VERSION = 1
 SIZES = ((8, 8), (8, 16), (16, 8), (24, 8), (8, 32), (40, 40), (5, 7))  # height, width
 REALISM = ("fidelity", "adaptive", 0.7)
+TILES_PX = (32, 64, 96, 128, 160)  # one more than openvino keeps compiled
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def run(calls: int) -> str:
         "soak",
         SCHEMA_VERSION,
         card,
-        config={"calls": calls, "sizes": SIZES, "realism": REALISM},
+        config={"calls": calls, "sizes": SIZES, "realism": REALISM, "tiles_px": TILES_PX},
         backends=[asdict(s) for s in soaks],
     )
 
@@ -115,7 +116,7 @@ def _three(samples: Sequence[Sample]) -> tuple[Sample, Sample, Sample]:
 
 
 def soak(bundle: Path, backend: str, calls: int, every: int) -> Soak:
-    """Call an Upscaler on alternating sizes; the first round of sizes comes before the samples.
+    """Call an Upscaler on alternating sizes; the first round of all comes before the samples.
 
     Raises:
         BenchmarkError: this system doesn't tell what a process holds.
@@ -123,13 +124,15 @@ def soak(bundle: Path, backend: str, calls: int, every: int) -> Soak:
     images = [draw_picture(height, width) for height, width in SIZES]
     samples = []
     with Upscaler(bundle, backend=backend, precision="fp32") as upscaler:
-        for image in images:
-            for realism in REALISM:
-                upscaler(image, realism)
-        for number in range(calls + 1):
-            if number % every == 0:
+        for number in range(-len(SIZES) * len(TILES_PX) * len(REALISM), calls + 1):
+            if number >= 0 and number % every == 0:
                 samples.append(_sample(number))
-            upscaler(images[number % len(images)], REALISM[number % len(REALISM)])
+            upscaler(
+                images[number % len(images)],
+                REALISM[number % len(REALISM)],
+                tile_px=TILES_PX[number // len(images) % len(TILES_PX)],
+                overlap_px=0,
+            )
         name = upscaler.backend
     return Soak(
         name,

@@ -29,7 +29,7 @@ from rcod_runtime.cli.stopping import (
     Terminated,
     sigterm_raises,
 )
-from rcod_runtime.errors import RcodError
+from rcod_runtime.errors import ExportError, RcodError
 from rcod_train.errors import RcodTrainError
 
 MAX_NUMBER = 1_000_000  # GiB, or seconds
@@ -191,6 +191,9 @@ def main(argv: list[str] | None = None) -> int:
     except (RcodError, RcodTrainError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        print(f'{error.name} is not installed. pip install "rcod[export]"', file=sys.stderr)
+        return ExportError.exit_code
 
 
 def _bundle(arguments: argparse.Namespace) -> int:

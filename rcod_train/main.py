@@ -239,6 +239,9 @@ def main(argv: list[str] | None = None) -> int:
     except RcodTrainError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
+    except ModuleNotFoundError as error:
+        print(f'{error.name} is not installed. pip install "rcod[train]"', file=sys.stderr)
+        return RcodTrainError.exit_code
     except KeyboardInterrupt:  # a stage's steps end as Interrupted, with their state saved
         print("stopped; what is written is whole", file=sys.stderr)
         return Interrupted.exit_code

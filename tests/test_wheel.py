@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import shutil
 import subprocess
 import sys
@@ -16,9 +17,9 @@ LIMIT_BYTES = 45 * 2**20  # the embedded model has 34 MB
 
 
 @pytest.fixture(scope="module")
-def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
-    """Names in the wheel and their sizes. It is built of a copy: setuptools leaves a folder of what
-    it built, and takes up again what lies there."""
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It is built of a copy: setuptools leaves a folder of what it built, and takes up again what
+    lies there."""
     out, source = tmp_path_factory.mktemp("wheel"), tmp_path_factory.mktemp("source")
     for package in PACKAGES:
         ignored = shutil.ignore_patterns("__pycache__")  # others write there meanwhile
@@ -31,6 +32,12 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
     assert done.returncode == 0, done.stderr
     (wheel,) = out.iterdir()
     assert wheel.stat().st_size < LIMIT_BYTES
+    return wheel
+
+
+@pytest.fixture(scope="module")
+def names(wheel: Path) -> dict[str, int]:
+    """Names in the wheel and their sizes."""
     with zipfile.ZipFile(wheel) as archive:
         return {info.filename: info.file_size for info in archive.infolist()}
 
@@ -48,10 +55,12 @@ def test_nothing_else_is(names: dict[str, int]) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == set(PACKAGES)
 
 
-def test_every_command_has_an_entry_point_that_exists(names: dict[str, int]) -> None:
-    import tomllib
-
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+def test_every_command_has_an_entry_point_that_exists(wheel: Path, names: dict[str, int]) -> None:
+    (listing,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
+    parser = configparser.ConfigParser()
+    with zipfile.ZipFile(wheel) as archive:
+        parser.read_string(archive.read(listing).decode())
+    scripts = dict(parser["console_scripts"])
     assert set(scripts) == {
         "rcod-upscale", "rcod-doctor", "rcod-serve", "rcod-train", "rcod-export",
     }  # fmt: skip

@@ -102,7 +102,8 @@ def _providers(
     if wanted[0][0] not in ort.get_available_providers():
         raise BackendError(
             f"this ONNX Runtime {ort.__version__} has no {wanted[0][0]}. "
-            'pip uninstall onnxruntime, then pip install "rcod[cuda]"'
+            "pip uninstall onnxruntime onnxruntime-gpu (they share their files), then "
+            'pip install "rcod[cuda]"'
         )
     with contextlib.redirect_stdout(sys.stderr):  # it prints; stdout may be an image
         ort.preload_dlls(directory="")  # those of NVIDIA's packages, where they are installed

@@ -53,7 +53,8 @@ def test_engines_of_another_machine_are_refused_or_announced(
 
 OLDER = (
     r"no GPU answers here \(cudaErrorInsufficientDriver\): the driver is of CUDA 12\.4, older than "
-    r'cuda-bindings expects, 13\.5\. pip install "cuda-bindings<13", or update the driver'
+    r"cuda-bindings expects, 13\.5\. Update the driver .*pip install "
+    r'"tensorrt-cu12>=10\.3,<12" "cuda-bindings<13"'
 )
 
 

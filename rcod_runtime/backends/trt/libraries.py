@@ -69,8 +69,9 @@ def _about_driver(runtime: Any, error: Any) -> str:
         return ": no NVIDIA driver is installed"
     return (
         f": the driver is of CUDA {_version(found)}, older than cuda-bindings expects, "
-        f'{_version(expected)}. pip install "cuda-bindings<13", or update the driver '
-        "(TensorRT-RTX needs that)"
+        f"{_version(expected)}. Update the driver (TensorRT-RTX needs that), or pip uninstall "
+        "tensorrt tensorrt-cu13 tensorrt-cu13-bindings tensorrt-cu13-libs, then "
+        'pip install "tensorrt-cu12>=10.3,<12" "cuda-bindings<13"'
     )
 
 
