@@ -19,7 +19,7 @@ from rcod_runtime.files import read_bounded, write_whole
 from rcod_runtime.parallel import row_bands
 from rcod_runtime.png import encode_png
 from rcod_runtime.tiff import with_profile
-from rcod_runtime.tiff_kind import BITS, PHOTOMETRIC, check_tiles, is_tiff, stretch, unreadable
+from rcod_runtime.tiff_kind import BITS, PHOTOMETRIC, check_sizes, is_tiff, stretch, unreadable
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,7 +105,7 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
                     "pixels. Cut the image into parts."
                 )
             if image.format == "TIFF":
-                check_tiles(data, max_pixels, source)
+                check_sizes(data, max_pixels, source)
             if image.format in ("JPEG", "MPO") and _scans(data) > MAX_SCANS:
                 raise ImageError(
                     f"{source}: expected at most {MAX_SCANS} scans in a JPEG, found "

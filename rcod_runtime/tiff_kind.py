@@ -20,6 +20,8 @@ _SAID = {
 _SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _WHOLE = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 13: "I", 16: "Q", 17: "q", 18: "Q"}
 _MOST = 8  # values of a tag that are read: samples are fewer
+_MOST_VALUES = 65535  # of a tag: samples, and a short says how many they are
+_MOST_ENTRIES = 4096  # of a directory: encoders write some twenty
 
 # Encoders' tiles have 128 to 1024 px a side; with 4096 a small image may still come in one.
 TILE_PX = 4096 * 4096
@@ -34,7 +36,7 @@ def numbers(tiff: bytes, *tags: int) -> dict[int, list[int]]:
     is those of both: decoders don't agree on which one counts.
 
     Raises:
-        struct.error: there is no directory.
+        struct.error: there is no directory, or one made to fill the memory of its reader.
     """
     order = "<" if tiff[:2] == b"II" else ">"
     big = 43 in tiff[2:4]
@@ -43,12 +45,16 @@ def numbers(tiff: bytes, *tags: int) -> dict[int, list[int]]:
         raise struct.error(f"a directory at {first} in {len(tiff)} bytes")
     count_of, entry_of = (f"{order}Q", f"{order}HHQ") if big else (f"{order}H", f"{order}HHI")
     (count,) = struct.unpack_from(count_of, tiff, first)
+    if count > _MOST_ENTRIES:
+        raise struct.error(f"a directory of {count} entries, expected at most {_MOST_ENTRIES}")
     start, step, inline = first + (8 if big else 2), 20 if big else 12, 8 if big else 4
     found: dict[int, list[int]] = {}
     for at in range(start, min(start + count * step, len(tiff) - step + 1), step):
         tag, kind, many = struct.unpack_from(entry_of, tiff, at)
         if tag not in tags or kind not in _WHOLE:
             continue
+        if many > _MOST_VALUES:
+            raise struct.error(f"{many} values of tag {tag}, expected at most {_MOST_VALUES}")
         values = f"{order}{min(many, _MOST)}{_WHOLE[kind]}"
         where = at + step - inline
         if struct.calcsize(f"{order}{_WHOLE[kind]}") * many > inline:
@@ -58,22 +64,31 @@ def numbers(tiff: bytes, *tags: int) -> dict[int, list[int]]:
     return found
 
 
-def check_tiles(tiff: bytes, max_pixels: int, source: str) -> None:
-    """Tiles in bounds: a decoder makes room for a whole one, and fills it, however little of it is
-    in the image. (The strips of other files end with the image, whatever their length is said to
-    be.)
+def check_sizes(tiff: bytes, max_pixels: int, source: str) -> None:
+    """Image and tiles in bounds, whichever decoder reads them.
 
-    One may have ``max_pixels``, and takes then no more room than an image may, or TILE_PX where
-    that is more. All together may have four times as many: those at the edges reach beyond it.
+    The image: where its sides stand there twice, or as a type that Pillow passes over, it may have
+    another size for OpenCV than for Pillow. The largest counts.
+
+    Tiles: a decoder makes room for a whole one, and fills it, however little of it is in the image.
+    (The strips of other files end with the image, whatever their length is said to be.) One may
+    have ``max_pixels``, and takes then no more room than an image may, or TILE_PX where that is
+    more. All together may have four times as many: those at the edges reach beyond it.
 
     Raises:
         ImageError: they are over it.
-        struct.error: there is no directory.
+        struct.error: as numbers.
     """
     found = numbers(tiff, _WIDTH, _LENGTH, _TILE_WIDTH, _TILE_LENGTH)
     image_width, image_length, width, length = (
         max(found.get(tag, ()), default=0) for tag in (_WIDTH, _LENGTH, _TILE_WIDTH, _TILE_LENGTH)
     )
+    if image_width * image_length > max_pixels:
+        raise ImageError(
+            f"{source}: expected at most {max_pixels / 1e6:g} million pixels, found an ImageWidth "
+            f"of {image_width} and an ImageLength of {image_length}, which decoders don't read "
+            "alike. Save it as PNG."
+        )
     if width < 1 or length < 1:
         return  # none, or such as no decoder takes
     across, down = -(-image_width // width), -(-image_length // length)
@@ -92,7 +107,9 @@ def unreadable(tiff: bytes, source: str) -> ImageError:
         found = numbers(tiff, _WIDTH, *_SAID)
     except struct.error as exc:
         return ImageError(f"{source}: the image is damaged or cut short ({exc}).")
-    said = [f"{_SAID[tag]} {' '.join(map(str, found[tag]))}" for tag in _SAID if tag in found]
+    said = [
+        f"{_SAID[tag]} {' '.join(map(str, found[tag][:_MOST]))}" for tag in _SAID if tag in found
+    ]
     if _WIDTH not in found or not said:
         return ImageError(f"{source}: the image is damaged or cut short (nothing says its size).")
     return ImageError(

@@ -75,7 +75,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         import uvicorn
 
         from rcod_runtime.serve.app import make_app
-        from rcod_runtime.serve.protocol import TimedProtocol
+        from rcod_runtime.serve.protocol import Server, TimedProtocol
     except ImportError as exc:
         raise BackendError(f'{exc.name} is not installed. pip install "rcod[serve]"') from exc
     from rcod_runtime import Upscaler
@@ -97,7 +97,7 @@ def _serve(arguments: argparse.Namespace) -> int:
         log_level="info",
         access_log=False,
     )
-    server = uvicorn.Server(config)
+    server = Server(config)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after its stop
         signal.signal(number, lambda *_: None)
     with contextlib.suppress(SystemExit):  # with a code of uvicorn's, where it can't listen

@@ -66,10 +66,10 @@ def make_app(upscaler: Upscaler, limits: Limits) -> FastAPI:
     @app.post("/v1/upscale")
     async def upscale(request: Request) -> Response:
         request_id = request.headers.get("x-request-id", "")
-        unread = False
+        crowd = _crowd(request)
+        unread = crowd <= 2 * limits.connections  # above it is closed, not drained
         try:
-            _check_connections(request, limits)
-            unread = True
+            _check_crowd(crowd, limits)
             choice = _choice(request, upscaler)
             if request_id and not ID.fullmatch(request_id):
                 raise Refused(400, "UsageError", "X-Request-Id: letters, digits and - only, 1..64.")
@@ -143,13 +143,20 @@ def make_app(upscaler: Upscaler, limits: Limits) -> FastAPI:
     return app
 
 
-def _check_connections(request: Request, limits: Limits) -> None:
-    """Whether so few were open that this one may stay.
+def _crowd(request: Request) -> int:
+    """How many connections are open, or were when this one came, whichever is less: it is refused
+    neither for those that came later nor for those that have left."""
+    state = request.state  # with what TimedProtocol counts
+    return min(getattr(state, "came_as", 0), len(getattr(state, "connections", ())))
+
+
+def _check_crowd(crowd: int, limits: Limits) -> None:
+    """Whether there are so few that a photo may come.
 
     Raises:
         Refused: 503.
     """
-    if getattr(request.state, "connections", 0) > limits.connections:  # TimedProtocol's
+    if crowd > limits.connections:
         message = f"over {limits.connections} connections are open: try again soon."
         raise Refused(503, "Overloaded", message, retry_s=1)
 

@@ -11,7 +11,8 @@ READING_S = 30.0
 class Limits:
     """jobs: photos in work at once; queue: in work, waiting and arriving, more are answered 503.
 
-    connections: open at once, whatever is asked on them; with more, photos are answered 503.
+    connections: open at once, whatever is asked on them; with more, photos are answered 503, with
+    over twice as many without what comes of their bodies being read.
     body_s: from the head of a request to the end of its body; job_s: from there to the answer,
     waiting included. A job over it stops at its next tile batch.
     """

@@ -1,12 +1,15 @@
-"""HTTP/1.1 for uvicorn, with time limits for what a client must send and read, and the connections
-counted for the application."""
+"""HTTP/1.1 for uvicorn, with time limits for what a client must send and read, the connections
+counted for the application, and aborted where a stop is not waited for."""
 
 from __future__ import annotations
 
 import asyncio
+import socket
+from types import FrameType
 from typing import Any
 
 import h11
+import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 HEAD_S = 10.0
@@ -18,7 +21,8 @@ class TimedProtocol(H11Protocol):
     rest of a body whose request is answered, and for answers to be read, and some hundred of such
     connections would be all that it takes.
 
-    ``request.state.connections`` is how many were open when this one came, with it. uvicorn's own
+    ``request.state.connections`` are those that are open, as they come and go;
+    ``request.state.came_as`` is how many there were when this one came, with it. uvicorn's own
     limit would refuse every path, also those by which an orchestrator asks whether the process
     lives, and of many that come together also the first."""
 
@@ -28,7 +32,8 @@ class TimedProtocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        self.app_state = {**self.app_state, "connections": len(self.connections)}
+        counted = {"connections": self.connections, "came_as": len(self.connections)}
+        self.app_state = {**self.app_state, **counted}
         self._await_request()
 
     def on_response_complete(self) -> None:
@@ -66,3 +71,26 @@ class TimedProtocol(H11Protocol):
             self._await_reading()
         else:
             self.transport.abort()  # close() would wait until all is sent
+
+
+class Server(uvicorn.Server):
+    """A second Ctrl-C aborts what is open, for which its requests are those of clients that left.
+
+    uvicorn itself would only look no more whether connections are closed, and then leave it to
+    asyncio, which from Python 3.12 on waits for them (gh-120866)."""
+
+    _loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        super().handle_exit(sig, frame)
+        if self.force_exit and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._abort, self._loop)
+
+    def _abort(self, loop: asyncio.AbstractEventLoop) -> None:
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+        loop.call_later(0.1, self._abort, loop)  # it may listen for a moment more

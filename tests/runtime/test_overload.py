@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import http.client
 import socket
 import threading
 import time
@@ -92,6 +93,54 @@ def test_with_too_many_connections_photos_are_refused_and_probes_are_not(
             assert server.measure('rcod_answers_total{status="503"}') == 1
         wait_for(lambda: server.ask("/v1/upscale", png(photo()))[0] == 200)
     finally:
+        server.stop()
+
+
+def test_a_photo_of_megabytes_is_told_that_too_many_connections_are_open(bundle: Path) -> None:
+    """With its body unread the connection was reset, and its client saw no answer. Only where there
+    are twice as many it is closed at once."""
+    server = Server(bundle, "--connections", "3", "--body-timeout", "100")
+    unsent = b"POST /v1/upscale HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n"
+    try:
+        with contextlib.ExitStack() as open_ones:
+            for _ in range(3):
+                slow = server.begin(b"some", {"Content-Length": "99"})
+                open_ones.enter_context(closing(slow))
+            wait_for(lambda: server.measure("rcod_jobs_arriving") == 3)
+            for _ in range(3):
+                status, headers, body = server.ask("/v1/upscale", bytes(5 * 2**20))
+                assert status == 503 and headers["retry-after"] == "1"
+                assert "over 3 connections are open" in error_of(body)["message"]
+            for _ in range(3):
+                answer = server.begin(b"some", {"Content-Length": "99"}).getresponse()
+                open_ones.enter_context(answer)  # its connection: the server awaits the body
+                assert answer.status == 503
+            began = time.monotonic()
+            assert b"over 3 connections are open" in server.raw(unsent)
+            assert time.monotonic() - began < 50, "held though there are so many"
+    finally:
+        server.stop()
+
+
+def test_a_connection_of_a_spike_is_as_good_as_others_when_it_is_over(
+    bundle: Path, photo: Callable[..., np.ndarray]
+) -> None:
+    server = Server(bundle, "--connections", "2")
+    kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
+    try:
+        with contextlib.ExitStack() as spike:
+            for _ in range(2):
+                slow = server.begin(b"some", {"Content-Length": "99"})
+                spike.enter_context(closing(slow))
+            wait_for(lambda: server.measure("rcod_jobs_arriving") == 2)
+            kept.request("GET", "/healthz")
+            assert kept.getresponse().read() and kept.sock is not None
+            its_socket = kept.sock
+        wait_for(lambda: server.measure("rcod_jobs_arriving") == 0)
+        kept.request("POST", "/v1/upscale", png(photo()))
+        assert kept.getresponse().status == 200 and kept.sock is its_socket
+    finally:
+        kept.close()
         server.stop()
 
 

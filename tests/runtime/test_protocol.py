@@ -1,8 +1,10 @@
-"""What ``rcod-serve`` does with connections whose clients neither send nor read: the time limits of
-its protocol, shortened, over loopback."""
+"""What ``rcod-serve`` does with connections whose clients neither send nor read, and with those for
+which a stop doesn't wait: its protocol, with shorter time limits, over loopback."""
 
 from __future__ import annotations
 
+import asyncio
+import signal
 import socket
 import threading
 import time
@@ -14,7 +16,7 @@ import pytest
 
 uvicorn = pytest.importorskip("uvicorn")
 
-from rcod_runtime.serve.protocol import TimedProtocol  # noqa: E402
+from rcod_runtime.serve.protocol import Server, TimedProtocol  # noqa: E402
 
 ANSWER = bytes(16 * 2**20)  # more than the kernel keeps for a socket
 
@@ -93,3 +95,40 @@ def test_an_answer_that_is_read_slowly_arrives(server: Any) -> None:
         began = time.monotonic()
         assert read_to_end(connection, pause_s=0.01) > len(ANSWER)
         assert time.monotonic() - began > 1.5 * Hasty.unread_s, "not slow enough to tell"
+
+
+def test_a_second_ctrl_c_aborts_what_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """uvicorn leaves it to asyncio then, which waits for open connections, from Python 3.12 on."""
+    seen: list[str] = []
+
+    async def never(scope: Any, receive: Any, send: Any) -> None:
+        while "http.disconnect" not in seen:
+            seen.append((await receive())["type"])
+
+    async def wait_closed(_: asyncio.Server) -> None:
+        while server.server_state.connections:
+            await asyncio.sleep(0.01)
+
+    monkeypatch.setattr(asyncio.base_events.Server, "wait_closed", wait_closed)
+    config = uvicorn.Config(
+        never, http=TimedProtocol, lifespan="off", log_level="warning", loop="asyncio"
+    )
+    server = Server(config)
+    listening = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    with closing(connect(server, b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")) as connection:
+        while not seen:
+            time.sleep(0.01)
+        server.handle_exit(signal.SIGINT, None)
+        time.sleep(0.5)
+        assert thread.is_alive() and seen == ["http.request"], "it waits for its requests"
+        server.handle_exit(signal.SIGINT, None)
+        with suppress(ConnectionError):
+            assert connection.recv(1) == b""
+        thread.join(30)
+    assert seen[-1] == "http.disconnect", "it was cancelled at most, with the loop"
+    assert not thread.is_alive() and not server.server_state.connections

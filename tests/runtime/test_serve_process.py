@@ -62,7 +62,7 @@ def test_a_stop_waits_as_long_as_a_request_may_take(
             pass
 
     monkeypatch.setattr("rcod_runtime.Upscaler", lambda **_: SimpleNamespace(warmup=lambda: None))
-    monkeypatch.setattr(uvicorn, "Server", Recorder)
+    monkeypatch.setattr("rcod_runtime.serve.protocol.Server", Recorder)
     monkeypatch.setattr(serve.signal, "signal", lambda *_: None)
     assert serve.main(list(options)) == 0
     grace_s = configs[0].timeout_graceful_shutdown

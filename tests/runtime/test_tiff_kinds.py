@@ -1,9 +1,10 @@
-"""TIFFs: grey of every depth, kinds that can't be read, tiles made to fill a decoder's memory."""
+"""TIFFs: grey of every depth, kinds that can't be read, files made to fill a decoder's memory."""
 
 from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 import zlib
 
 import numpy as np
@@ -136,6 +137,39 @@ def test_a_tiff_without_a_directory_is_damaged() -> None:
             decode_image(cut, "g.tif")
 
 
+def repeated(entry: bytes, count: int) -> bytes:
+    """A BigTIFF of 4 px in width whose directory has this entry count times, with 8 numbers."""
+    numbers = struct.pack("<8Q", *range(2**63, 2**63 + 8))
+    directory = struct.pack("<Q", 1 + count) + struct.pack("<HHQQ", 256, 4, 1, 4) + entry * count
+    head = struct.pack("<2sHHHQ", b"II", 43, 8, 0, 16 + len(numbers))
+    return head + numbers + directory + bytes(8)
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (4000, r"can't be read \(BitsPerSample( \d{19}){8}\)"),
+        (10**5, "directory of 100001 entries"),
+    ],
+)
+def test_a_tag_that_stands_there_thousands_of_times_takes_no_room(count: int, said: str) -> None:
+    """2 MB took 170: of each entry eight numbers of their own, and a message of them all."""
+    data = repeated(struct.pack("<HHQQ", 258, 16, 8, 16), count)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ImageError, match=said):
+            raise unreadable(data, "g.tif")
+        assert tracemalloc.get_traced_memory()[1] < 4 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_tag_of_more_values_than_a_pixel_can_have_samples_is_damage() -> None:
+    data = repeated(struct.pack("<HHQQ", 258, 3, 2**40, 16), 1)
+    with pytest.raises(ImageError, match=f"damaged .*{2**40} values of tag 258, expected at most"):
+        raise unreadable(data, "g.tif")
+
+
 # -- tiles -----------------------------------------------------------------------------------------
 
 
@@ -190,3 +224,31 @@ def test_a_strip_that_claims_more_rows_than_the_image_has_is_read(photo: Photo) 
     data = data[:rows] + struct.pack("<HHII", 278, 4, 1, 2**32 - 1) + data[rows + 12 :]
     assert Image.open(io.BytesIO(data)).tag_v2[278] == 2**32 - 1  # type: ignore[attr-defined]
     np.testing.assert_array_equal(decode_image(data, "s.tif").pixels, image)
+
+
+# -- sizes on which decoders don't agree -----------------------------------------------------------
+
+
+def test_an_image_that_is_large_for_one_decoder_alone_is_over_the_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Pillow passes over the type of the sides that libtiff takes, and OpenCV decoded 25 million
+    pixels where 4000 were allowed."""
+    cv2 = pytest.importorskip("cv2")
+    good, encoded_deep = cv2.imencode(".tiff", np.full((24, 32, 3), 7, np.uint16))
+    assert good
+    data = encoded_deep.tobytes()
+    assert decode_image(data, "d.tif", max_pixels=4000).pixels.shape == (24, 32, 3)
+    (first,) = struct.unpack_from("<I", data, 4)
+    (count,) = struct.unpack_from("<H", data, first)
+    side = len(data) + len(data) % 2
+    sides = b"".join(struct.pack("<HHII", tag, TYPES["q"], 1, side) for tag in (256, 257))
+    entries = data[first + 2 : first + 2 + 12 * count + 4]
+    data = data.ljust(side, b"\0") + struct.pack("<qH", 5000, count + 2) + sides + entries
+    data = data[:4] + struct.pack("<I", side + 8) + data[8:]
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.size == (32, 24)
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: pytest.fail("decoded"))
+    message = r"d.tif: expected at most 0.004 million pixels, found an ImageWidth of 5000 and an"
+    with pytest.raises(ImageError, match=message):
+        decode_image(data, "d.tif", max_pixels=4000)
