@@ -103,8 +103,7 @@ def random_blur(config: BlurConfig, rng: np.random.Generator) -> Kernel:
 
 
 def _around_one(bounds: tuple[float, float], rng: np.random.Generator) -> float:
-    """Half of the draws below 1 (heavier tails), half above, where the range allows."""
+    """Half of the draws up to 1 (heavier tails), half from there on: where the range begins at 1,
+    half of them are 1, as in Real-ESRGAN."""
     low, high = bounds
-    if low < 1.0 and rng.random() < 0.5:
-        return float(rng.uniform(low, 1.0))
-    return float(rng.uniform(max(low, 1.0), high))
+    return float(rng.uniform(low, 1.0) if rng.random() < 0.5 else rng.uniform(1.0, high))

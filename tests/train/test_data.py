@@ -19,7 +19,14 @@ from rcod_train.config import NANO, RCOD_O, RCOD_S, SD_MEM, LoopConfig, degradat
 from rcod_train.data import PhotoBatches, batches, to_unit
 from rcod_train.degradation import PRESETS, StageConfig, degrade, upsample_lq
 from rcod_train.errors import ConfigError, DataError
-from rcod_train.kernels import BlurConfig, gaussian_like, random_blur, random_sinc, sinc
+from rcod_train.kernels import (
+    BlurConfig,
+    _around_one,
+    gaussian_like,
+    random_blur,
+    random_sinc,
+    sinc,
+)
 from rcod_train.photos import find_photos
 
 CONFIG = LoopConfig(steps=4, photos_per_batch=2, crops_per_photo=2, crop_px=64, context_px=96)
@@ -265,6 +272,15 @@ def test_the_gaussian_by_hand() -> None:
     np.testing.assert_allclose(turned, kernel.T, atol=1e-7)
     plateau = gaussian_like(7, 1.0, 1.0, 0.0, beta=2.0, plateau=True)
     assert plateau[3, 5] / plateau[3, 3] == pytest.approx(1 / 17, rel=1e-5)
+
+
+def test_shapes_of_blurs_are_drawn_as_in_real_esrgan() -> None:
+    """Half of the draws below 1 and half above; a plateau's are 1 in the place of less."""
+    rng = np.random.default_rng(0)
+    heavy = np.array([_around_one((0.5, 4.0), rng) for _ in range(1000)])
+    assert heavy.min() > 0.5 and heavy.max() < 4 and 450 < (heavy < 1).sum() < 550
+    plateaus = np.array([_around_one((1.0, 2.0), rng) for _ in range(1000)])
+    assert plateaus.max() < 2 and 450 < (plateaus == 1).sum() < 550
 
 
 def test_the_sinc_passes_what_is_below_its_cutoff() -> None:
