@@ -44,7 +44,7 @@ def checked_magnitudes(precision: Precision) -> Iterator[None]:
         )
 
 
-class _Largest(TorchDispatchMode):
+class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """The largest magnitude among all that operators have made, and the operator.
 
     Scores of attention are never made by PyTorch's operator for all of it, but by those that it is
@@ -52,7 +52,7 @@ class _Largest(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.value, self.operator = 0.0, ""
 
     def __torch_dispatch__(
