@@ -102,9 +102,7 @@ def run(config: OverheadConfig) -> str:
             results["folder"] = measure_folder(config, Path(folder))
     print(report.format_card(card))
     _print_results(config, results)
-    with Upscaler(config.bundle, "cpu", config.backend) as upscaler:
-        backend = upscaler.backend  # with the precision that it chose
-    return report.document("overhead", SCHEMA_VERSION, card, backend=backend, **results)
+    return report.document("overhead", SCHEMA_VERSION, card, backend=config.backend, **results)
 
 
 def measure_large(config: OverheadConfig, folder: Path) -> dict[str, Any]:
@@ -114,6 +112,7 @@ def measure_large(config: OverheadConfig, folder: Path) -> dict[str, Any]:
     spent: Counter[str] = Counter()
     rows: list[dict[str, float]] = []
     with Upscaler(config.bundle, "cpu", config.backend) as upscaler:
+        chosen = upscaler.backend  # with the precision that it chose
         chain = upscaler._chain
         assert isinstance(chain, HostChain), "the CPU's backends are host chains"
         chain._sessions = {
@@ -141,6 +140,7 @@ def measure_large(config: OverheadConfig, folder: Path) -> dict[str, Any]:
     return {
         "side_px": config.large_px,
         "runs": config.runs,
+        "backend": chosen,
         "seconds": {name: median(row[name] for row in rows[1:]) for name in rows[0]},
         "outside_share": median(shares),
         "outside_share_range": (min(shares), max(shares)),

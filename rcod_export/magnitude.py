@@ -7,7 +7,7 @@ overflow in an engine is finite there.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -57,15 +57,16 @@ class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., Any],
+        func: Any,  # an OpOverload
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         results = func(*args, **kwargs)
-        for value in tree_leaves(results):
-            self._look(func, value)
+        if not func.is_view:  # weights for one, turned for each product
+            for value in tree_leaves(results):
+                self._look(func, value)
         if "scaled_dot_product" in str(func):
             query, key = args[:2]
             scale = kwargs.get("scale") or 1 / math.sqrt(query.shape[-1])
@@ -73,7 +74,7 @@ class _Largest(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._look(func, q @ k.T * scale)
         return results
 
-    def _look(self, func: Callable[..., Any], value: Any) -> None:
+    def _look(self, func: Any, value: Any) -> None:
         if isinstance(value, Tensor) and value.is_floating_point() and value.numel():
             magnitude = max(abs(float(end)) for end in torch.aminmax(value))
             if not (magnitude <= self.value or math.isnan(self.value)):

@@ -126,9 +126,6 @@ class OpenVinoSession:
     ) -> None:
         self._core, self._config, self._model, self._path = core, config, model, path
         self._uses_winograd = uses_winograd
-        self._weights_at = [  # for as long as there is the model
-            node.data.ctypes.data for node in model.get_ops() if node.get_type_name() == "Constant"
-        ]
         self._names = [output.get_any_name() for output in model.outputs]
         self._requests: OrderedDict[tuple[object, ...], Any] = OrderedDict()
         self._any_shape: Any = None
@@ -158,7 +155,9 @@ class OpenVinoSession:
 
     def _compiled(self, model: ov.Model) -> Any:
         request = self._core.compile_model(model, "CPU", self._config).create_infer_request()
-        forget_pages(self._path, self._weights_at)  # they were packed
+        # Its weights were packed. They stay where they are for as long as there is the model.
+        nodes = (node for node in self._model.get_ops() if node.get_type_name() == "Constant")
+        forget_pages(self._path, (node.data.ctypes.data for node in nodes))
         return request
 
     def _reshaped(self, shapes: Shapes, outputs: Shapes) -> ov.Model:

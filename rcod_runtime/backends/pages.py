@@ -20,8 +20,9 @@ def forget_pages(path: Path, held: Iterable[int]) -> None:
     short; until then they count as this process's. Does nothing where there is no Linux.
 
     Args:
-        held: addresses. A mapping without one of them is left alone: another thread may take it
-            down at any moment, and what then comes in its place would be wiped out.
+        held: addresses, looked at where the file is mapped alone. A mapping without one of them is
+            left alone: another thread may take it down at any moment, and what then comes in its
+            place would be wiped out.
     """
     prefix = os.path.realpath(path)
     try:
@@ -29,10 +30,12 @@ def forget_pages(path: Path, held: Iterable[int]) -> None:
         madvise = ctypes.CDLL(None).madvise
     except (OSError, AttributeError):
         return
-    addresses = sorted(held)
+    spans = []
     for line in filter(None, maps.split("\n")):
         span, permissions, *_, name = line.split(maxsplit=5)
         if name.startswith(prefix) and permissions.startswith("r-"):
-            begin, end = (int(address, 16) for address in span.split("-"))
-            if bisect_left(addresses, begin) < bisect_left(addresses, end):
-                madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED)
+            spans.append([int(address, 16) for address in span.split("-")])
+    addresses = sorted(held) if spans else []
+    for begin, end in spans:
+        if bisect_left(addresses, begin) < bisect_left(addresses, end):
+            madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED)

@@ -9,7 +9,7 @@ import http.client
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +22,16 @@ from rcod_runtime import Upscaler
 from rcod_runtime.serve.jobs import Choice, Job, Jobs
 from rcod_runtime.serve.limits import Limits, Refused
 from tests.runtime.test_serve import Server, error_of, large, png, wait_for
+
+
+@contextlib.contextmanager
+def arriving(server: Server, count: int) -> Iterator[contextlib.ExitStack]:
+    """So many photos whose bodies don't come; what else is open then goes onto the stack."""
+    with contextlib.ExitStack() as open_ones:
+        for _ in range(count):
+            open_ones.enter_context(closing(server.begin(b"some", {"Content-Length": "99"})))
+        wait_for(lambda: server.measure("rcod_jobs_arriving") == count)
+        yield open_ones
 
 
 def test_an_overloaded_server_says_503_at_once_and_recovers(bundle: Path) -> None:
@@ -78,13 +88,9 @@ def test_with_too_many_connections_photos_are_refused_and_probes_are_not(
     """uvicorn's limit refused /healthz too, in plain text: a server under load was restarted."""
     server = Server(bundle, "--connections", "4")
     try:
-        with contextlib.ExitStack() as open_ones:
-            for _ in range(4):
-                slow = server.begin(b"some", {"Content-Length": "99"})
-                open_ones.enter_context(closing(slow))
+        with arriving(server, 4):
             for path in ("/healthz", "/readyz", "/metrics", "/v1/model"):
                 assert server.ask(path)[0] == 200, path
-            wait_for(lambda: server.measure("rcod_jobs_arriving") == 4)
             status, headers, body = server.ask("/v1/upscale", png(photo()))
             assert status == 503 and headers["retry-after"] == "1"
             assert headers["connection"] == "close", "it is not one more that is held"
@@ -102,11 +108,7 @@ def test_a_photo_of_megabytes_is_told_that_too_many_connections_are_open(bundle:
     server = Server(bundle, "--connections", "3", "--body-timeout", "100")
     unsent = b"POST /v1/upscale HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n"
     try:
-        with contextlib.ExitStack() as open_ones:
-            for _ in range(3):
-                slow = server.begin(b"some", {"Content-Length": "99"})
-                open_ones.enter_context(closing(slow))
-            wait_for(lambda: server.measure("rcod_jobs_arriving") == 3)
+        with arriving(server, 3) as open_ones:
             for _ in range(3):
                 status, headers, body = server.ask("/v1/upscale", bytes(5 * 2**20))
                 assert status == 503 and headers["retry-after"] == "1"
@@ -128,11 +130,7 @@ def test_a_connection_of_a_spike_is_as_good_as_others_when_it_is_over(
     server = Server(bundle, "--connections", "2")
     kept = http.client.HTTPConnection("127.0.0.1", server.port, timeout=300)
     try:
-        with contextlib.ExitStack() as spike:
-            for _ in range(2):
-                slow = server.begin(b"some", {"Content-Length": "99"})
-                spike.enter_context(closing(slow))
-            wait_for(lambda: server.measure("rcod_jobs_arriving") == 2)
+        with arriving(server, 2):
             kept.request("GET", "/healthz")
             assert kept.getresponse().read() and kept.sock is not None
             its_socket = kept.sock
