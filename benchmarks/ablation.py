@@ -49,7 +49,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "no_regression": ("regression.steps=1",),
     "mild_share": ("rcod.mild_share=0.4", "rcod.heavy_share=0.25"),  # degradations, not the method
 }
-BUDGET = ("regression.steps=400", "rcod.steps=400", "mem.steps=50")
+BUDGET = ("regression.steps=400", "rcod.steps=400", "refine.steps=0", "mem.steps=50")
 SHOWN = (("psnr_y", "PSNR", 2), ("ssim_y", "SSIM", 3), ("niqe", "NIQE", 2), ("piqe", "PIQE", 1))
 SHARED = ("vae", "base")  # stages that all variants start from
 MADE_WITH = "made_with.json"  # in a variant's folder, from its first moment

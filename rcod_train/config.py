@@ -208,6 +208,14 @@ class RegressionStageConfig(LoopConfig):
 
 
 @dataclass(frozen=True)
+class RefineStageConfig(RcodStageConfig):
+    """The RCOD stage once more, from merged weights. Their U-Net no longer denoises photos: without
+    VSD. 0 steps: left out."""
+
+    _LIMITS = RcodStageConfig._LIMITS | {"steps": (0, math.inf)}
+
+
+@dataclass(frozen=True)
 class MemStageConfig(LoopConfig):
     """Metric estimation module, trained after the rest, on the same data."""
 
@@ -300,18 +308,20 @@ NANO = RcodStageConfig(
     adversarial_weight=0.12,
     realism_power=2.0,
 )
-# From a merged checkpoint. Its U-Net no longer denoises photos: VSD would have no teacher.
-NANO_FROM = dataclasses.replace(
-    NANO,
-    steps=500,
-    crops_per_photo=2,
-    learning_rate=1.5e-4,
-    decoder_learning_rate=3e-4,
-    warmup_steps=50,
-    validation_steps=250,
-    any_level=1.0,
-    latent_weight=0.0,
-    vsd_weight=0.0,
+# From its merged weights, or those of a checkpoint.
+NANO_REFINE = RefineStageConfig(
+    **dataclasses.asdict(NANO)
+    | {
+        "steps": 500,
+        "crops_per_photo": 2,
+        "learning_rate": 1.5e-4,
+        "decoder_learning_rate": 3e-4,
+        "warmup_steps": 50,
+        "validation_steps": 250,
+        "any_level": 1.0,
+        "latent_weight": 0.0,
+        "vsd_weight": 0.0,
+    }
 )
 SD_MEM = MemStageConfig(
     steps=1000,
@@ -373,14 +383,15 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class TrainConfig(RunConfig):
-    """One run of ``rcod-train nano``. start: a merged checkpoint that takes the place of its first
-    three stages."""
+    """One run of ``rcod-train nano``. start: a merged checkpoint that takes the place of the stages
+    before ``refine``."""
 
     start: str = ""
     vae: VaeStageConfig = field(default_factory=VaeStageConfig)
     base: BaseStageConfig = field(default_factory=BaseStageConfig)
     regression: RegressionStageConfig = field(default_factory=RegressionStageConfig)
     rcod: RcodStageConfig = NANO
+    refine: RefineStageConfig = NANO_REFINE
     mem: MemStageConfig = field(default_factory=MemStageConfig)
 
 

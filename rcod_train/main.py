@@ -44,8 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
         dest="start",
         default="",
         metavar="DIR",
-        help="go on from a merged nano checkpoint, for photos of your own: the RCOD stage and the "
-        "MEM alone; one without a skip past the U-Net gets one",
+        help="go on from a merged nano checkpoint, for photos of your own: the stages refine and "
+        "mem alone; one without a skip past the U-Net gets one",
     )
     _add_rcod_o(commands)
     _add_rcod_s(commands)
@@ -113,7 +113,7 @@ def _add_rcod_o(commands: Any) -> None:
     add = parser.add_argument
     base = "Stable Diffusion 2.1-base or another eps-prediction base: folder or hub id"
     add("--base", required=True, metavar="DIR", help=base)
-    _add_run(parser, "rcod-o", "CreativeML-OpenRAIL-M")
+    _add_run(parser, "rcod-o", "LicenseRef-CreativeML-OpenRAIL-PlusPlus-M")
     _add_sd_run(parser)
     add(
         "--text",
@@ -261,13 +261,10 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run_nano(arguments: argparse.Namespace) -> int:
-    from rcod_train.config import NANO, NANO_FROM, TrainConfig
+    from rcod_train.config import TrainConfig
     from rcod_train.nano import train_nano
 
-    rcod = NANO_FROM if arguments.start else NANO
-    config = TrainConfig(
-        **_common(arguments), use_lpips=arguments.lpips, start=arguments.start, rcod=rcod
-    )
+    config = TrainConfig(**_common(arguments), use_lpips=arguments.lpips, start=arguments.start)
     return _train(train_nano, config, arguments)
 
 

@@ -25,7 +25,7 @@ from rcod_train.network import (
 from rcod_train.run import Run
 from rcod_train.stages.base import BaseStage, measure_scaling_factor
 from rcod_train.stages.mem import MemStage
-from rcod_train.stages.rcod import RcodStage
+from rcod_train.stages.rcod import RcodStage, RefineStage
 from rcod_train.stages.regression import RegressionStage
 from rcod_train.stages.vae import VaeStage
 
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 SCALING_BATCHES = 8
 TAKEN_OVER = "its discriminator is taken over"
 NEW = "no discriminator in it: a new one is trained, and a short run with it loses realism"
+OF_THE_MODEL = ("grouping", "metric", "constants", "vpim", "n", "k")  # alike in rcod and refine
 SMALLEST_CROP_PX = 3 * NanoVae.factor  # the MEM takes second differences of the latent
 
 
@@ -42,26 +43,26 @@ def train_nano(
 ) -> Path:
     """Run all stages and write ``<out>/checkpoint``; returns that folder.
 
-    With ``config.start`` the RCOD stage and the MEM go on from that checkpoint, against the
-    discriminator that it holds, or a new one; VAE, base and regression are left out. A checkpoint
-    without a skip gets one where the decoder, which it belongs to, is trained. Where the decoder
-    alone is trained, so that latents stay as they are, the checkpoint's MEM stays too.
+    With ``config.start`` the stages refine and mem alone go on from that checkpoint, against the
+    discriminator that it holds, or a new one. A checkpoint without a skip gets one where the
+    decoder, which it belongs to, is trained. Where the decoder alone is trained, so that latents
+    stay as they are, the checkpoint's MEM stays too.
 
     With ``resume``, finished stages are loaded and the newest whole checkpoint is continued.
     The result depends on the configuration, the photos and the number of threads alone.
 
     Raises:
-        ConfigError, DataError: see ``check_crops``, ``Run``. CheckpointError: see ``load_start``.
+        ConfigError, DataError: see ``check_fit``, ``Run``. CheckpointError: see ``load_start``.
     """
-    check_crops(config)
-    first = () if config.start else (config.vae, config.base, config.regression)
-    run = Run(config, (*first, config.rcod, config.mem), resume)
+    check_fit(config)
+    first = () if config.start else (config.vae, config.base, config.regression, config.rcod)
+    run = Run(config, (*first, config.refine, config.mem), resume)
     parts, start, taught = (
         load_start(config)
         if config.start
         else (build_nano(config.seed, skip=config.rcod.train_decoder), None, None)
     )
-    keeps_mem = start is not None and parts.mem is not None and not config.rcod.train_adapters
+    keeps_mem = start is not None and parts.mem is not None and not config.refine.train_adapters
     if parts.mem is None:
         with seeded(config.seed):
             parts.mem = Mem(NANO_LATENT_CHANNELS)
@@ -71,18 +72,13 @@ def train_nano(
     run.start()
     if start is None:
         train_base(run, parts, config)
-    tokens_px = parts.vpim.tokens_px
-
-    degradations = config.rcod.degradations
-    grouping = run.grouping(parts, config.rcod, tokens_px)
-    with seeded(config.seed):  # its LoRA matrices
-        rcod = RcodStage(
-            parts, config.rcod, grouping, run.autocast, run.perceptual, discriminator=taught
-        )
-    regression = RegressionStage(rcod, config.regression)
-    for stage in (regression, rcod) if start is None else (rcod,):
-        source = run.batches_of(stage.config, stage.name, tokens_px, degradations)
-        run.train(stage, source, run.validation(rcod, stage, tokens_px))
+        rcod = train_rcod(run, parts, config)
+    if start is not None or config.refine.steps:
+        if start is None:
+            freeze(rcod.merge(), run.device)
+            taught = own_discriminator(rcod)
+        rcod = train_refine(run, parts, config, taught)
+    tokens_px, degradations = parts.vpim.tokens_px, rcod.config.degradations
     if not keeps_mem:
         mem = MemStage(rcod, config.mem)
         run.train(mem, run.batches_of(config.mem, "mem", tokens_px, degradations))
@@ -95,21 +91,33 @@ def train_nano(
         info = dataclasses.replace(info, sources=tuple(dict.fromkeys(start.sources + sources)))
         if keeps_mem:  # what it estimates is M as it was measured then
             info = dataclasses.replace(info, m_min=start.m_min, m_max=start.m_max)
-    assert not isinstance(rcod.discriminator, BackboneDiscriminator)
-    return run.save(rcod.merge(), info, rcod.discriminator or taught)
+    return run.save(rcod.merge(), info, own_discriminator(rcod) or taught)
 
 
-def check_crops(config: TrainConfig) -> None:
-    """Before a run begins: a latent is whole.
+def check_fit(config: TrainConfig) -> None:
+    """Before a run begins: a latent is whole, and the stages fit each other.
 
     Raises:
-        ConfigError: a stage's crops can't be.
+        ConfigError: a stage's crops can't be, refine has VSD, or other levels or inputs than rcod.
     """
     for name, stage in config.stages.items():
         if stage.crop_px % NanoVae.factor or stage.crop_px < SMALLEST_CROP_PX:
             raise ConfigError(
                 f"{name}.crop_px: expected a multiple of {NanoVae.factor} from {SMALLEST_CROP_PX} "
                 f"on, found {stage.crop_px}."
+            )
+    refine, rcod = config.refine, config.rcod
+    if refine.vsd_weight:
+        raise ConfigError(
+            f"refine.vsd_weight: expected 0, found {refine.vsd_weight}. The U-Net of merged "
+            "weights upscales; the base that would teach VSD is not in them."
+        )
+    for name in OF_THE_MODEL if refine.steps and not config.start else ():
+        theirs, ours = getattr(rcod, name), getattr(refine, name)
+        if theirs != ours:
+            raise ConfigError(
+                f"refine.{name}: expected that of rcod ({theirs}), found {ours}. Set both, or "
+                "leave the stage out: --set refine.steps=0."
             )
 
 
@@ -119,24 +127,18 @@ def load_start(config: TrainConfig) -> tuple[Parts, CheckpointInfo, Discriminato
 
     Raises:
         CheckpointError: not a checkpoint, of another family, or a discriminator that is broken.
-        ConfigError: VSD has a weight.
     """
-    if config.rcod.vsd_weight:
-        raise ConfigError(
-            f"rcod.vsd_weight: expected 0 with --from, found {config.rcod.vsd_weight}. The U-Net "
-            "of a merged checkpoint upscales; the base that would teach VSD is not in it."
-        )
     parts, info = load_merged(config.start)
     if info.family != "nano":
         raise CheckpointError(f"{config.start}: expected a nano checkpoint, found {info.family}.")
     assert isinstance(parts.vae, NanoVae)
-    if parts.vae.skip is None and config.rcod.train_decoder:
+    if parts.vae.skip is None and config.refine.train_decoder:
         log.info("%s: no skip past the denoiser in it: a new one is trained", config.start)
         with seeded(config.seed):
             parts.vae = parts.vae.with_skip(NANO_SKIP_CHANNELS)
     freeze(parts, torch.device("cpu"))
     discriminator = load_discriminator(config.start)
-    if config.rcod.adversarial_weight:
+    if config.refine.adversarial_weight:
         log.info("%s: %s", config.start, NEW if discriminator is None else TAKEN_OVER)
     return parts, info, discriminator
 
@@ -155,3 +157,37 @@ def train_base(run: Run, parts: Parts, config: TrainConfig) -> None:
 
     base = BaseStage(parts, config.base, run.autocast)
     run.train(base, run.batches_of(config.base, "base", tokens_px, None))
+
+
+def train_rcod(run: Run, parts: Parts, config: TrainConfig) -> RcodStage:
+    """The paper's method on the base, after the distances to the photo alone."""
+    tokens_px, degradations = parts.vpim.tokens_px, config.rcod.degradations
+    grouping = run.grouping(parts, config.rcod, tokens_px)
+    with seeded(config.seed):  # its LoRA matrices
+        rcod = RcodStage(parts, config.rcod, grouping, run.autocast, run.perceptual)
+    for stage in (RegressionStage(rcod, config.regression), rcod):
+        source = run.batches_of(stage.config, stage.name, tokens_px, degradations)
+        run.train(stage, source, run.validation(rcod, stage, tokens_px))
+    return rcod
+
+
+def train_refine(
+    run: Run, parts: Parts, config: TrainConfig, taught: Discriminator | None
+) -> RcodStage:
+    """From merged weights, at all levels alike, against the discriminator ``taught`` so far."""
+    stage, tokens_px = config.refine, parts.vpim.tokens_px
+    grouping = run.grouping(parts, stage, tokens_px, "metric_refine.json")
+    with seeded(config.seed):
+        refine = RefineStage(
+            parts, stage, grouping, run.autocast, run.perceptual, discriminator=taught
+        )
+    if stage.steps:
+        source = run.batches_of(stage, refine.name, tokens_px, stage.degradations)
+        run.train(refine, source, run.validation(refine, refine, tokens_px))
+    return refine
+
+
+def own_discriminator(rcod: RcodStage) -> Discriminator | None:
+    """nano's, on the pixels, if the stage has one."""
+    assert not isinstance(rcod.discriminator, BackboneDiscriminator)
+    return rcod.discriminator

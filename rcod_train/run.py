@@ -54,6 +54,7 @@ SEED_STEP = {
     "measure": 4,
     "regression": 5,
     "estimator": 6,
+    "refine": 7,
 }
 _MACHINE = (
     "data",
@@ -192,15 +193,17 @@ class Run:
             if board is not None:
                 board.close()
 
-    def grouping(self, parts: Parts, config: RcodStageConfig, tokens_px: int) -> Grouping:
+    def grouping(
+        self, parts: Parts, config: RcodStageConfig, tokens_px: int, file: str = "metric.json"
+    ) -> Grouping:
         """Eq. 5 with M_min and M_max measured on the photos, or the published bins.
 
-        What was measured is kept in ``metric.json`` with all that it depends on, so that a resumed
-        run doesn't do it again where nothing of that has changed.
+        What was measured is kept in ``file`` with all that it depends on, so that a resumed run
+        doesn't do it again where nothing of that has changed.
         """
         if config.grouping == "official":
             return official_grouping(config.n, config.k)
-        path = self.out / "metric.json"
+        path = self.out / file
         made_with = {
             "metric": config.metric,
             "samples": config.metric_samples,

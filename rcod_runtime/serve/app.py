@@ -1,20 +1,6 @@
 """The HTTP interface.
 
-POST /v1/upscale      the body is an image; the answer is one. Query: realism (a level, adaptive, or
-                      0..1), scale (1..4), colour_match (none, adain, wavelet, consistent), format
-                      (png, jpeg, webp). A header X-Request-Id of the client's choice makes progress
-                      visible.
-GET /v1/progress/ID   {"done": tiles, "total": tiles} of a request in work
-GET /v1/model         name, levels, scale and limits
-GET /healthz          200 while the process serves; /readyz: 503 while the queue is full. A server
-                      that is stopping takes no connections, also for these
-GET /metrics          Prometheus' text format
-GET /                 a page to try it
-
-An error is {"error": {"type": ..., "message": ...}} with 400 (a parameter), 408 (a body that comes
-too slowly), 409 (an id in use), 411 (no length), 413 (too large), 415 (encoded), 422 (not an image
-that can be read), 499 (nobody waits), 503 (the queue is full, or too many connections are open) or
-504 (too slow).
+What it answers on which path, and with which status: docs/serve.md.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ RCOD_O = Layout(
     options=frozenset({"clip"}),
     levels=_levels(OFFICIAL_ALPHA_BAR),
     summary="Published RCOD_O weights: Stable Diffusion 2.1-base, one step, x4.",
-    licence="CreativeML-OpenRAIL-M",
+    licence="LicenseRef-CreativeML-OpenRAIL-PlusPlus-M",
     sources=("LSDIR and FFHQ, as published by the authors of RCOD",),
     align="state_dict_proj",
 )
@@ -147,7 +147,7 @@ OSEDIFF = Layout(
     options=frozenset({"tokens"}),
     levels=(CheckpointLevel("neutral", OSEDIFF_TIMESTEP, *alpha_sigma(OSEDIFF_TIMESTEP)),),
     summary="Published OSEDiff weights with one fixed prompt: one step, x4, no realism control.",
-    licence="CreativeML-OpenRAIL-M",
+    licence="LicenseRef-CreativeML-OpenRAIL-PlusPlus-M",
     sources=("LSDIR and FFHQ, as published by the authors of OSEDiff",),
 )
 RCOD_S = Layout(

@@ -412,3 +412,9 @@ class RcodStage:
         """The generator with its LoRA merged, if it has one: what ships."""
         self.model.merge()
         return self.parts
+
+
+class RefineStage(RcodStage):
+    """The same from merged weights: see ``RefineStageConfig``."""
+
+    name = "refine"

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import rcod_train.run
-from rcod_train.config import NANO_FROM, TrainConfig
+from rcod_train.config import NANO_REFINE, TrainConfig
 from rcod_train.errors import ConfigError
 from rcod_train.main import main
 from rcod_train.overrides import with_overrides
@@ -148,11 +148,35 @@ def test_missing_lpips_says_what_to_install(
             2,
             "ConfigError: rcod.heavy_share and mild_share: .* together, found 0.8 and 0.4",
         ),
-        (["--set", "rcod.n=5"], 2, "ConfigError: rcod.n: expected 1 to 4 groups, found 5"),
-        (["--set", "rcod.n=4"], 2, "rcod.k: expected 1 to 249 with 4 groups, found 250"),
-        (["--set", "rcod.n=4", "--set", "rcod.k=249"], 9, "DataError: .*expected a folder"),
-        (["--set", "rcod.grouping=official", "--set", "rcod.n=2"], 2, "expected rcod.n 3 or 4"),
-        (["--set", "rcod.grouping=official", "--set", "rcod.n=4"], 9, "DataError"),
+        (
+            ["--set", "rcod.n=5", "--set", "refine.steps=0"],
+            2,
+            "ConfigError: rcod.n: expected 1 to 4 groups, found 5",
+        ),
+        (
+            ["--set", "rcod.n=4", "--set", "refine.steps=0"],
+            2,
+            "rcod.k: expected 1 to 249 with 4 groups, found 250",
+        ),
+        (
+            ["--set", "rcod.n=4", "--set", "rcod.k=249", "--set", "refine.steps=0"],
+            9,
+            "DataError: .*expected a folder",
+        ),
+        (
+            ["--set", "rcod.grouping=official", "--set", "rcod.n=2", "--set", "refine.steps=0"],
+            2,
+            "expected rcod.n 3 or 4",
+        ),
+        (
+            ["--set", "rcod.grouping=official", "--set", "rcod.n=4", "--set", "refine.steps=0"],
+            9,
+            "DataError",
+        ),
+        (["--set", "rcod.n=2"], 2, r"refine.n: expected that of rcod \(2\), found 3"),
+        (["--set", "rcod.n=2", "--set", "refine.n=2"], 9, "DataError"),
+        (["--set", "refine.vsd_weight=1"], 2, "refine.vsd_weight: expected 0, found 1.0"),
+        (["--set", "refine.steps=-1"], 2, "steps: expected at least 0, found -1"),
         (["--set", "rcod.train_adapters=false"], 2, "and vsd_weight=0, found True and 0.5"),
         (["--data", "."], 2, "ConfigError: --out .*out: lies in [.], and the pictures"),
     ],
@@ -209,4 +233,4 @@ def test_several_processes_do_not_share_one_gpu() -> None:
 
 def test_nano_validates_where_photos_are_held_out() -> None:
     assert CONFIG.regression.validation_steps and CONFIG.rcod.validation_steps
-    assert NANO_FROM.validation_steps
+    assert NANO_REFINE.validation_steps

@@ -28,9 +28,9 @@ from rcod_train.run import Run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = [
-    "vae.steps=3", "base.steps=3", "regression.steps=3", "rcod.steps=4", "mem.steps=3",
-    "rcod.metric_samples=4",
-    *(f"{stage}.{field}" for stage in ("vae", "base", "regression", "rcod", "mem")
+    "vae.steps=3", "base.steps=3", "regression.steps=3", "rcod.steps=4", "refine.steps=4",
+    "mem.steps=3", "rcod.metric_samples=4", "refine.metric_samples=4",
+    *(f"{stage}.{field}" for stage in ("vae", "base", "regression", "rcod", "refine", "mem")
       for field in ("crop_px=64", "context_px=96", "photos_per_batch=1", "crops_per_photo=2",
                     "checkpoint_steps=2", "warmup_steps=2")),
 ]  # fmt: skip
@@ -88,6 +88,7 @@ def test_every_stage_logs_its_losses(whole: Path) -> None:
             "adversarial",
             "feature",
         },
+        "refine": {"generator_loss", "l1", "share_0", "adversarial", "feature"},
         "mem": {"mem_loss", "mean_abs_error"},
     }.items():
         rows = [
@@ -133,7 +134,7 @@ def test_a_stage_that_others_were_built_on_is_not_trained_on(
     before = {p: p.stat().st_mtime_ns for p in whole.rglob("step-*.pt")}
     assert main(arguments(photos, whole, "--resume", "--set", "vae.steps=40")) == 9
     error = capsys.readouterr().err
-    built = " ".join(str(whole / name) for name in ("base", "regression", "rcod", "mem"))
+    built = " ".join(str(whole / name) for name in ("base", "regression", "rcod", "refine", "mem"))
     assert "stage vae would be trained on from step 3 to 40" in error
     assert f"delete {built} to train them again, or use another --out" in error
     assert {p: p.stat().st_mtime_ns for p in whole.rglob("step-*.pt")} == before
@@ -147,10 +148,10 @@ def test_a_run_takes_over_the_discriminator_of_the_checkpoint(
     caplog.set_level(logging.INFO)
     start = tmp_path / "start"
     shutil.copytree(whole / "checkpoint", start)
-    still = ("--set", "rcod.discriminator_learning_rate=1e-9", "--from", str(start))
+    still = ("--set", "refine.discriminator_learning_rate=1e-9", "--from", str(start))
     assert main(arguments(photos, tmp_path / "taken", *still)) == 0
     assert TAKEN_OVER in caplog.text and NEW not in caplog.text
-    unasked = ("--set", "rcod.adversarial_weight=0", "--from", str(start))
+    unasked = ("--set", "refine.adversarial_weight=0", "--from", str(start))
     assert main(arguments(photos, tmp_path / "unasked", *unasked)) == 0
     (start / DISCRIMINATOR).unlink()
     assert main(arguments(photos, tmp_path / "new", *still)) == 0
@@ -172,19 +173,37 @@ def test_a_run_takes_over_the_discriminator_of_the_checkpoint(
     assert "_name_or_path" not in taken_in  # a path of the machine alone
 
 
+def test_without_steps_of_refine_what_ships_is_of_rcod(
+    photos: Path, whole: Path, tmp_path: Path
+) -> None:
+    for stage in ("vae", "base", "regression", "rcod"):
+        shutil.copytree(whole / stage, tmp_path / stage)
+    assert main(arguments(photos, tmp_path, "--resume", "--set", "refine.steps=0")) == 0
+    _, info = load_merged(tmp_path / "checkpoint")
+    assert "refine" not in info.training and not (tmp_path / "refine").exists()
+    rcod, refined = weights(tmp_path), weights(whole)
+    changed = {name.split(".")[0] for name in rcod if not torch.equal(rcod[name], refined[name])}
+    assert changed == {"unet", "vae", "vpim", "mem"}
+    first = {
+        stage: json.loads((whole / stage / "losses.jsonl").read_text().splitlines()[0])
+        for stage in ("rcod", "refine")
+    }
+    assert first["rcod"]["l1"] != first["refine"]["l1"], "not the same photos once more"
+
+
 def test_a_run_goes_on_from_a_merged_checkpoint(photos: Path, whole: Path, tmp_path: Path) -> None:
-    start = ("--from", str(whole / "checkpoint"), "--set", "rcod.learning_rate=1e-9",
-             "--set", "rcod.decoder_learning_rate=1e-9", "--name", "mine",
+    start = ("--from", str(whole / "checkpoint"), "--set", "refine.learning_rate=1e-9",
+             "--set", "refine.decoder_learning_rate=1e-9", "--name", "mine",
              "--source", "photos of my own")  # fmt: skip
     assert main(arguments(photos, tmp_path, *start)) == 0
-    assert sorted(p.parent.name for p in tmp_path.glob("*/losses.jsonl")) == ["mem", "rcod"]
+    assert sorted(p.parent.name for p in tmp_path.glob("*/losses.jsonl")) == ["mem", "refine"]
     _, before = load_merged(whole / "checkpoint")
     _, info = load_merged(tmp_path / "checkpoint")
     assert info.name == "mine" and info.levels == before.levels
     assert info.training["from"] == {"name": "nano", "training": before.training}
     assert before.sources == ("drawn by the test",)
     assert info.sources == ("drawn by the test", "photos of my own")
-    assert info.training["rcod"]["vsd_weight"] == 0 and "vae" not in info.training
+    assert info.training["refine"]["vsd_weight"] == 0 and "rcod" not in info.training
     assert str(tmp_path) not in (tmp_path / "checkpoint" / "rcod.json").read_text()
     # With no learning rate to speak of what ships is what it started from; the MEM is trained.
     old, new = weights(whole), weights(tmp_path)
@@ -217,10 +236,10 @@ def test_a_checkpoint_without_a_skip_gets_one(
 def test_a_decoder_alone_is_trained_and_latents_and_their_mem_stay(
     photos: Path, whole: Path, tmp_path: Path
 ) -> None:
-    start = ("--from", str(whole / "checkpoint"), "--set", "rcod.train_adapters=false",
-             "--set", "rcod.mild_share=0.5", "--set", "base.context_px=4096")  # fmt: skip
+    start = ("--from", str(whole / "checkpoint"), "--set", "refine.train_adapters=false",
+             "--set", "refine.mild_share=0.5", "--set", "base.context_px=4096")  # fmt: skip
     assert main(arguments(photos, tmp_path, *start)) == 0
-    assert [p.parent.name for p in tmp_path.glob("*/losses.jsonl")] == ["rcod"]
+    assert [p.parent.name for p in tmp_path.glob("*/losses.jsonl")] == ["refine"]
     old, new = weights(whole), weights(tmp_path)
     changed = {name.split(".")[1] for name in old if not torch.equal(old[name], new[name])}
     assert old.keys() == new.keys() and changed == {"decoder", "skip"}
@@ -233,10 +252,10 @@ def test_a_decoder_alone_is_trained_and_latents_and_their_mem_stay(
 @pytest.mark.parametrize(
     ("setting", "family", "said"),
     [
-        ("rcod.vsd_weight=1", "nano", "rcod.vsd_weight: expected 0 with --from, found 1.0"),
-        ("rcod.vsd_weight=0", "rcod-o", '"_class_name": expected one of SdVae'),
-        ("rcod.vsd_weight=0", None, "not found. Expected a merged checkpoint"),
-        ("rcod.vsd_weight=0", "broken", "discriminator.safetensors: could not be loaded"),
+        ("refine.vsd_weight=1", "nano", "refine.vsd_weight: expected 0, found 1.0"),
+        ("refine.vsd_weight=0", "rcod-o", '"_class_name": expected one of SdVae'),
+        ("refine.vsd_weight=0", None, "not found. Expected a merged checkpoint"),
+        ("refine.vsd_weight=0", "broken", "discriminator.safetensors: could not be loaded"),
     ],
 )
 def test_what_a_run_cannot_go_on_from_is_named_before_anything_is_written(
