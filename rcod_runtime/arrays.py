@@ -38,12 +38,19 @@ class Prepared:
 
 def host_array(image: Any) -> Any:
     """Another library's array in the host's memory as a numpy array, without a copy, by DLPack;
-    what has no DLPack as it is.
+    what has no DLPack as it is. A matrix or another kind of numpy's arrays is a plain one.
 
     Raises:
-        UsageError: it is not in the host's memory, or its library does not give it.
+        UsageError: it is not in the host's memory, its library does not give it, or values of it
+            are masked.
     """
-    if isinstance(image, np.ndarray) or not hasattr(image, "__dlpack_device__"):
+    if isinstance(image, np.ma.MaskedArray) and np.ma.is_masked(image):
+        raise UsageError(
+            "image: expected all pixels, found masked ones. Fill them: image.filled()."
+        )
+    if isinstance(image, np.ndarray):
+        return np.asarray(image)
+    if not hasattr(image, "__dlpack_device__"):
         return image
     try:
         return np.from_dlpack(image)

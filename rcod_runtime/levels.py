@@ -21,8 +21,11 @@ def default_level(levels: Sequence[Level]) -> str:
     return NEUTRAL if NEUTRAL in names else names[(len(names) - 1) // 2]
 
 
-def choice_weights(realism: str | float, manifest: Manifest) -> npt.NDArray[np.float32] | None:
-    """Weights (n,) on a bundle's levels; None, for ``adaptive``, leaves the choice to its graphs.
+def choice_weights(
+    realism: str | float | None, manifest: Manifest
+) -> npt.NDArray[np.float32] | None:
+    """Weights (n,) on a bundle's levels, without a choice its default level's; None, for
+    ``adaptive``, leaves the choice to its graphs.
 
     Raises:
         UsageError: nothing that the bundle has.
@@ -34,6 +37,7 @@ def choice_weights(realism: str | float, manifest: Manifest) -> npt.NDArray[np.f
             f"realism adaptive: the bundle {manifest.identity.name} has no metric estimation "
             "module. Choose a level or a number in [0, 1]."
         )
+    realism = default_level(manifest.levels) if realism is None else realism
     return level_weights(realism, manifest.levels, manifest.has_metric_estimator)
 
 

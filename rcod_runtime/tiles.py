@@ -15,6 +15,10 @@ from rcod_runtime.parallel import row_bands
 Floats = npt.NDArray[np.float32]
 
 CACHED_ROWS = 16
+# Tiles start on the grid of the latents, on which the enlarged pixels of the input lie too (where
+# the scale is whole): between those the networks have never seen a photo, and two tiles that are
+# not on one grid make different texture of what they share.
+GRID_PX = 8
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,8 @@ class Axis:
 def plan_axis(length_px: int, tile_px: int, overlap_px: int, multiple: int) -> Axis:
     """Cover ``length_px`` with tiles that overlap by at least ``overlap_px``.
 
-    An image shorter than a tile gets one tile of the next multiple. Raised-cosine ramps run over
-    the overlaps.
+    An image shorter than a tile gets one tile of the next multiple; the last of several may reach
+    beyond the image, by less than GRID_PX. Raised-cosine ramps run over the overlaps.
 
     Raises:
         UsageError: a tile size that is not a positive multiple, or an overlap over half a tile.
@@ -47,20 +51,21 @@ def plan_axis(length_px: int, tile_px: int, overlap_px: int, multiple: int) -> A
     if length_px <= tile_px:
         tile_px = math.ceil(length_px / multiple) * multiple
         return Axis(length_px, tile_px, (0,), (np.ones(length_px, np.float32),))
-    count = math.ceil((length_px - overlap_px) / (tile_px - overlap_px))
-    last = length_px - tile_px
-    starts = tuple(round(i * last / (count - 1)) for i in range(count))
+    last = math.ceil((length_px - tile_px) / GRID_PX)
+    count = math.ceil(last / max(1, (tile_px - overlap_px) // GRID_PX)) + 1
+    starts = tuple(GRID_PX * round(i * last / (count - 1)) for i in range(count))
     windows = [np.ones(tile_px) for _ in starts]
     for i in range(count - 1):
         shared = starts[i] + tile_px - starts[i + 1]
         ramp = 0.5 - 0.5 * np.cos(np.pi * (np.arange(shared) + 0.5) / max(1, shared))
         windows[i + 1][:shared] *= ramp
         windows[i][tile_px - shared :] *= ramp[::-1]
-    total = np.zeros(length_px)
+    total = np.zeros(starts[-1] + tile_px)
     for start, window in zip(starts, windows, strict=True):
         total[start : start + tile_px] += window
+    total = total[:length_px]
     weights = tuple(
-        (window / total[start : start + tile_px]).astype(np.float32)
+        (window[: length_px - start] / total[start : start + tile_px]).astype(np.float32)
         for start, window in zip(starts, windows, strict=True)
     )
     return Axis(length_px, tile_px, starts, weights)
@@ -80,6 +85,43 @@ class TilePlan:
     def positions(self) -> list[tuple[int, int]]:
         """(row, column) of every tile, rows first."""
         return [(i, j) for i in range(len(self.y.starts)) for j in range(len(self.x.starts))]
+
+    def spread(self, count: int) -> list[tuple[int, int]]:
+        """At most so many of the positions, all over the image: rows and columns evenly."""
+        rows, columns = len(self.y.starts), len(self.x.starts)
+        if self.count <= count:
+            return self.positions()
+        short, long = sorted((rows, columns))
+        fewer = max(min(short, 2), min(short, round(math.sqrt(count * short / long))))
+        more = min(long, count // fewer)
+        down, across = (fewer, more) if rows == short else (more, fewer)
+        return [
+            ((2 * i + 1) * rows // (2 * down), (2 * j + 1) * columns // (2 * across))
+            for i in range(down)
+            for j in range(across)
+        ]
+
+    def batch(self, most: int) -> int:
+        """Tiles to a batch, at most so many. Batches end with a row of tiles: as few as can be are
+        filled up."""
+        columns = len(self.x.starts)
+        return math.ceil(columns / math.ceil(columns / most))
+
+
+def plan_image(
+    size_px: tuple[int, ...], tile_px: int, overlap_px: int | None, usual_px: int, multiple: int
+) -> TilePlan:
+    """Tiles of an image (height, width); without an overlap that of the bundle, or half a tile.
+
+    Raises:
+        UsageError: as ``plan_axis``, or a size that is no integer.
+    """
+    for name, value in (("tile size", tile_px), ("overlap", overlap_px)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer, type(None))):
+            raise UsageError(f"{name} {value!r}: expected a whole number of pixels.")
+    overlap_px = min(usual_px, tile_px // 2) if overlap_px is None else overlap_px
+    y, x = (plan_axis(side, tile_px, overlap_px, multiple) for side in size_px)
+    return TilePlan(y, x)
 
 
 class Blender:

@@ -38,7 +38,7 @@ from rcod_runtime.errors import UsageError
 from rcod_runtime.levels import adaptive_level, choice_weights, default_level, level_weights
 from rcod_runtime.manifest import Manifest
 from rcod_runtime.resample import Resampler, resize_for_tokens
-from rcod_runtime.tiles import Blender, TilePlan, pad_to, plan_axis
+from rcod_runtime.tiles import Blender, TilePlan, pad_to, plan_axis, plan_image
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ class Upscaler:
             fp32. A GPU computes in the precision of the graphs.
         threads: compute threads, 0 for the backend's choice.
         require_signature: PEM file of the Ed25519 public key that must have signed the bundle.
+        tile_px: of the engines, where the bundle has some for several sizes; None: its own.
 
     After a fork the child can't use it: the backends' threads are not there. A pickled one is made
     again from its arguments where it is loaded, so that processes started by ``spawn`` can take it.
@@ -89,6 +90,7 @@ class Upscaler:
         precision: str = "auto",
         threads: int = 0,
         require_signature: Path | str | None = None,
+        tile_px: int | None = None,
     ) -> None:
         self._process = os.getpid()
         self._bundle: Bundle = open_bundle(bundle, require_signature)
@@ -99,8 +101,9 @@ class Upscaler:
             "precision": precision,
             "threads": threads,
             "require_signature": require_signature and Path(require_signature).absolute(),
+            "tile_px": tile_px,
         }
-        self._chain = open_chain(self._bundle, backend, device, precision, threads)
+        self._chain = open_chain(self._bundle, backend, device, precision, threads, tile_px)
         self._closed = False
         log.info("backend %s", self.backend)
 
@@ -184,15 +187,14 @@ class Upscaler:
         prepared = prepare_image(image)
         shape = self.output_shape(image.shape, scale)
         height, width = shape[:2]
-        if out is not None and np.may_share_memory(image, out):  # at scale 1: still to be read
-            prepared = prepare_image(image.copy())
         out = _checked_out(out, shape, image.dtype)
+        if np.may_share_memory(image, out):  # at scale 1: still to be read
+            prepared = prepare_image(image.copy())
         tile_px = self._tile_px(tile_px)
-        overlap_px = min(contract.overlap_px, tile_px // 2) if overlap_px is None else overlap_px
         multiple = self._chain.tile_px or contract.size_multiple
-        y, x = (plan_axis(side, tile_px, overlap_px, multiple) for side in (height, width))
+        plan = plan_image((height, width), tile_px, overlap_px, contract.overlap_px, multiple)
         prepared = with_hidden_filled(prepared)
-        job = _Job(self._chain, self.manifest, prepared, TilePlan(y, x), batch, tile_px)
+        job = _Job(self._chain, self.manifest, prepared, plan, batch, tile_px)
         # A guide sees the whole image, and so does a single tile: there the graphs choose.
         if weights is None and job.plan.count > 1 and not self.manifest.is_guided:
             weights = job.adaptive_weights()
@@ -285,23 +287,24 @@ class Upscaler:
                 f"arrays on the GPU need the bundle's engines, {self.backend} is in use. "
                 'Open it with backend="tensorrt".'
             )
-        realism = default_level(self.manifest.levels) if realism is None else realism
         weights = choice_weights(realism, self.manifest)
         return run(stream, image, thumbnail, window, out, weights)
 
     def warmup(self, batch: int | None = None) -> None:
-        """Do now what the first image of a shape would wait for: compiling, capturing."""
+        """Do now what the first images would wait for: compiling, capturing, for single tiles and
+        for full batches. On a CPU an image smaller than a tile still compiles at its first."""
         height, width = self._tile_lq()
-        image = np.zeros((height, width * self._batch(batch), 3), np.uint8)  # one tile batch
-        for _ in range(2):  # the first run of an engine is as it is, the second is captured
-            self(image, self.manifest.levels[0].name, overlap_px=0, batch=batch)
+        for tiles in sorted({self._chain.batches[0], self._batch(batch)}):
+            image = np.zeros((height, width * tiles, 3), np.uint8)  # one tile batch
+            for _ in range(2):  # the first run of an engine is as it is, the second is captured
+                self(image, self.manifest.levels[0].name, overlap_px=0, batch=tiles)
 
     def profile(self, runs: int = 10, batch: int | None = None) -> dict[str, float]:
-        """Median milliseconds of encoder, denoiser and decoder for one tile batch.
-
-        On a GPU they are measured by events on the stream that computes, without copies.
-        """
+        """Median milliseconds of encoder, denoiser and decoder for one tile batch; on a GPU by
+        events on the stream that computes, without copies."""
         self._check_usable()
+        if not isinstance(runs, int) or runs < 1:
+            raise UsageError(f"runs {runs!r}: expected an integer of at least 1.")
         chain, manifest = self._chain, self.manifest
         side = self._tile_px(None)
         batch = self._batch(batch)
@@ -330,8 +333,8 @@ class Upscaler:
             return only or self.manifest.image.tile_px
         if only is not None and tile_px != only:
             raise UsageError(
-                f"tile size {tile_px} px: the engines are built for {only} px. Build others: "
-                f"rcod-export engines BUNDLE --tile {tile_px}"
+                f"tile size {tile_px} px: the engines in use are for {only} px. Open the bundle "
+                f"with tile_px={tile_px}, for engines of rcod-export engines --tile {tile_px}."
             )
         return tile_px
 
@@ -349,7 +352,7 @@ class _Job:
         tile_px: int,
     ) -> None:
         self.chain, self.manifest, self.plan = chain, manifest, plan
-        self.batch = max(chain.batches[0], min(batch, plan.count))
+        self.batch = max(chain.batches[0], plan.batch(batch))
         size = plan.y.length_px, plan.x.length_px
         self.resampler = Resampler(image.lq, size, image.unit / 127.5, -1.0)
         small = resize_for_tokens(image.lq, manifest.image.tokens_px, image.unit)
@@ -388,9 +391,8 @@ class _Job:
 
     def adaptive_weights(self) -> Array:
         """One-hot weights of the level that Eq. 5 gives for the mean of M over the image."""
-        positions = self.plan.positions()
-        count = min(ADAPTIVE_TILES, len(positions))
-        chosen = [positions[i * len(positions) // count] for i in range(count)]
+        chosen = self.plan.spread(ADAPTIVE_TILES)
+        count = len(chosen)
         tiles = (self._tiles(chosen[i : i + self.batch]) for i in range(0, count, self.batch))
         estimates = np.concatenate(self.chain.estimate(self.feed, tiles))
         check_finite(estimates, STAGES[0], ", realism adaptive")

@@ -403,17 +403,22 @@ struct Axis {
     std::vector<std::vector<float>> weights;  // as many as a tile has pixels inside the image
 };
 
-// Tiles of `tile` that overlap by at least `overlap`; `fixed`: also where the image is smaller.
+// Tiles start where latents and enlarged pixels lie, as in the training.
+constexpr int kGrid = 8;
+
+// Tiles of `tile` that overlap by at least `overlap`; `fixed`: also where the image is smaller. The
+// last of several may reach beyond the image.
 Axis planAxis(int length, int tile, int overlap, int multiple, bool fixed) {
     if (length <= tile) {
         const int fitting = (length + multiple - 1) / multiple * multiple;
         return {fixed ? tile : fitting, {0}, {std::vector<float>(size_t(length), 1.0f)}};
     }
-    const int step = tile - overlap, number = (length - overlap + step - 1) / step;
+    const int last = (length - tile + kGrid - 1) / kGrid;
+    const int step = std::max(1, (tile - overlap) / kGrid), number = (last + step - 1) / step + 1;
     Axis axis{tile, {}, {}};
     std::vector<std::vector<double>> windows(size_t(number), std::vector<double>(size_t(tile), 1.0));
     for (int i = 0; i < number; ++i)
-        axis.starts.push_back(int(std::nearbyint(double(i) * (length - tile) / (number - 1))));
+        axis.starts.push_back(kGrid * int(std::nearbyint(double(i) * last / (number - 1))));
     for (size_t i = 0; i + 1 < windows.size(); ++i) {
         const int shared = axis.starts[i] + tile - axis.starts[i + 1];
         for (int x = 0; x < shared; ++x) {
@@ -422,12 +427,12 @@ Axis planAxis(int length, int tile, int overlap, int multiple, bool fixed) {
             windows[i][size_t(tile - 1 - x)] *= ramp;
         }
     }
-    std::vector<double> total(size_t(length), 0.0);
+    std::vector<double> total(size_t(axis.starts.back() + tile), 0.0);
     for (size_t i = 0; i < windows.size(); ++i)
         for (int x = 0; x < tile; ++x) total[size_t(axis.starts[i] + x)] += windows[i][size_t(x)];
     for (size_t i = 0; i < windows.size(); ++i) {
         axis.weights.emplace_back();
-        for (int x = 0; x < tile; ++x)
+        for (int x = 0; x < std::min(tile, length - axis.starts[i]); ++x)
             axis.weights[i].push_back(
                 float(windows[i][size_t(x)] / total[size_t(axis.starts[i] + x)]));
     }

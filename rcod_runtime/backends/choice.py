@@ -19,7 +19,14 @@ CHOICES = ("auto", TENSORRT, *BACKENDS, ORT_TENSORRT)
 DEVICES = "auto, cpu or cuda:N"
 
 
-def open_chain(bundle: Bundle, backend: str, device: str, precision: str, threads: int) -> Chain:
+def open_chain(
+    bundle: Bundle,
+    backend: str,
+    device: str,
+    precision: str,
+    threads: int,
+    tile_px: int | None = None,
+) -> Chain:
     """The chain that runs a bundle.
 
     ``auto`` takes the bundle's engines where they fit this machine's GPU, and says in a warning why
@@ -33,6 +40,7 @@ def open_chain(bundle: Bundle, backend: str, device: str, precision: str, thread
         device: ``auto``, ``cpu`` or ``cuda:N``.
         precision: on a CPU; a GPU computes in the precision of the graphs.
         threads: compute threads on the CPU, 0 for the library's choice.
+        tile_px: of the engines, where the bundle has some for several sizes; None: its own.
 
     Raises:
         UsageError: an unknown backend, device or precision, two that exclude each other, or
@@ -44,8 +52,8 @@ def open_chain(bundle: Bundle, backend: str, device: str, precision: str, thread
         raise UsageError(f"backend {backend!r}: expected one of {', '.join(CHOICES)}.")
     if precision not in PRECISIONS:
         raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}.")
-    if threads < 0:
-        raise UsageError(f"threads {threads}: expected 0 (the library's choice) or more.")
+    if not isinstance(threads, int) or threads < 0:
+        raise UsageError(f"threads {threads!r}: expected 0 (the library's choice) or more.")
     index = gpu_index(device)
     only_gpu, only_cpu = backend in (TENSORRT, ORT_TENSORRT), backend == "openvino"
     if (only_gpu and device == "cpu") or (only_cpu and index is not None):
@@ -57,7 +65,7 @@ def open_chain(bundle: Bundle, backend: str, device: str, precision: str, thread
         return HostChain(bundle, choose(backend, precision, threads))
     from rcod_runtime.backends.trt.engines import find_engines
 
-    found = find_engines(bundle.manifest, index or 0)
+    found = find_engines(bundle.manifest, index or 0, tile_px)
     if not isinstance(found, str):
         from rcod_runtime.backends.trt.chain import open_device_chain
 
@@ -118,7 +126,7 @@ def gpu_index(device: str) -> int | None:
     Raises:
         UsageError: another text.
     """
-    match = re.fullmatch(r"cuda:(\d{1,3})", device)
+    match = re.fullmatch(r"cuda:(\d{1,3})", str(device))
     if match is None and device not in ("auto", "cpu"):
         raise UsageError(f"device {device!r}: expected {DEVICES}.")
     return None if match is None else int(match[1])

@@ -40,4 +40,5 @@ def opening(arguments: argparse.Namespace) -> dict[str, Any]:
         "precision": arguments.precision,
         "threads": arguments.threads,
         "require_signature": arguments.require_signature,
+        "tile_px": getattr(arguments, "tile", None),
     }

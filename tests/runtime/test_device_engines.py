@@ -13,9 +13,10 @@ import pytest
 
 from rcod_runtime import Upscaler
 from rcod_runtime.backends.trt.engines import EngineSet, find_engines
-from rcod_runtime.cli import doctor
+from rcod_runtime.cli import doctor, upscale
 from rcod_runtime.errors import EngineMismatch, HashMismatch, UsageError
-from rcod_runtime.manifest import Engine
+from rcod_runtime.image_io import read_image, write_image
+from rcod_runtime.manifest import MANIFEST_FILE, Engine, read_manifest
 from tests.runtime.simulated.cudart import SimulatedGpu, released
 from tests.runtime.simulated.tensorrt import TILE_PX, add_engines, install
 
@@ -98,6 +99,33 @@ def test_only_tensorrt_itself_has_engines_for_later_gpus(
     assert isinstance(found, EngineSet) if fits else "built for sm_89, this GPU is sm_90" in found
 
 
+def test_of_engines_for_several_tile_sizes_the_bundles_own_or_those_asked_for_are_taken(
+    gpu: SimulatedGpu, own_engines: Path, photo: Photo, tmp_path: Path
+) -> None:
+    """Not the first by name: 128px comes before 64px, and 1024px before 512px."""
+    manifest = read_manifest(own_engines / MANIFEST_FILE)
+    image = dataclasses.replace(manifest.image, tile_px=TILE_PX)
+    manifest = dataclasses.replace(manifest, image=image, engines=())
+    (own_engines / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    larger = 2 * TILE_PX
+    add_engines(own_engines, TILE_PX)
+    add_engines(own_engines, larger)
+    for asked, size in ((None, TILE_PX), (TILE_PX, TILE_PX), (larger, larger), (512, TILE_PX)):
+        with Upscaler(own_engines, backend="tensorrt", tile_px=asked) as upscaler:
+            assert upscaler._chain.tile_px == size
+    with (
+        Upscaler(own_engines, backend="tensorrt") as upscaler,
+        pytest.raises(UsageError, match=f"in use are for {TILE_PX} px.* with tile_px={larger}"),
+    ):
+        upscaler(photo(), tile_px=larger)
+    source, out = tmp_path / "photo.png", tmp_path / "out.png"
+    write_image(source, photo())
+    options = ["--bundle", str(own_engines), "--backend", "tensorrt", "--tile", str(larger)]
+    assert upscale.main([str(source), "-o", str(out), *options]) == 0
+    with Upscaler(own_engines, backend="openvino", precision="fp32") as host:
+        assert read_image(out).pixels.shape == host.output_shape(photo().shape)
+
+
 def test_doctor_says_which_engines_fit_and_runs_them(
     gpu: SimulatedGpu, own_engines: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -162,7 +190,7 @@ def test_a_set_without_one_engine_says_which(gpu: SimulatedGpu, own_engines: Pat
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        ({"tile_px": 96}, "built for 64 px.*--tile 96"),
+        ({"tile_px": 96}, "in use are for 64 px.*--tile 96"),
         ({"batch": 5}, r"expected an integer in 1\.\.4"),
     ],
 )

@@ -12,7 +12,7 @@ from PIL import Image
 from rcod_runtime import Upscaler, resample
 from rcod_runtime.errors import UsageError
 from rcod_runtime.resample import Resampler, resize_for_tokens, upsample
-from rcod_runtime.tiles import Blender, TilePlan, pad_to, plan_axis
+from rcod_runtime.tiles import GRID_PX, Blender, TilePlan, pad_to, plan_axis
 
 AXES = [(1, 64, 16), (63, 64, 16), (64, 64, 16), (65, 64, 16), (130, 64, 0), (511, 128, 64)]
 
@@ -35,6 +35,44 @@ def test_neighbours_overlap_by_at_least_what_was_asked(
     shared = [a + axis.tile_px - b for a, b in zip(axis.starts, axis.starts[1:], strict=False)]
     assert all(s >= overlap for s in shared)
     assert axis.tile_px % 32 == 0
+
+
+@pytest.mark.parametrize("overlap", [0, 16, 64, 128])
+def test_tiles_start_on_the_grid_that_the_networks_have_seen(overlap: int) -> None:
+    """Between its pixels and latents two tiles make different texture of what they share."""
+    for length in range(257, 2400, 7):
+        axis = plan_axis(length, 256, overlap, 32)
+        assert all(start % GRID_PX == 0 for start in axis.starts)
+        assert axis.starts[0] == 0 and length <= axis.starts[-1] + 256 < length + GRID_PX
+        apart = [b - a for a, b in zip(axis.starts, axis.starts[1:], strict=False)]
+        assert min(apart) > 0 and max(apart) <= 256 - overlap
+        assert max(apart) - min(apart) <= GRID_PX
+        assert len(axis.starts) <= -(-(length - overlap) // (256 - overlap)) + (overlap % GRID_PX)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 7, 16, 24, 33])
+def test_what_is_looked_at_is_spread_over_the_image(rows: int) -> None:
+    """16 of 16 rows had all been of one column."""
+    for columns in (1, 2, 5, 16, 22, 40):
+        y, x = (plan_axis(40 * n + 24, 64, 24, 8) for n in (rows, columns))
+        plan = TilePlan(y, x)
+        assert plan.count == rows * columns
+        chosen = plan.spread(16)
+        assert len(set(chosen)) == len(chosen) <= 16 and set(chosen) <= set(plan.positions())
+        assert len(chosen) == plan.count if plan.count <= 16 else len(chosen) >= 8
+        for axis, count in enumerate((rows, columns)):
+            places = sorted({position[axis] for position in chosen})
+            if count > 1 and len(places) > 1:
+                assert places[0] < count / 2 <= places[-1]
+            if rows > 2 and columns > 2:
+                assert len(places) > 1, (rows, columns, chosen)
+
+
+def test_batches_end_with_a_row_and_are_as_even_as_can_be() -> None:
+    for columns, most, size in ((1, 4, 1), (2, 4, 2), (3, 4, 3), (5, 4, 3), (9, 4, 3), (8, 4, 4)):
+        axis = plan_axis(40 * columns + 24, 64, 24, 8)
+        plan = TilePlan(plan_axis(64, 64, 24, 8), axis)
+        assert len(axis.starts) == columns and plan.batch(most) == size
 
 
 def test_a_small_image_gets_one_small_tile() -> None:

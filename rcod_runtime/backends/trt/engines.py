@@ -103,8 +103,10 @@ def _for_later_gpus(engine: Engine) -> bool:
     return engine.target == "tensorrt" and level == "ampere-plus"
 
 
-def find_engines(manifest: Manifest, index: int) -> EngineSet | str:
-    """The first set that fits GPU ``index``, or why none does, with what to do about it."""
+def find_engines(manifest: Manifest, index: int, tile_px: int | None = None) -> EngineSet | str:
+    """The set that fits GPU ``index``, or why none does, with what to do about it. Of several that
+    fit the one for tiles of ``tile_px``, else of the bundle's own size, else the first."""
+    fitting: list[EngineSet] = []
     reasons, cure = [], "Without engines: --device cpu"
     for engines in engine_sets(manifest):
         try:
@@ -113,9 +115,13 @@ def find_engines(manifest: Manifest, index: int) -> EngineSet | str:
             reason = str(exc)
         else:
             if reason is None:
-                return engines
+                fitting.append(engines)
+                continue
             cure = "Build others: rcod-export engines BUNDLE (or --device cpu)"
         reasons.append(f"{engines.folder}: {reason}")
+    if fitting:
+        sizes = {engines.tile_px: engines for engines in reversed(fitting)}
+        return sizes.get(tile_px or 0) or sizes.get(manifest.image.tile_px) or fitting[0]
     if not reasons:
         return "the bundle has no engines. Build them: rcod-export engines BUNDLE"
     return f"{'; '.join(reasons)}. {cure}"

@@ -272,7 +272,7 @@ def add_engines(
     target: str = "tensorrt",
     change: Callable[[Engine, dict[str, Any]], Engine] = lambda engine, header: engine,
 ) -> Manifest:
-    """Give a bundle engines that this module loads.
+    """Give a bundle engines that this module loads, beside those that it has for other sizes.
 
     Args:
         change: called with every entry and the header of its file, to spoil one of the two.
@@ -292,6 +292,9 @@ def add_engines(
         engines.append(
             dataclasses.replace(entry, sha256=sha256_file(path), bytes=path.stat().st_size)
         )
+    files = {engine.file for engine in engines}
+    engines += [engine for engine in manifest.engines if engine.file not in files]
+    engines.sort(key=lambda engine: engine.file)
     manifest = dataclasses.replace(manifest, engines=tuple(engines))
     (bundle / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
