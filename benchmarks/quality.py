@@ -271,7 +271,7 @@ def _methods(
             "name": manifest.identity.name,
             "family": manifest.identity.family,
             "backend": upscaler.backend,
-            "graph_sha256": {name: graph.sha256 for name, graph in manifest.graphs.items()},
+            "graph_sha256": {n: graph.content_sha256 for n, graph in manifest.graphs.items()},
         }
     methods.append(GROUND_TRUTH)
     names = [method.name for method in methods]

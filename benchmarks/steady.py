@@ -171,7 +171,7 @@ def open_comparison(comparison: Comparison) -> Iterator[Opened]:
         model = {
             "name": manifest.identity.name,
             "family": manifest.identity.family,
-            "graph_sha256": {name: graph.sha256 for name, graph in manifest.graphs.items()},
+            "graph_sha256": {n: graph.content_sha256 for n, graph in manifest.graphs.items()},
             "graph_precision": {
                 name: graph.precision.value for name, graph in manifest.graphs.items()
             },

@@ -34,7 +34,7 @@ def _moved_lines(manifest: Manifest, training: Mapping[str, Any]) -> list[str]:
 
 def _trained_timesteps(training: Mapping[str, Any]) -> list[int]:
     """Of the levels; none where the record doesn't say."""
-    stage = training.get("rcod", {})
+    stage = training.get("refine", training.get("rcod", {}))
     if stage.get("grouping") != "paper":
         return []
     return [stage["k"] * i for i in range(1, stage["n"] + 1)]
@@ -101,7 +101,7 @@ def add_quality(bundle: Path, quality: Path) -> Path:
         raise UsageError(
             f"{quality}: expected the JSON document of benchmarks.quality ({exc!r})."
         ) from exc
-    if measured != {name: graph.sha256 for name, graph in manifest.graphs.items()}:
+    if measured != {name: graph.content_sha256 for name, graph in manifest.graphs.items()}:
         raise UsageError(f"{quality}: measured with other graphs than {bundle}'s. Measure again.")
     try:
         text = path.read_text(encoding="utf-8")
@@ -142,12 +142,12 @@ def _training_lines(training: Mapping[str, Any]) -> list[str]:
             f"{training['photos']} photo crops{held_out}, seed {training['seed']}, {lpips} LPIPS."
         )
         lines.append("")
-    for stage in ("vae", "base", "regression", "rcod", "mem"):
+    for stage in ("vae", "base", "regression", "rcod", "refine", "mem"):
         if stage in training:
             c = training[stage]
             images = c["photos_per_batch"] * c["crops_per_photo"]
             trained, rate = "", c["learning_rate"]
-            if stage == "rcod" and (timesteps := _trained_timesteps(training)):
+            if stage in ("rcod", "refine") and (timesteps := _trained_timesteps(training)):
                 trained = f", at t = {', '.join(map(str, timesteps))}"
             if not c.get("train_adapters", True):
                 trained, rate = f"{trained}, the decoder alone", c["decoder_learning_rate"]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
+import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -24,7 +27,7 @@ from rcod_runtime.backends.trt.cache import cache_folder
 from rcod_runtime.backends.trt.libraries import load_cuda, load_tensorrt, operating_system, sm_of
 from rcod_runtime.bundle import Bundle, open_bundle
 from rcod_runtime.contract import GUIDE
-from rcod_runtime.errors import BackendError, ExportError, OutputError, UsageError
+from rcod_runtime.errors import BackendError, BundleError, ExportError, OutputError, UsageError
 from rcod_runtime.files import write_whole
 from rcod_runtime.manifest import (
     MANIFEST_FILE,
@@ -32,6 +35,7 @@ from rcod_runtime.manifest import (
     Engine,
     Graph,
     Manifest,
+    read_manifest,
     sha256_file,
 )
 
@@ -81,12 +85,17 @@ def build_engines(folder: Path, config: EngineConfig) -> Manifest:
     built together never pass for a set.
 
     Raises:
-        BundleError: the bundle is not whole.
+        BundleError: the bundle is not whole, or a link leads where its engines would be written.
         ExportError: the library is missing, refuses a graph, crashes, or takes too long.
-        OutputError: the bundle can't be written.
+        OutputError: the bundle can't be written, another process builds its engines, or it was
+            exported again meanwhile.
         UsageError: a setting that can't be used.
     """
-    bundle = open_bundle(folder)
+    with _alone(folder):
+        return _built(open_bundle(folder), config)
+
+
+def _built(bundle: Bundle, config: EngineConfig) -> Manifest:
     if bundle.manifest.has_int8:
         raise UsageError(
             f"{bundle.folder}: its int8 graphs are for CPUs; their ranges are not centred on zero, "
@@ -123,9 +132,40 @@ def build_engines(folder: Path, config: EngineConfig) -> Manifest:
                 continue
             log.info("%s: building, %s", wanted.file, reason)
             engine = _build(bundle, wanted, config, bar)
+            there = read_manifest(bundle.folder / MANIFEST_FILE)
+            if there.to_json() != manifest.to_json():
+                raise OutputError(
+                    f"{bundle.folder}: its manifest was changed while {wanted.file} was built. "
+                    "Run again."
+                )
             manifest = _entered(manifest, engine)
             _write_manifest(bundle.folder, manifest)
     return manifest
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Of two processes each would write its own manifest over the other's: the second is refused.
+    Where folders can't be locked (Windows, some network file systems) nothing keeps them apart."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # what is no folder is named when it is opened as a bundle
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise OutputError(
+                f"{folder}: another process builds its engines. Run again when it is done."
+            ) from exc
+        except OSError as exc:
+            log.info("%s: can't be locked (%s)", folder, exc.strerror or exc)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _check(bundle: Bundle, config: EngineConfig) -> None:
@@ -204,7 +244,8 @@ def _out_of_date(folder: Path, manifest: Manifest, wanted: Engine) -> str | None
 
 def _build(bundle: Bundle, wanted: Engine, config: EngineConfig, bar: Any) -> Engine:
     path = bundle.folder / wanted.file
-    partial = path.with_suffix(".partial")
+    # A name that nobody can have put there, as a link to somewhere else.
+    partial = path.with_suffix(f".{secrets.token_hex(8)}.partial")
     # The RTX builder compiles without timing.
     timings = str(config.cache / "timing") if config.target == "tensorrt" else None
     job = Job(
@@ -219,10 +260,20 @@ def _build(bundle: Bundle, wanted: Engine, config: EngineConfig, bar: Any) -> En
         detailed=config.detailed,
         timings=timings,
     )
-    log_file = config.cache / "logs" / f"{bundle.manifest.identity.name}-{wanted.graph}.log"
+    which = hashlib.sha256(os.fsencode(bundle.folder)).hexdigest()[:8]
+    log_file = config.cache / "logs" / f"{bundle.manifest.identity.name}-{which}-{wanted.graph}.log"
     try:
-        for parent in (path.parent, log_file.parent):
-            parent.mkdir(parents=True, exist_ok=True)
+        log_file.parent.mkdir(parents=True, exist_ok=True)
+        log_file.touch()
+    except OSError as exc:
+        raise OutputError(
+            f"{log_file}: the builder's log can't be written ({exc.strerror or exc}). Set "
+            "XDG_CACHE_HOME to a folder where it can."
+        ) from exc
+    try:
+        _make_folders(bundle.folder, path.parent)
+        for left in path.parent.glob(f"{path.stem}.*.partial"):  # by a process that was killed
+            left.unlink()
         result = _run(job, log_file, config.timeout_s, bar)
         engine = dataclasses.replace(
             wanted,
@@ -239,6 +290,24 @@ def _build(bundle: Bundle, wanted: Engine, config: EngineConfig, bar: Any) -> En
     finally:
         partial.unlink(missing_ok=True)
     return engine
+
+
+def _make_folders(bundle: Path, folder: Path) -> None:
+    """The folder of engines, in the bundle itself.
+
+    Raises:
+        BundleError: a link is in the way.
+        OSError: it can't be made.
+    """
+    for part in reversed([folder, *folder.parents]):
+        if part == bundle or not part.is_relative_to(bundle):
+            continue
+        if part.is_symlink():
+            raise BundleError(
+                f"{part}: expected a folder for engines, found a link to {os.readlink(part)}. "
+                "Remove it."
+            )
+        part.mkdir(exist_ok=True)
 
 
 def _run(job: Job, log_file: Path, timeout_s: float, bar: Any) -> dict[str, Any]:

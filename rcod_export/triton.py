@@ -124,6 +124,12 @@ def _engine_sets(bundle: Path, manifest: Manifest, config: TritonConfig) -> list
             + f"Build them on the GPU: rcod-export engines {bundle} --target tensorrt "
             f"--tile {tile_px} --batch 1 {config.batch}, or take --backend onnxruntime."
         )
+    if len({s.version for s in found}) > 1:
+        versions = ", ".join(f"{s.folder}: {s.version}" for s in found)
+        raise UsageError(
+            f"{bundle}: expected engines of one TensorRT, that of the server, found {versions}. "
+            "Build the older ones again on their GPU, or remove their folder and export again."
+        )
     return found
 
 

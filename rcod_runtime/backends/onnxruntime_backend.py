@@ -48,7 +48,7 @@ class OnnxRuntimeBackend:
         self.precision = precision
         if engines_of and precision == "fp32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
             self.precision = "tf32"
-        self._providers = _providers(gpu, engines_of, precision == "fp16")
+        self._providers = _providers(gpu, engines_of)
         self.name = "onnxruntime" if gpu is None else f"onnxruntime {self._providers[0][0]}"
         self._options = ort.SessionOptions()
         self._options.log_severity_level = 3
@@ -77,9 +77,7 @@ class OnnxRuntimeBackend:
         return OnnxRuntimeSession(session, path)
 
 
-def _providers(
-    gpu: int | None, engines_of: str | None, fp16: bool
-) -> list[tuple[str, dict[str, Any]]]:
+def _providers(gpu: int | None, engines_of: str | None) -> list[tuple[str, dict[str, Any]]]:
     if gpu is None:
         return [(CPU, {})]
     # TF32 is on by default; fp32 would not be fp32.
@@ -93,11 +91,9 @@ def _providers(
                 f"{cache}: expected a folder for TensorRT's engines, it can't be made "
                 f"({exc.strerror or exc}). Set XDG_CACHE_HOME to one that can be written."
             ) from exc
-        options = {
-            "trt_engine_cache_enable": True,
-            "trt_engine_cache_path": str(cache),
-            "trt_fp16_enable": fp16,  # TensorRT 10 refuses fp16 graphs without it
-        }
+        # Not trt_fp16_enable: without it the provider takes the types of the graph, and with it
+        # fp16 where the graph has fp32 too, as Eq. 3 and the levels (microsoft/onnxruntime#18707).
+        options = {"trt_engine_cache_enable": True, "trt_engine_cache_path": str(cache)}
         wanted.insert(0, (TENSORRT, {"device_id": gpu, **options}))
     if wanted[0][0] not in ort.get_available_providers():
         raise BackendError(

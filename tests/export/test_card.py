@@ -63,7 +63,11 @@ def test_the_card_tells_levels_that_ship_from_those_that_were_trained(bundle: Pa
     record = dataclasses.asdict(TrainConfig(("photos",), "out")) | {"photos": 7}
     text = card(manifest, record)
     assert "| realism | 625 |" in text and "7 photo crops" in text
-    assert "- rcod: 1400 steps of 4 crops of 192 px" in text and ", at t = 250, 500, 750\n" in text
+    assert "- rcod: 1400 steps of 4 crops of 192 px" in text
+    assert "- refine: 2250 steps of 8 crops of 192 px" in text
+    assert text.count(", at t = 250, 500, 750\n") == 2
+    del record["refine"]  # as rcod-o
+    assert card(manifest, record).count(", at t = 250, 500, 750\n") == 1
     record["rcod"]["grouping"] = "official"
     assert ", at t" not in card(manifest, record)
     record["rcod"] |= {"train_adapters": False, "decoder_learning_rate": 0.125}
@@ -90,6 +94,16 @@ def test_the_embedded_models_card_is_what_an_export_writes() -> None:
     manifest = read_manifest(default_bundle_path() / "manifest.json")
     expected = card(manifest, read_info(checkpoint / "rcod.json").training)
     assert before + measured[measured.index(LAST) :] == expected
+
+
+def test_figures_of_other_weights_beside_the_same_graphs_are_refused(bundle: Path) -> None:
+    path = quality(bundle, 27.0)
+    manifest = read_manifest(bundle / "manifest.json")
+    beside = dataclasses.replace(manifest.graphs["decoder"], data_files={"onnx/d.data": "0" * 64})
+    graphs = {**manifest.graphs, "decoder": beside}
+    (bundle / "manifest.json").write_text(dataclasses.replace(manifest, graphs=graphs).to_json())
+    with pytest.raises(UsageError, match="measured with other graphs than .* Measure again"):
+        add_quality(bundle, path)
 
 
 def test_figures_of_other_graphs_and_other_files_are_refused(bundle: Path) -> None:

@@ -20,7 +20,14 @@ from rcod_export.engines import EngineConfig, _out_of_date, build_engines, plann
 from rcod_export.main import main
 from rcod_export.trt_build import _keep_timings, _timing_cache
 from rcod_runtime.bundle import Bundle, open_bundle
-from rcod_runtime.errors import ExportError, HashMismatch, ManifestError, OutputError, UsageError
+from rcod_runtime.errors import (
+    BundleError,
+    ExportError,
+    HashMismatch,
+    ManifestError,
+    OutputError,
+    UsageError,
+)
 from rcod_runtime.manifest import Engine, Tensor, read_manifest, sha256_file
 
 pytest.importorskip("tensorrt_rtx", reason='needs pip install "rcod[tensorrt-rtx]"')
@@ -109,10 +116,7 @@ def test_an_interrupted_rebuild_leaves_no_set_of_old_and_new_engines(
         if not left:
             raise ExportError("stopped")
         left -= 1
-        path = opened.folder / wanted.file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(str(wanted.profile))
-        return dataclasses.replace(wanted, sha256=sha256_file(path), bytes=path.stat().st_size)
+        return fake_build(opened, wanted)
 
     monkeypatch.setattr(rcod_export.engines, "_build", build)
     build_engines(bundle, config)
@@ -124,6 +128,73 @@ def test_an_interrupted_rebuild_leaves_no_set_of_old_and_new_engines(
     left = 2
     build_engines(bundle, dataclasses.replace(config, batch=(1, 8)))
     assert len(read_manifest(bundle / "manifest.json").engines) == 4
+
+
+def fake_build(opened: Bundle, wanted: Engine, *_: object) -> Engine:
+    path = opened.folder / wanted.file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(str(wanted.profile))
+    return dataclasses.replace(wanted, sha256=sha256_file(path), bytes=path.stat().st_size)
+
+
+def test_a_second_process_on_a_bundle_is_refused(
+    bundle: Path, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each wrote its own manifest over the other's, so that one's engines were lost."""
+    refused: list[str] = []
+
+    def build(opened: Bundle, wanted: Engine, *_: object) -> Engine:
+        if not refused:
+            with pytest.raises(OutputError, match="another process builds its engines") as second:
+                build_engines(bundle, dataclasses.replace(config, sms=(75,)))
+            refused.append(str(second.value))
+        return fake_build(opened, wanted)
+
+    monkeypatch.setattr(rcod_export.engines, "_build", build)
+    build_engines(bundle, config)
+    assert len(refused) == 1 and len(read_manifest(bundle / "manifest.json").engines) == 4
+    build_engines(bundle, dataclasses.replace(config, sms=(75,)))  # and it is free again
+    assert len(read_manifest(bundle / "manifest.json").engines) == 8
+
+
+def test_a_bundle_that_is_exported_again_meanwhile_keeps_its_manifest(
+    bundle: Path, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = bundle / "manifest.json"
+    manifest = read_manifest(path)
+    image = dataclasses.replace(manifest.image, overlap_px=manifest.image.overlap_px - 8)
+    newer = dataclasses.replace(manifest, image=image).to_json()
+
+    def build(opened: Bundle, wanted: Engine, *_: object) -> Engine:
+        path.write_text(newer, encoding="utf-8")
+        return fake_build(opened, wanted)
+
+    monkeypatch.setattr(rcod_export.engines, "_build", build)
+    with pytest.raises(OutputError, match="its manifest was changed while engines/.* Run again"):
+        build_engines(bundle, config)
+    assert path.read_text(encoding="utf-8") == newer
+
+
+@pytest.mark.parametrize("link", ["engines", "engines/tensorrt-rtx/sm89-sm120/64px"])
+def test_engines_are_not_written_through_a_link_of_the_bundle(
+    bundle: Path, config: EngineConfig, tmp_path: Path, link: str
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (bundle / link).parent.mkdir(parents=True, exist_ok=True)
+    (bundle / link).symlink_to(outside)
+    with pytest.raises(BundleError, match="expected a folder for engines, found a link to"):
+        build_engines(bundle, config)
+    assert list(outside.iterdir()) == []
+
+
+def test_a_log_that_cannot_be_written_is_not_taken_for_a_full_disk(
+    bundle: Path, config: EngineConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    wrong = dataclasses.replace(config, cache=tmp_path / "file" / "cache")
+    with pytest.raises(OutputError, match=r"cache/logs/.*\.log: .*Set XDG_CACHE_HOME"):
+        build_engines(bundle, wrong)
 
 
 def test_an_engine_that_cannot_be_read_is_built_again(

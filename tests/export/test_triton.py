@@ -103,7 +103,11 @@ def test_the_ensemble_followed_step_by_step_is_the_pipeline(repository: Path) ->
 
 
 def with_engines(
-    bundle: Path, *sms: int, tiles_px: tuple[int, ...] = (64,), batch: tuple[int, int] = (1, 3)
+    bundle: Path,
+    *sms: int,
+    tiles_px: tuple[int, ...] = (64,),
+    batch: tuple[int, int] = (1, 3),
+    versions: tuple[str, ...] = ("11.0.0",),
 ) -> Path:
     """A bundle with entries as ``rcod-export engines`` makes them, and files in their place."""
     manifest = read_manifest(bundle / "manifest.json")
@@ -111,7 +115,7 @@ def with_engines(
     for sm, tile in itertools.product(sms, tiles_px):
         config = EngineConfig("tensorrt", (sm,), tile, batch=batch)
         for name, graph in manifest.graphs.items():
-            entry = planned_engine(manifest, name, graph, config, "11.0.0")
+            entry = planned_engine(manifest, name, graph, config, versions[-(sm == sms[0])])
             data = f"{name} {sm} {tile}".encode()
             (bundle / entry.file).parent.mkdir(parents=True, exist_ok=True)
             (bundle / entry.file).write_bytes(data)
@@ -157,6 +161,14 @@ def test_engines_that_take_no_single_tile_are_not_taken(tiny_bundle: Path, tmp_p
     copy = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     bundle = with_engines(copy, 89, batch=(2, 3))
     with pytest.raises(UsageError, match="no engines of .* for single tiles.*--batch 1 4"):
+        build_repository(bundle, tmp_path / "models", TritonConfig("tensorrt"))
+
+
+def test_engines_of_several_versions_fit_no_server(tiny_bundle: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    bundle = with_engines(copy, 80, 89, versions=("11.4.0", "10.9.0"))
+    words = "of one TensorRT, .*sm80/64px: 10.9.0, .*sm89/64px: 11.4.0. Build the older"
+    with pytest.raises(UsageError, match=words):
         build_repository(bundle, tmp_path / "models", TritonConfig("tensorrt"))
 
 

@@ -93,7 +93,7 @@ def test_engines_are_kept_apart_by_the_weights_they_are_made_of(
         with Upscaler(folder, backend="onnxruntime-tensorrt", device="cuda:0") as upscaler:
             assert upscaler.backend.endswith(" tf32")
     options = [dict(providers[0][1]) for providers in recorder.asked]
-    assert {chosen["trt_fp16_enable"] for chosen in options} == {False}
+    assert not any("trt_fp16_enable" in chosen for chosen in options), "types are the graph's"
     caches = [chosen["trt_engine_cache_path"] for chosen in options]
     first, second, third = (set(caches[i : i + 4]) for i in (0, 4, 8))
     assert len(first) == len(second) == 1 and first == third != second
