@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import io
@@ -88,7 +89,8 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as exc:
         raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what was wrong with the file is said already
+            partial.unlink()
 
 
 def remove_partials(paths: Iterable[Path]) -> None:

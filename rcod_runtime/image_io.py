@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import logging
 import re
@@ -19,7 +20,16 @@ from rcod_runtime.files import read_bounded, write_whole
 from rcod_runtime.parallel import row_bands
 from rcod_runtime.png import encode_png
 from rcod_runtime.tiff import with_profile
-from rcod_runtime.tiff_kind import BITS, PHOTOMETRIC, check_sizes, is_tiff, stretch, unreadable
+from rcod_runtime.tiff_kind import (
+    BITS,
+    PHOTOMETRIC,
+    PLANAR,
+    SEPARATE_PLANES,
+    check_sizes,
+    is_tiff,
+    stretch,
+    unreadable,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,6 +116,7 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
                 )
             if image.format == "TIFF":
                 check_sizes(data, max_pixels, source)
+                _check_planes(image, data, source)
             if image.format in ("JPEG", "MPO") and _scans(data) > MAX_SCANS:
                 raise ImageError(
                     f"{source}: expected at most {MAX_SCANS} scans in a JPEG, found "
@@ -117,10 +128,10 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
             if deep is not None:
                 return Photo(deep, _profile(image))
             if _is_deep_colour(image, data):
-                log.warning(
-                    '%s: 16-bit colour is read at 8 bits. To keep it: pip install "rcod[opencv]"',
-                    source,
-                )
+                cure = ""
+                if importlib.util.find_spec("cv2") is None:
+                    cure = ' To keep it: pip install "rcod[opencv]"'
+                log.warning("%s: 16-bit colour is read at 8 bits.%s", source, cure)
             if image.format == "PNG":
                 _scale_transparency(image, data)
             photo = _converted(image, source)  # now a TIFF is upright, and doesn't say how it was
@@ -165,6 +176,20 @@ def _is_deep_colour(image: Image, data: bytes) -> bool:
         bits = getattr(image, "tag_v2", {}).get(BITS, (8,))
         return len(bits) > 1 and max(bits) > 8
     return False
+
+
+def _check_planes(image: Image, data: bytes, source: str) -> None:
+    """Decoders take the first of a TIFF's planes for all three channels, without an error.
+
+    Raises:
+        ImageError: colours of 16 bits, each in a plane of its own.
+    """
+    planar = getattr(image, "tag_v2", {}).get(PLANAR) == SEPARATE_PLANES
+    if planar and _is_deep_colour(image, data):
+        raise ImageError(
+            f"{source}: expected a TIFF whose 16-bit colours lie pixel by pixel, found them in "
+            "separate planes. Save it as PNG, or with interleaved channels."
+        )
 
 
 def _deep_colour(data: bytes, image: Image, source: str) -> Pixels | None:
@@ -275,9 +300,9 @@ def _converted(image: Image, source: str) -> Photo:
     if mode in ("LA", "RGB", "RGBA") and key is None:
         return Photo(np.asarray(image), icc)
     if mode == "CMYK":
-        return Photo(np.asarray(_cmyk_to_srgb(image, icc)))
+        return Photo(np.asarray(_cmyk_to_srgb(image, icc, source)))
     has_alpha = key is not None or mode in ("PA", "La", "RGBa")
-    kept = icc if mode in ("P", "PA", "RGB", "RGBX") else None
+    kept = icc if mode in ("P", "PA", "RGB", "RGBX", "YCbCr") else None
     return Photo(np.asarray(image.convert("RGBA" if has_alpha else "RGB")), kept)
 
 
@@ -296,7 +321,7 @@ def _profile(image: Image) -> bytes | None:
     return icc if isinstance(icc, bytes) and icc else None
 
 
-def _cmyk_to_srgb(image: Image, icc: bytes | None) -> Image:
+def _cmyk_to_srgb(image: Image, icc: bytes | None, source: str) -> Image:
     from PIL import ImageCms
 
     if icc:
@@ -308,7 +333,9 @@ def _cmyk_to_srgb(image: Image, icc: bytes | None) -> Image:
             if converted is not None:
                 return converted
         except (ImageCms.PyCMSError, OSError) as exc:
-            log.warning("its CMYK profile can't be used (%s); converted without it", exc)
+            log.warning(
+                "%s: its CMYK profile can't be used (%s); converted without it", source, exc
+            )
     return image.convert("RGB")
 
 

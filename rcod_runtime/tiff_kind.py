@@ -12,6 +12,7 @@ from rcod_runtime.errors import ImageError
 from rcod_runtime.parallel import row_bands
 
 BITS, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0
+PLANAR, SEPARATE_PLANES = 284, 2
 _WIDTH, _LENGTH, _TILE_WIDTH, _TILE_LENGTH = 256, 257, 322, 323
 _SAID = {
     BITS: "BitsPerSample", 277: "SamplesPerPixel", 338: "ExtraSamples", 339: "SampleFormat",

@@ -12,7 +12,9 @@ import functools
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -300,11 +302,15 @@ class _Connection:
         self.data = ray.data
         address = self.cluster.address
         own: dict[str, Any] = {"include_dashboard": False} if address == "local" else {}
+        before = signal.getsignal(signal.SIGTERM)
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **own)
         except (ConnectionError, ValueError, RuntimeError) as exc:
             message = f"--ray {address}: no cluster can be reached there ({exc})."
             raise BackendError(message) from exc
+        finally:
+            if threading.current_thread() is threading.main_thread():  # Ray exits with 15
+                signal.signal(signal.SIGTERM, before)
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False

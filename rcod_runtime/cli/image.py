@@ -116,6 +116,8 @@ def _upscale(
 
 
 def _stdin() -> bytes:
+    if sys.stdin is None:
+        raise ImageError("stdin: closed. Give a file in the place of -.")
     try:
         return read_stream(sys.stdin.buffer, MAX_INPUT_BYTES)
     except OSError as exc:

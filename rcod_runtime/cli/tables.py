@@ -54,13 +54,36 @@ def images_of(unit: dict[str, Any]) -> Iterator[tuple[str, bytes | ImageError]]:
     yield from _members(unit) if unit["path"].lower().endswith(".tar") else _rows(unit)
 
 
+class _Member(tarfile.TarInfo):
+    """A header that is damaged or cut off is an error; tarfile takes it for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _Member:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        except tarfile.HeaderError as exc:
+            raise tarfile.ReadError(f"after the image before: {exc}") from exc
+
+
 def _members(unit: dict[str, Any]) -> Iterator[tuple[str, bytes | ImageError]]:
-    with _opened(unit["path"]) as file, tarfile.open(fileobj=file, mode="r|") as tar:
+    with (
+        _opened(unit["path"]) as file,
+        tarfile.open(fileobj=file, mode="r|", tarinfo=_Member) as tar,
+    ):
         for member in tar:
-            if (
-                not member.isfile()
-                or PurePosixPath(member.name).suffix.lower() not in READ_SUFFIXES
-            ):
+            if PurePosixPath(member.name).suffix.lower() not in READ_SUFFIXES:
+                continue
+            if member.islnk() or member.issym():
+                yield (
+                    member.name,
+                    ImageError(
+                        f"{member.name}: expected an image, found a link to {member.linkname} in "
+                        "the archive. Pack it with tar --dereference --hard-dereference."
+                    ),
+                )
+            if not member.isfile():
                 continue
             if member.size > MAX_INPUT_BYTES:
                 yield (
@@ -87,7 +110,8 @@ def _rows(unit: dict[str, Any]) -> Iterator[tuple[str, bytes | ImageError]]:
 def _image_of(row: dict[str, Any], columns: list[str]) -> tuple[str, bytes | ImageError]:
     """Bytes in one of IMAGE_COLUMNS, or a mapping with "bytes" and "path", as datasets of images
     have it; the name in one of NAME_COLUMNS, or a hash where there is none."""
-    name = next((str(row[column]) for column in NAME_COLUMNS if row.get(column)), "")
+    given = (row[column] for column in NAME_COLUMNS if row.get(column) not in (None, "", b""))
+    name = next((os.fsdecode(n) if isinstance(n, bytes) else str(n) for n in given), "")
     for column in IMAGE_COLUMNS:
         value = row.get(column)
         data = value.get("bytes") if isinstance(value, dict) else value

@@ -124,6 +124,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``rcod-upscale``; returns the exit code."""
     arguments = build_parser().parse_args(argv)
+    closed_stdout = sys.stdout is None
+    for name in ("stdout", "stderr"):  # None where it is closed, which neither print nor tqdm knows
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As file names are, which it prints: a redirected one may have another encoding.
         sys.stdout.reconfigure(
@@ -131,6 +135,8 @@ def main(argv: list[str] | None = None) -> int:
         )
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
+        if closed_stdout and arguments.out == STREAM:
+            raise UsageError("-o -: expected a file or a pipe as stdout, found it closed.")
         with sigterm_raises():
             _run(arguments)
     except RcodError as error:

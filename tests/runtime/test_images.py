@@ -69,6 +69,32 @@ def deep_tiff(pixels: np.ndarray, orientation: int = 1, extra: int | None = None
     return file + b"".join(struct.pack("<HHII", *field) for field in fields) + bytes(4)
 
 
+def test_deep_colours_in_separate_planes_are_refused(photo: Photo) -> None:
+    """They came as the first plane, read as pixels."""
+    whole = deep_tiff(photo().astype(np.uint16) * 256)
+    planar = whole.replace(struct.pack("<HHII", 284, 3, 1, 1), struct.pack("<HHII", 284, 3, 1, 2))
+    assert planar != whole and decode_image(whole, "a").pixels.shape == photo().shape
+    with pytest.raises(ImageError, match="a.tif: .* found them in separate planes. Save it as PNG"):
+        decode_image(planar, "a.tif")
+
+
+def test_a_tiff_in_luma_and_chroma_keeps_its_profile(photo: Photo) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    file = io.BytesIO()
+    Image.fromarray(photo()).convert("YCbCr").save(file, "TIFF", icc_profile=profile)
+    found = decode_image(file.getvalue(), "a")
+    assert found.icc == profile and found.pixels.shape == photo().shape
+
+
+def test_what_is_wrong_with_a_cmyk_profile_names_the_file(
+    photo: Photo, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = io.BytesIO()
+    Image.fromarray(photo()).convert("CMYK").save(file, "JPEG", icc_profile=b"none")
+    assert decode_image(file.getvalue(), "c.jpg").pixels.shape == photo().shape
+    assert "c.jpg: its CMYK profile can't be used" in caplog.text
+
+
 def test_modes_come_as_arrays_that_keep_what_they_hold(photo: Photo) -> None:
     rgb = Image.fromarray(photo())
     alpha = Image.fromarray(photo(channels=1)[:, :, 0])

@@ -139,6 +139,41 @@ def test_an_output_that_cannot_be_written_leaves_the_others_alone(
     assert [r["error"] for r in records(report)] == [None, "OutputError", "OutputError"]
 
 
+def test_a_part_that_cannot_be_removed_leaves_the_others_alone(
+    bundle: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """In a folder where files may be made and no more: the part's error hid the output's."""
+
+    def refused(self: Path, *_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted", str(self))
+
+    monkeypatch.setattr(Path, "replace", refused)
+    monkeypatch.setattr(Path, "unlink", refused)
+    report = tmp_path / "report.jsonl"
+    assert run(bundle, photos, "-o", tmp_path / "out", "--report", report) == 10
+    assert "Operation not permitted" in capsys.readouterr().err
+    assert [r["status"] for r in records(report)] == ["failed"] * 3
+
+
+@pytest.mark.parametrize("stream", ["stdin", "stdout", "stderr"])
+def test_a_closed_stream_stops_nothing(
+    bundle: Path, photos: Path, tmp_path: Path, stream: str
+) -> None:
+    """As daemons have them: Python's are None then."""
+    closed, out = f"import sys; sys.{stream} = None", tmp_path / "out"
+    options = ("--bundle", bundle)
+    process = subprocess.run(command(photos, "-o", out, *options, code=closed), timeout=120)
+    assert process.returncode == 0 and len(list(out.iterdir())) == 3
+    if stream != "stderr":
+        ends = ("-", tmp_path / "o.png") if stream == "stdin" else (photos / "0.png", "-")
+        process = subprocess.run(
+            command(ends[0], "-o", ends[1], *options, code=closed),
+            capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert process.returncode == {"stdin": 3, "stdout": 2}[stream], process.stderr
+        assert "closed" in process.stderr and "Traceback" not in process.stderr
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_infinity_from_a_graph_is_told_and_never_written(
     tmp_path: Path, photos: Path, capsys: Capture, several: bool
