@@ -1,7 +1,7 @@
 """The configuration of a run: one frozen dataclass tree from the command line to the files.
 
 nano's losses and degradations are what the runs behind the embedded model came to; its steps and
-crops are those of one run from the start, of an hour and a half (docs/training.md).
+crops are those of one run from the start, of two and a half hours (docs/training.md).
 """
 
 from __future__ import annotations
@@ -308,16 +308,19 @@ NANO = RcodStageConfig(
     adversarial_weight=0.12,
     realism_power=2.0,
 )
-# From its merged weights, or those of a checkpoint.
+# From its merged weights, or those of a checkpoint. The decoder is trained in full and has a low
+# rate: with that of the stages before it loses in its first steps what they had won.
 NANO_REFINE = RefineStageConfig(
     **dataclasses.asdict(NANO)
     | {
-        "steps": 500,
+        "steps": 2250,
         "crops_per_photo": 2,
-        "learning_rate": 1.5e-4,
-        "decoder_learning_rate": 3e-4,
+        "learning_rate": 1e-4,
+        "decoder_learning_rate": 4e-5,
         "warmup_steps": 50,
-        "validation_steps": 250,
+        "ema_decay": 0.998,
+        "validation_steps": 500,
+        "adversarial_weight": 0.15,
         "any_level": 1.0,
         "latent_weight": 0.0,
         "vsd_weight": 0.0,

@@ -282,11 +282,17 @@ def _below(folder: Path) -> Iterator[Photo]:
 def _in_shard(path: Path) -> list[Photo]:
     try:
         with tarfile.open(path, "r:") as shard:
-            return [
+            photos = [
                 Photo(path, member.name, (member.offset_data, member.size))
                 for member in shard
                 if member.isreg() and PurePosixPath(member.name).suffix.lower() in SUFFIXES
             ]
+            end = shard.offset
+        with path.open("rb") as file:  # tarfile takes a damaged or cut header for the end
+            file.seek(end)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"a damaged header, or cut off, at byte {end}")
+        return photos
     except (OSError, tarfile.TarError) as exc:
         raise DataError(
             f"{path}: not a whole tar file without compression ({exc}). Remove it or make it again."

@@ -106,7 +106,7 @@ def test_missing_lpips_says_what_to_install(
 ) -> None:
     monkeypatch.setattr("rcod_train.quality.features.find_shipped", lambda *_: None)
     argv = ["nano", "--data", str(photos), "--out", str(tmp_path / "run"), "--lpips"]
-    for name in ("vae", "base", "regression", "rcod", "mem"):
+    for name in ("vae", "base", "regression", "rcod", "refine", "mem"):
         argv += ["--set", f"{name}.crop_px=32", "--set", f"{name}.context_px=64"]
     assert main(argv) == 9
     error = capsys.readouterr().err

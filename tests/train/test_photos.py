@@ -236,6 +236,11 @@ def test_a_cut_off_or_compressed_shard_is_named(photos: Path, tmp_path: Path) ->
     (tmp_path / "a.tar").write_bytes(whole[: len(whole) // 2 + 300])
     with pytest.raises(DataError, match=r"a\.tar: not a whole tar file without compression"):
         find_photos((str(tmp_path / "a.tar"),), 96)
+    at = whole.index(b"1.txt\0")  # a header
+    for cut in (whole[:at], whole[: at + 100], whole[:at] + b"x" + whole[at + 1 :]):
+        (tmp_path / "a.tar").write_bytes(cut)
+        with pytest.raises(DataError, match=rf"a damaged header, or cut off, at byte {at}"):
+            find_photos((str(tmp_path / "a.tar"),), 96)
     with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
         tar.add(photos / "0.png")
     with pytest.raises(DataError, match=r"a\.tar: not a whole tar file without compression"):
