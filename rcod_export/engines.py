@@ -299,9 +299,9 @@ def _make_folders(bundle: Path, folder: Path) -> None:
         BundleError: a link is in the way.
         OSError: it can't be made.
     """
-    for part in reversed([folder, *folder.parents]):
-        if part == bundle or not part.is_relative_to(bundle):
-            continue
+    part = bundle
+    for name in folder.relative_to(bundle).parts:
+        part = part / name
         if part.is_symlink():
             raise BundleError(
                 f"{part}: expected a folder for engines, found a link to {os.readlink(part)}. "

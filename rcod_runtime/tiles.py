@@ -63,9 +63,8 @@ def plan_axis(length_px: int, tile_px: int, overlap_px: int, multiple: int) -> A
     total = np.zeros(starts[-1] + tile_px)
     for start, window in zip(starts, windows, strict=True):
         total[start : start + tile_px] += window
-    total = total[:length_px]
     weights = tuple(
-        (window[: length_px - start] / total[start : start + tile_px]).astype(np.float32)
+        (window / total[start : start + tile_px])[: length_px - start].astype(np.float32)
         for start, window in zip(starts, windows, strict=True)
     )
     return Axis(length_px, tile_px, starts, weights)
@@ -92,7 +91,7 @@ class TilePlan:
         if self.count <= count:
             return self.positions()
         short, long = sorted((rows, columns))
-        fewer = max(min(short, 2), min(short, round(math.sqrt(count * short / long))))
+        fewer = min(short, max(2, round(math.sqrt(count * short / long))))
         more = min(long, count // fewer)
         down, across = (fewer, more) if rows == short else (more, fewer)
         return [

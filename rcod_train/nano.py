@@ -73,15 +73,14 @@ def train_nano(
     if start is None:
         train_base(run, parts, config)
         rcod = train_rcod(run, parts, config)
-    if start is not None or config.refine.steps:
-        if start is None:
+        if config.refine.steps:
             freeze(rcod.merge(), run.device)
             taught = own_discriminator(rcod)
+    if start is not None or config.refine.steps:
         rcod = train_refine(run, parts, config, taught)
-    tokens_px, degradations = parts.vpim.tokens_px, rcod.config.degradations
     if not keeps_mem:
-        mem = MemStage(rcod, config.mem)
-        run.train(mem, run.batches_of(config.mem, "mem", tokens_px, degradations))
+        mem, degradations = MemStage(rcod, config.mem), rcod.config.degradations
+        run.train(mem, run.batches_of(config.mem, "mem", parts.vpim.tokens_px, degradations))
 
     summary = "Small one-step diffusion upscaler with a realism control, x4, for CPUs."
     info = run.info(rcod, "nano", name, summary, licence, sources)
@@ -161,13 +160,11 @@ def train_base(run: Run, parts: Parts, config: TrainConfig) -> None:
 
 def train_rcod(run: Run, parts: Parts, config: TrainConfig) -> RcodStage:
     """The paper's method on the base, after the distances to the photo alone."""
-    tokens_px, degradations = parts.vpim.tokens_px, config.rcod.degradations
-    grouping = run.grouping(parts, config.rcod, tokens_px)
+    grouping = run.grouping(parts, config.rcod, parts.vpim.tokens_px)
     with seeded(config.seed):  # its LoRA matrices
         rcod = RcodStage(parts, config.rcod, grouping, run.autocast, run.perceptual)
     for stage in (RegressionStage(rcod, config.regression), rcod):
-        source = run.batches_of(stage.config, stage.name, tokens_px, degradations)
-        run.train(stage, source, run.validation(rcod, stage, tokens_px))
+        run.train_generator(rcod, stage)
     return rcod
 
 
@@ -175,15 +172,14 @@ def train_refine(
     run: Run, parts: Parts, config: TrainConfig, taught: Discriminator | None
 ) -> RcodStage:
     """From merged weights, at all levels alike, against the discriminator ``taught`` so far."""
-    stage, tokens_px = config.refine, parts.vpim.tokens_px
-    grouping = run.grouping(parts, stage, tokens_px, "metric_refine.json")
+    stage = config.refine
+    grouping = run.grouping(parts, stage, parts.vpim.tokens_px, "metric_refine.json")
     with seeded(config.seed):
         refine = RefineStage(
             parts, stage, grouping, run.autocast, run.perceptual, discriminator=taught
         )
     if stage.steps:
-        source = run.batches_of(stage, refine.name, tokens_px, stage.degradations)
-        run.train(refine, source, run.validation(refine, refine, tokens_px))
+        run.train_generator(refine, refine)
     return refine
 
 

@@ -44,11 +44,9 @@ def train_rcod_o(
     with seeded(config.seed):  # the LoRA matrices and the MEM
         rcod = RcodStage(parts, config.rcod, grouping, run.autocast, run.perceptual, condition)
         parts.mem = Mem(parts.vae.config.latent_channels).to(run.device)
-    degradations = config.rcod.degradations
-    validation = run.validation(rcod, rcod, tokens_px)
-    run.train(rcod, run.batches_of(config.rcod, "rcod", tokens_px, degradations), validation)
+    run.train_generator(rcod, rcod)
     mem = MemStage(rcod, config.mem)
-    run.train(mem, run.batches_of(config.mem, "mem", tokens_px, degradations))
+    run.train(mem, run.batches_of(config.mem, "mem", tokens_px, config.rcod.degradations))
 
     if run.autocast.dtype != torch.float32:
         restore_frozen(parts, load_base(config.base_model, config.clip), rcod.trained())

@@ -73,11 +73,9 @@ def train_rcod_s(
         rcod = RcodStage(
             parts, config.rcod, grouping, run.autocast, run.perceptual, discriminator=discriminator
         )
-    degradations = config.rcod.degradations
-    validation = run.validation(rcod, rcod, tokens_px)
-    run.train(rcod, run.batches_of(config.rcod, "rcod", tokens_px, degradations), validation)
+    run.train_generator(rcod, rcod)
     mem = MemStage(rcod, config.mem)
-    run.train(mem, run.batches_of(config.mem, "mem", tokens_px, degradations))
+    run.train(mem, run.batches_of(config.mem, "mem", tokens_px, config.rcod.degradations))
 
     if run.autocast.dtype != torch.float32:
         base = load_base(config.base_model, config.clip, example=SD_TURBO)

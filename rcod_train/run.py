@@ -193,6 +193,12 @@ class Run:
             if board is not None:
                 board.close()
 
+    def train_generator(self, rcod: RcodStage, stage: Stage) -> None:
+        """A stage that trains the generator of ``rcod``, with validation on photos held out."""
+        tokens_px = rcod.parts.vpim.tokens_px
+        source = self.batches_of(stage.config, stage.name, tokens_px, rcod.config.degradations)
+        self.train(stage, source, self.validation(rcod, stage, tokens_px))
+
     def grouping(
         self, parts: Parts, config: RcodStageConfig, tokens_px: int, file: str = "metric.json"
     ) -> Grouping:

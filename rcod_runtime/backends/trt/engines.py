@@ -120,8 +120,8 @@ def find_engines(manifest: Manifest, index: int, tile_px: int | None = None) -> 
             cure = "Build others: rcod-export engines BUNDLE (or --device cpu)"
         reasons.append(f"{engines.folder}: {reason}")
     if fitting:
-        sizes = {engines.tile_px: engines for engines in reversed(fitting)}
-        return sizes.get(tile_px or 0) or sizes.get(manifest.image.tile_px) or fitting[0]
+        sizes = (tile_px, manifest.image.tile_px)
+        return next((e for size in sizes for e in fitting if e.tile_px == size), fitting[0])
     if not reasons:
         return "the bundle has no engines. Build them: rcod-export engines BUNDLE"
     return f"{'; '.join(reasons)}. {cure}"
