@@ -10,10 +10,10 @@ number of processors.
 from __future__ import annotations
 
 import struct
-import zlib
 
 import numpy as np
 import numpy.typing as npt
+from zlib_ng import zlib_ng as zlib
 
 from rcod_runtime.parallel import in_parallel
 
