@@ -99,6 +99,22 @@ def with_hidden_filled(image: Prepared) -> Prepared:
     return replace(image, lq=cast(Pixels, np.broadcast_to(filled, image.lq.shape)))
 
 
+def checked_out(out: Pixels | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Pixels:
+    """The caller's array for the result, or a new one.
+
+    Raises:
+        UsageError: it is no array of this shape and dtype that can be written.
+    """
+    if out is None:
+        return np.empty(shape, dtype)
+    if not isinstance(out, np.ndarray) or out.shape != shape or out.dtype != dtype:
+        found = f"{out.shape} {out.dtype}" if isinstance(out, np.ndarray) else type(out).__name__
+        raise UsageError(f"out: expected an array {shape} {dtype}, found {found}.")
+    if not out.flags.writeable:
+        raise UsageError("out: expected a writeable array, found a read-only one.")
+    return out
+
+
 def restore_layout(sr: Pixels, source: Prepared, out: Pixels) -> None:
     """Write the result (H, W, 3) into ``out`` with the source's channels; alpha is upsampled."""
     planes = out.reshape(*out.shape[:2], -1)

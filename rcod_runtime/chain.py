@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -53,7 +53,8 @@ class Chain(Protocol):
     """The graphs of one bundle on one device. May be shared by threads.
 
     ``tile_px`` is the only tile size it takes, None where any will do; ``batches`` the smallest and
-    largest tile batch, ``batch`` the one to take where nobody chose.
+    largest tile batch, ``batch`` the one to take where nobody chose. ``fits_tiles``: smaller tiles
+    than usual take less time there, of whatever size they are.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Chain(Protocol):
     tile_px: int | None
     batches: tuple[int, int]
     batch: int
+    fits_tiles: bool
 
     def run(
         self, feed: ImageFeed, level: Array | None, tiles: Iterable[Array]
@@ -93,7 +95,8 @@ class Chain(Protocol):
 class HostChain:
     """The chain on a backend whose inputs and outputs lie in host memory.
 
-    Threads take turns tile batch by tile batch.
+    Threads take turns tile batch by tile batch. A run computes one batch while its caller makes the
+    next one and is at work on the last: the graphs leave a part of the processors free.
     """
 
     tile_px: int | None = None
@@ -108,6 +111,8 @@ class HostChain:
         sizes = {name: bundle.graph_bytes(name) for name in bundle.manifest.graphs}
         order = sorted(sizes, key=lambda name: -sizes[name])
         self._large = [name for name in order if sizes[name] > LARGE_GRAPH_BYTES]
+        # A large graph that is compiled for one size and for all takes its memory twice.
+        self.fits_tiles = backend.takes_any_size and not self._large
         self._sessions: dict[str, Session] = {
             name: CheckedSession(
                 backend.load(bundle.graph_path(name)),
@@ -122,12 +127,21 @@ class HostChain:
     def run(
         self, feed: ImageFeed, level: Array | None, tiles: Iterable[Array]
     ) -> Generator[TileOutputs, None, None]:
-        for image in tiles:
-            with self._lock:
-                self._prepare(feed)
-                z_lq, z_sr, decoded = self._tile(feed, level, image, [])
-                outputs = TileOutputs(z_lq.copy(), z_sr.copy(), to_pixels(decoded))
-            yield outputs
+        with ThreadPoolExecutor(1) as pool:
+            running: Future[TileOutputs] | None = None
+            for image in tiles:
+                following = pool.submit(self._outputs, feed, level, image)
+                if running is not None:
+                    yield running.result()
+                running = following
+            if running is not None:
+                yield running.result()
+
+    def _outputs(self, feed: ImageFeed, level: Array | None, image: Array) -> TileOutputs:
+        with self._lock:
+            self._prepare(feed)
+            z_lq, z_sr, decoded = self._tile(feed, level, image, [])
+            return TileOutputs(z_lq.copy(), z_sr.copy(), to_pixels(decoded))
 
     def estimate(self, feed: ImageFeed, tiles: Iterable[Array]) -> list[Array]:
         values = []

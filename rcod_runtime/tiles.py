@@ -19,6 +19,9 @@ CACHED_ROWS = 16
 # the scale is whole): between those the networks have never seen a photo, and two tiles that are
 # not on one grid make different texture of what they share.
 GRID_PX = 8
+# Graphs for any size are slower than those that were compiled for one: by a quarter with AMX, by
+# 14 % where these have Winograd's convolutions, by 2 % elsewhere.
+WORTH_FITTING = 0.25
 
 
 @dataclass(frozen=True)
@@ -51,8 +54,7 @@ def plan_axis(length_px: int, tile_px: int, overlap_px: int, multiple: int) -> A
     if length_px <= tile_px:
         tile_px = math.ceil(length_px / multiple) * multiple
         return Axis(length_px, tile_px, (0,), (np.ones(length_px, np.float32),))
-    last = math.ceil((length_px - tile_px) / GRID_PX)
-    count = math.ceil(last / max(1, (tile_px - overlap_px) // GRID_PX)) + 1
+    last, count = _last_and_count(length_px, tile_px, overlap_px)
     starts = tuple(GRID_PX * round(i * last / (count - 1)) for i in range(count))
     windows = [np.ones(tile_px) for _ in starts]
     for i in range(count - 1):
@@ -70,6 +72,25 @@ def plan_axis(length_px: int, tile_px: int, overlap_px: int, multiple: int) -> A
     return Axis(length_px, tile_px, starts, weights)
 
 
+def _last_and_count(length_px: int, tile_px: int, overlap_px: int) -> tuple[int, int]:
+    """Where the last of several tiles starts, in GRID_PX, and how many there are."""
+    last = math.ceil((length_px - tile_px) / GRID_PX)
+    return last, math.ceil(last / max(1, (tile_px - overlap_px) // GRID_PX)) + 1
+
+
+def fitting_tile_px(length_px: int, tile_px: int, overlap_px: int, multiple: int) -> int:
+    """The least size of as many tiles as ``length_px`` needs of ``tile_px``."""
+    if length_px <= tile_px:
+        return tile_px
+    _, count = _last_and_count(length_px, tile_px, overlap_px)
+    while (
+        tile_px - multiple >= max(multiple, 2 * overlap_px)
+        and _last_and_count(length_px, tile_px - multiple, overlap_px)[1] == count
+    ):
+        tile_px -= multiple
+    return tile_px
+
+
 @dataclass(frozen=True)
 class TilePlan:
     """Tiles of an image, row by row."""
@@ -80,6 +101,11 @@ class TilePlan:
     @property
     def count(self) -> int:
         return len(self.y.starts) * len(self.x.starts)
+
+    @property
+    def pixels(self) -> int:
+        """Of all tiles, what they share counted as often as it is computed."""
+        return self.count * self.y.tile_px * self.x.tile_px
 
     def positions(self) -> list[tuple[int, int]]:
         """(row, column) of every tile, rows first."""
@@ -108,9 +134,17 @@ class TilePlan:
 
 
 def plan_image(
-    size_px: tuple[int, ...], tile_px: int, overlap_px: int | None, usual_px: int, multiple: int
+    size_px: tuple[int, ...],
+    tile_px: int,
+    overlap_px: int | None,
+    usual_px: int,
+    multiple: int,
+    fit: bool = False,
 ) -> TilePlan:
     """Tiles of an image (height, width); without an overlap that of the bundle, or half a tile.
+
+    ``fit``: as many smaller tiles, where that saves a WORTH_FITTING of the work: an image a little
+    larger than a tile is mostly overlap otherwise.
 
     Raises:
         UsageError: as ``plan_axis``, or a size that is no integer.
@@ -119,8 +153,14 @@ def plan_image(
         if isinstance(value, bool) or not isinstance(value, (int, np.integer, type(None))):
             raise UsageError(f"{name} {value!r}: expected a whole number of pixels.")
     overlap_px = min(usual_px, tile_px // 2) if overlap_px is None else overlap_px
-    y, x = (plan_axis(side, tile_px, overlap_px, multiple) for side in size_px)
-    return TilePlan(y, x)
+    plan = TilePlan(*(plan_axis(side, tile_px, overlap_px, multiple) for side in size_px))
+    if not fit or plan.count == 1:
+        return plan
+    sides = (fitting_tile_px(side, tile_px, overlap_px, multiple) for side in size_px)
+    fitted = TilePlan(
+        *(plan_axis(*both, overlap_px, multiple) for both in zip(size_px, sides, strict=True))
+    )
+    return fitted if fitted.pixels <= (1 - WORTH_FITTING) * plan.pixels else plan
 
 
 class Blender:

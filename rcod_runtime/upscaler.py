@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from rcod_runtime.arrays import (
     Prepared,
+    checked_out,
     guide_window,
     host_array,
     prepare_image,
@@ -162,7 +163,8 @@ class Upscaler:
             out: array for the result; without it a fresh one is made, which the caller owns. After
                 an error it may hold a part of the result.
             colour_match: how colours are held to the input's (see rcod_runtime.colour).
-            tile_px, overlap_px: of tiles in the result; None is the bundle's choice.
+            tile_px, overlap_px: of tiles in the result; None is the bundle's choice, and on a CPU
+                the least that makes no more tiles.
             batch: tiles run together; None is the backend's choice.
             progress: called with (tiles done, tiles in all).
 
@@ -187,12 +189,13 @@ class Upscaler:
         prepared = prepare_image(image)
         shape = self.output_shape(image.shape, scale)
         height, width = shape[:2]
-        out = _checked_out(out, shape, image.dtype)
+        out = checked_out(out, shape, image.dtype)
         if np.may_share_memory(image, out):  # at scale 1: still to be read
             prepared = prepare_image(image.copy())
+        fit = tile_px is None and self._chain.fits_tiles
         tile_px = self._tile_px(tile_px)
         multiple = self._chain.tile_px or contract.size_multiple
-        plan = plan_image((height, width), tile_px, overlap_px, contract.overlap_px, multiple)
+        plan = plan_image((height, width), tile_px, overlap_px, contract.overlap_px, multiple, fit)
         prepared = with_hidden_filled(prepared)
         job = _Job(self._chain, self.manifest, prepared, plan, batch, tile_px)
         # A guide sees the whole image, and so does a single tile: there the graphs choose.
@@ -292,8 +295,10 @@ class Upscaler:
 
     def warmup(self, batch: int | None = None) -> None:
         """Do now what the first images would wait for: compiling, capturing, for single tiles and
-        for full batches. On a CPU an image smaller than a tile still compiles at its first."""
+        for full batches; on a CPU for tiles of any size too."""
         height, width = self._tile_lq()
+        if self._chain.fits_tiles:
+            self(np.zeros((1, 1, 3), np.uint8), self.manifest.levels[0].name)
         for tiles in sorted({self._chain.batches[0], self._batch(batch)}):
             image = np.zeros((height, width * tiles, 3), np.uint8)  # one tile batch
             for _ in range(2):  # the first run of an engine is as it is, the second is captured
@@ -437,14 +442,3 @@ def _checked_scale(scale: float) -> float:
     if isinstance(scale, bool) or not number or not 1.0 <= scale <= MAX_SCALE:
         raise UsageError(f"scale {scale!r}: expected a number in 1..{MAX_SCALE:g}.")
     return float(scale)
-
-
-def _checked_out(out: Pixels | None, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Pixels:
-    if out is None:
-        return np.empty(shape, dtype)
-    if not isinstance(out, np.ndarray) or out.shape != shape or out.dtype != dtype:
-        found = f"{out.shape} {out.dtype}" if isinstance(out, np.ndarray) else type(out).__name__
-        raise UsageError(f"out: expected an array {shape} {dtype}, found {found}.")
-    if not out.flags.writeable:
-        raise UsageError("out: expected a writeable array, found a read-only one.")
-    return out

@@ -406,6 +406,24 @@ struct Axis {
 // Tiles start where latents and enlarged pixels lie, as in the training.
 constexpr int kGrid = 8;
 
+// Where the last of several tiles starts, in kGrid, and how many there are.
+std::pair<int, int> lastAndNumber(int length, int tile, int overlap) {
+    const int last = (length - tile + kGrid - 1) / kGrid;
+    const int step = std::max(1, (tile - overlap) / kGrid);
+    return {last, (last + step - 1) / step + 1};
+}
+
+// The least size of as many tiles as `length` needs of `tile`.
+int fittingTile(int length, int tile, int overlap, int multiple) {
+    if (length <= tile) return tile;
+    const int number = lastAndNumber(length, tile, overlap).second;
+    const int least = std::max(multiple, 2 * overlap);
+    while (tile - multiple >= least &&
+           lastAndNumber(length, tile - multiple, overlap).second == number)
+        tile -= multiple;
+    return tile;
+}
+
 // Tiles of `tile` that overlap by at least `overlap`; `fixed`: also where the image is smaller. The
 // last of several may reach beyond the image.
 Axis planAxis(int length, int tile, int overlap, int multiple, bool fixed) {
@@ -413,8 +431,7 @@ Axis planAxis(int length, int tile, int overlap, int multiple, bool fixed) {
         const int fitting = (length + multiple - 1) / multiple * multiple;
         return {fixed ? tile : fitting, {0}, {std::vector<float>(size_t(length), 1.0f)}};
     }
-    const int last = (length - tile + kGrid - 1) / kGrid;
-    const int step = std::max(1, (tile - overlap) / kGrid), number = (last + step - 1) / step + 1;
+    const auto [last, number] = lastAndNumber(length, tile, overlap);
     Axis axis{tile, {}, {}};
     std::vector<std::vector<double>> windows(size_t(number), std::vector<double>(size_t(tile), 1.0));
     for (int i = 0; i < number; ++i)
@@ -581,8 +598,16 @@ Image upscale(Graphs& graphs, const Json& manifest, const Image& lq, const std::
     Image sr(lq.height * scale, lq.width * scale);
     const auto rows = taps(lq.height, sr.height, kBicubic);
     const auto columns = taps(lq.width, sr.width, kBicubic);
-    const Axis y = planAxis(sr.height, tile, overlap, multiple, graphs.tile() != 0);
-    const Axis x = planAxis(sr.width, tile, overlap, multiple, graphs.tile() != 0);
+    const bool fixed = graphs.tile() != 0;
+    Axis y = planAxis(sr.height, tile, overlap, multiple, fixed);
+    Axis x = planAxis(sr.width, tile, overlap, multiple, fixed);
+    if (!fixed) {  // as many smaller tiles, where that saves a quarter of the work
+        const int high = fittingTile(sr.height, tile, overlap, multiple);
+        const int wide = fittingTile(sr.width, tile, overlap, multiple);
+        const Axis down = planAxis(sr.height, high, overlap, multiple, fixed);
+        const Axis across = planAxis(sr.width, wide, overlap, multiple, fixed);
+        if (4.0 * down.tile * across.tile <= 3.0 * y.tile * x.tile) y = down, x = across;
+    }
     for (size_t i = 0; i < y.starts.size(); ++i)
         for (size_t j = 0; j < x.starts.size(); ++j) {
             const auto &wy = y.weights[i], &wx = x.weights[j];

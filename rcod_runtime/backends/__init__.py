@@ -40,11 +40,13 @@ class Session(Protocol):
 
 
 class Backend(Protocol):
-    """A library that loads graphs."""
+    """A library that loads graphs. ``takes_any_size``: a tile size that it has not seen costs it
+    nothing, or once for all of them."""
 
     name: str
     version: str
     precision: str
+    takes_any_size: bool
 
     def load(self, path: Path) -> Session:
         """Load an ONNX file.

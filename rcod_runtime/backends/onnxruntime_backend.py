@@ -49,6 +49,7 @@ class OnnxRuntimeBackend:
         if engines_of and precision == "fp32" and os.environ.get("NVIDIA_TF32_OVERRIDE") != "0":
             self.precision = "tf32"
         self._providers = _providers(gpu, engines_of)
+        self.takes_any_size = gpu is None  # a GPU's library looks for its fastest kernels again
         self.name = "onnxruntime" if gpu is None else f"onnxruntime {self._providers[0][0]}"
         self._options = ort.SessionOptions()
         self._options.log_severity_level = 3

@@ -62,6 +62,7 @@ class OpenVinoBackend:
     """
 
     name = "openvino"
+    takes_any_size = True
 
     def __init__(self, precision: str, threads: int) -> None:
         self.version = str(ov.get_version())

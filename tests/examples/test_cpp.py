@@ -77,7 +77,8 @@ def upscaler() -> Upscaler:
         (128, 128, "neutral"),  # one tile
         (37, 53, "fidelity"),  # a tile that is filled up
         (1, 1, "realism"),
-        (130, 301, "0.7"),  # several tiles both ways, between two levels
+        (130, 301, "0.7"),  # several tiles both ways, smaller ones, between two levels
+        (120, 370, "neutral"),  # tiles of the usual size
     ],
 )
 def test_the_pixels_are_those_of_the_python_runtime(

@@ -54,18 +54,20 @@ def test_large_graphs_are_compiled_alone_and_first(
     sizes = {name: opened.graph_bytes(name) for name in opened.manifest.graphs}
     large = sorted(sizes, key=lambda name: -sizes[name])[:2]
     monkeypatch.setattr(chain, "LARGE_GRAPH_BYTES", sizes[large[-1]] - 1)
-    began: list[tuple[str, bool]] = []
+    began: list[tuple[str, int]] = []
     real = chain.HostChain._bind
 
     def bind(self: Any, name: str, *given: Any) -> None:
-        began.append((name, threading.current_thread() is threading.main_thread()))
+        began.append((name, threading.get_ident()))
         real(self, name, *given)
 
     monkeypatch.setattr(chain.HostChain, "_bind", bind)
     with Upscaler(bundle, backend="openvino") as upscaler:
         upscaler(photo(32, 32))
-    assert began[:2] == [(name, True) for name in large]
-    assert sorted(began[2:]) == [(name, False) for name in sorted(set(sizes) - set(large))]
+    assert [name for name, _ in began[:2]] == large
+    assert {name for name, _ in began[2:]} == set(sizes) - set(large)
+    alone, others = ({thread for _, thread in part} for part in (began[:2], began[2:]))
+    assert len(alone) == 1 and not alone & others
 
 
 def test_photos_smaller_than_a_tile_share_what_is_compiled(

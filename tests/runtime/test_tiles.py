@@ -12,7 +12,16 @@ from PIL import Image
 from rcod_runtime import Upscaler, resample
 from rcod_runtime.errors import UsageError
 from rcod_runtime.resample import Resampler, resize_for_tokens, upsample
-from rcod_runtime.tiles import GRID_PX, Blender, TilePlan, pad_to, plan_axis
+from rcod_runtime.tiles import (
+    GRID_PX,
+    WORTH_FITTING,
+    Blender,
+    TilePlan,
+    fitting_tile_px,
+    pad_to,
+    plan_axis,
+    plan_image,
+)
 
 AXES = [(1, 64, 16), (63, 64, 16), (64, 64, 16), (65, 64, 16), (130, 64, 0), (511, 128, 64)]
 
@@ -78,6 +87,37 @@ def test_batches_end_with_a_row_and_are_as_even_as_can_be() -> None:
 def test_a_small_image_gets_one_small_tile() -> None:
     axis = plan_axis(70, 512, 64, 32)
     assert (axis.tile_px, axis.starts) == (96, (0,))
+
+
+@pytest.mark.parametrize("overlap", [0, 16, 64, 128])
+def test_fitting_tiles_are_the_least_that_make_no_more(overlap: int) -> None:
+    for length in range(1, 2400, 7):
+        usual = plan_axis(length, 256, overlap, 32)
+        tile_px = fitting_tile_px(length, 256, overlap, 32)
+        fitted = plan_axis(length, tile_px, overlap, 32)
+        assert len(fitted.starts) == len(usual.starts) and fitted.tile_px <= usual.tile_px
+        if 32 <= 2 * overlap <= tile_px - 32 and length > 256:
+            assert len(plan_axis(length, tile_px - 32, overlap, 32).starts) > len(usual.starts)
+
+
+def test_tiles_fit_where_that_saves_a_quarter_of_the_work() -> None:
+    def sides(height: int, width: int, fit: bool) -> tuple[int, int, int]:
+        plan = plan_image((height, width), 512, None, 64, 32, fit)
+        return plan.count, plan.y.tile_px, plan.x.tile_px
+
+    assert sides(1024, 1024, False) == (9, 512, 512)
+    assert sides(1024, 1024, True) == (9, 384, 384)
+    assert sides(640, 400, True) == (2, 352, 416)
+    assert sides(2048, 2048, True) == (25, 512, 512), "an eighth is not worth it"
+    assert sides(300, 512, True) == sides(300, 512, False) == (1, 320, 512)
+    for height in range(500, 1500, 64):
+        for width in range(500, 1500, 64):
+            usual, fitted = (
+                plan_image((height, width), 512, None, 64, 32, fit) for fit in (False, True)
+            )
+            assert fitted.positions() == usual.positions()
+            saved = 1 - fitted.pixels / usual.pixels
+            assert saved == 0 or saved >= WORTH_FITTING
 
 
 @pytest.mark.parametrize(("tile", "overlap"), [(100, 0), (0, 0), (64, 33), (64, -1)])

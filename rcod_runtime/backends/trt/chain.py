@@ -77,6 +77,8 @@ def open_device_chain(
 class DeviceChain:
     """All graphs of a bundle as engines on one GPU. Threads take turns image by image."""
 
+    fits_tiles = False
+
     def __init__(self, bundle: Bundle, engines: EngineSet, trt: Any, cuda: Cuda) -> None:
         self.name, self.version = engines.target, engines.version
         self.precision = engines.precision
