@@ -33,6 +33,7 @@ import numpy.typing as npt
 from benchmarks import report
 from benchmarks.command import Verdict, check_at_least_1, run_command
 from benchmarks.errors import DatasetError
+from benchmarks.graphs import usual_tile_px
 from benchmarks.pairs import images_by_stem, read_rgb
 from benchmarks.scores import bicubic
 from rcod_runtime import Upscaler, UsageError
@@ -76,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bundle", type=Path, metavar="DIR", help="default: the embedded model")
     add("--levels", nargs="+", default=["fidelity", "neutral", "realism"], metavar="LEVEL")
     add("--crop", type=int, default=256, metavar="PX", help="side (default: %(default)s)")
-    add("--tile", type=int, metavar="PX", help="of the result; default: the bundle's")
+    add("--tile", type=int, metavar="PX", help="of the result; default: as rcod-upscale")
     add("--limit", type=int, default=20, metavar="N", help="of photos (default: %(default)s)")
     add("--json", type=Path, metavar="FILE", help="write the JSON document here too")
     return parser
@@ -114,7 +115,7 @@ def run(config: ArtefactsConfig) -> Verdict:
     with Upscaler(config.bundle, "cpu") as upscaler:
         contract = upscaler.manifest.image
         side = contract.scale * config.crop_px
-        tile_px = config.tile_px or contract.tile_px
+        tile_px = config.tile_px or usual_tile_px(upscaler, side)
         overlap_px = min(contract.overlap_px, tile_px // 2)
         lines = seam_lines(side, tile_px, overlap_px)
         if not lines:

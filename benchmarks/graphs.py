@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from rcod_runtime import Upscaler
 from rcod_runtime.arrays import guide_window
 from rcod_runtime.backends import Array, Session, choose
 from rcod_runtime.bundle import open_bundle
 from rcod_runtime.contract import GUIDE
 from rcod_runtime.levels import choice_weights
 from rcod_runtime.resample import resize_for_tokens, upsample
+from rcod_runtime.tiles import plan_image
 
 
 def graph_stages(
@@ -62,3 +64,13 @@ def graph_stages(
 
 def _nchw(image: Array) -> Array:
     return np.ascontiguousarray(image.transpose(2, 0, 1)[None] / 127.5 - 1.0, np.float32)
+
+
+def usual_tile_px(upscaler: Upscaler, side_px: int) -> int:
+    """Of the tiles that an upscaler on the CPU makes of a square result by itself; the bundle's
+    where that is one tile."""
+    image = upscaler.manifest.image
+    fit = upscaler._chain.fits_tiles
+    size, multiple = (side_px, side_px), image.size_multiple
+    plan = plan_image(size, image.tile_px, None, image.overlap_px, multiple, fit)
+    return image.tile_px if plan.count == 1 else plan.y.tile_px

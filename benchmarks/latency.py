@@ -53,7 +53,8 @@ from rcod_runtime.parallel import cpus_available
 
 # 2: ratios are medians of each round's ratio; first calls, contestants, gate. 3: sweep, batch
 # 4: one image is in the bundle's tiles, and tile_px says how large; before, always in a single one
-SCHEMA_VERSION = 4
+# 5: start: contestants_side_px; side_px is the command's alone
+SCHEMA_VERSION = 5
 COLD_SIDE_PX = 128
 MEMORY_SIDE_PX = 1024
 PARTS = ("steady", "stages", "start", "memory")
@@ -312,6 +313,7 @@ def _start(config: LatencyConfig, folder: Path) -> dict[str, Any]:
         "command": asdict(report.summarise(command_ms)),
         "import_package": asdict(report.summarise([entry.package_ms for entry in imports])),
         "import_upscaler": asdict(report.summarise([entry.upscaler_ms for entry in imports])),
+        "contestants_side_px": config.comparison.side_px,
         "heavy_modules": sorted({name for entry in imports for name in entry.heavy_modules}),
         "contestants": {
             name: measure_contestant(task, config.start_runs)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from benchmarks.eager import MODES, NO_GUIDE, EagerPipeline, Mode, ModeMissing
 from benchmarks.errors import BenchmarkError
-from benchmarks.graphs import graph_stages
+from benchmarks.graphs import graph_stages, usual_tile_px
 from benchmarks.picture import draw_picture
 from rcod_runtime import Upscaler, UsageError
 from rcod_runtime.levels import choice_weights
@@ -131,8 +131,11 @@ def open_comparison(comparison: Comparison) -> Iterator[Opened]:
             )
             whole[f"{backend} {precision}"] = _runtime_call(upscaler, lq, comparison)
         manifest = upscaler.manifest
-        tile_px = comparison.tile_px(manifest.image)
-        tile_side = min(comparison.side_px, tile_px // manifest.image.scale)
+        scale, compiled_px = manifest.image.scale, comparison.tile_px(manifest.image)
+        tile_px = compiled_px
+        if comparison.batch == 1:
+            tile_px = usual_tile_px(upscaler, comparison.side_px * scale)
+        tile_side = min(comparison.side_px, tile_px // scale)
         tile = lq[:tile_side, :tile_side]
         eager: dict[str, EagerPipeline] = {}
         missing: dict[str, str] = {}
@@ -157,7 +160,7 @@ def open_comparison(comparison: Comparison) -> Iterator[Opened]:
                     comparison.threads,
                     tile,
                     comparison.level,
-                    tile_px,
+                    compiled_px,
                 )
                 for backend, precision in comparison.variants
             }

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rcod_train.errors import Interrupted, RcodTrainError
+from rcod_train.errors import ConfigError, Interrupted, RcodTrainError
 from rcod_train.stopping import sigterm_as_ctrl_c
 
 
@@ -265,6 +265,13 @@ def _run_nano(arguments: argparse.Namespace) -> int:
     from rcod_train.nano import train_nano
 
     config = TrainConfig(**_common(arguments), use_lpips=arguments.lpips, start=arguments.start)
+    for assignment in arguments.overrides if arguments.start else ():
+        stage = assignment.partition(".")[0]
+        if stage in config.stages and stage not in ("refine", "mem"):
+            raise ConfigError(
+                f"--set {assignment!r}: with --from the stages refine and mem alone run. Settings "
+                "of the RCOD stage are refine's there, as in refine.steps=500."
+            )
     return _train(train_nano, config, arguments)
 
 

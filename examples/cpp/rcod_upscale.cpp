@@ -58,11 +58,17 @@ size_t count(const Shape& shape) {
 #ifndef RCOD_TENSORRT
 
 // The bundle's ONNX graphs on the CPU.
+constexpr uintmax_t kLargeGraphBytes = uintmax_t(1) << 30;
+
 class Graphs {
 public:
     Graphs(const fs::path& bundle, const Json& manifest) {
         for (const auto& [name, graph] : manifest.at("graphs").items()) {
             const fs::path file = bundle / graph.at("file").get<std::string>();
+            uintmax_t bytes = fs::file_size(file);
+            for (const auto& [data, sha256] : graph.at("data_files").items())
+                bytes += fs::file_size(bundle / data);
+            fits_ = fits_ && bytes <= kLargeGraphBytes;
             Ort::SessionOptions options;
             Graph& made = graphs_[name];
             made.session = Ort::Session(environment_, file.c_str(), options);
@@ -73,6 +79,8 @@ public:
 
     // Sides of the only tile the graphs take; 0: any.
     int tile() const { return 0; }
+    // Whether smaller tiles are taken where they do: as the Python runtime, not beside large graphs.
+    bool fits() const { return fits_; }
 
     Tensors run(const std::string& name, const Tensors& inputs) {
         Graph& graph = graphs_.at(name);
@@ -106,6 +114,7 @@ private:
     };
     Ort::Env environment_{ORT_LOGGING_LEVEL_WARNING, "rcod"};
     std::map<std::string, Graph> graphs_;
+    bool fits_ = true;
 };
 
 #else
@@ -145,6 +154,7 @@ public:
     Graphs& operator=(const Graphs&) = delete;
 
     int tile() const { return tile_; }
+    bool fits() const { return false; }
 
     Tensors run(const std::string& name, const Tensors& inputs) {
         Graph& graph = graphs_.at(name);
@@ -601,7 +611,7 @@ Image upscale(Graphs& graphs, const Json& manifest, const Image& lq, const std::
     const bool fixed = graphs.tile() != 0;
     Axis y = planAxis(sr.height, tile, overlap, multiple, fixed);
     Axis x = planAxis(sr.width, tile, overlap, multiple, fixed);
-    if (!fixed) {  // as many smaller tiles, where that saves a quarter of the work
+    if (graphs.fits()) {  // as many smaller tiles, where that saves a quarter of the work
         const int high = fittingTile(sr.height, tile, overlap, multiple);
         const int wide = fittingTile(sr.width, tile, overlap, multiple);
         const Axis down = planAxis(sr.height, high, overlap, multiple, fixed);

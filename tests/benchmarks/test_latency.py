@@ -41,7 +41,7 @@ def test_backends_and_pytorch_are_timed_side_by_side(
     assert code == 0, printed.err
     assert "no files, no loading, no compiling" in printed.out
     document = json.loads(printed.out.splitlines()[-1])
-    assert (document["benchmark"], document["schema_version"]) == ("latency", 4)
+    assert (document["benchmark"], document["schema_version"]) == ("latency", 5)
     assert document["card"]["packages"]["torch"]
     assert document["config"]["threads"] == 1
     assert set(document["stages"]) == {"vpim", "encoder", "denoiser", "decoder"}

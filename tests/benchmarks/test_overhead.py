@@ -21,7 +21,7 @@ def test_steps_add_up_and_folders_are_timed_by_jobs(
     printed = capsys.readouterr()
     assert code == 0, printed.err
     document = json.loads(printed.out.splitlines()[-1])
-    assert (document["benchmark"], document["schema_version"]) == ("overhead", 1)
+    assert (document["benchmark"], document["schema_version"]) == ("overhead", 2)
     seconds = document["large"]["seconds"]
     whole = seconds.pop("whole")
     assert sum(seconds.values()) == pytest.approx(whole) and min(seconds.values()) > 0
