@@ -24,7 +24,13 @@ from tqdm import tqdm
 from rcod_export.sign import drop_signature
 from rcod_export.trt_build import Job, Shapes
 from rcod_runtime.backends.trt.cache import cache_folder
-from rcod_runtime.backends.trt.libraries import load_cuda, load_tensorrt, operating_system, sm_of
+from rcod_runtime.backends.trt.libraries import (
+    gpu_name,
+    load_cuda,
+    load_tensorrt,
+    operating_system,
+    sm_of,
+)
 from rcod_runtime.bundle import Bundle, open_bundle
 from rcod_runtime.contract import GUIDE
 from rcod_runtime.errors import BackendError, BundleError, ExportError, OutputError, UsageError
@@ -49,7 +55,8 @@ DEFAULT_WORKSPACE_BYTES = 4 * 2**30
 @dataclass(frozen=True)
 class EngineConfig:
     """What to build for. ``sms`` are of RTX GPUs, () is DEFAULT_SMS; tensorrt takes that of this
-    machine's GPU. ``tile_px`` None is the bundle's; ``batch`` is smallest and largest."""
+    machine's GPU, and ``gpu``, its name, where they are for that model alone. ``tile_px`` None is
+    the bundle's; ``batch`` is smallest and largest."""
 
     target: str = "tensorrt-rtx"
     sms: tuple[int, ...] = ()
@@ -60,6 +67,7 @@ class EngineConfig:
     hardware_compatibility: str = "none"
     detailed: bool = False
     timeout_s: float = 3600.0
+    gpu: str = ""
     cache: Path = field(default_factory=cache_folder)
 
     @property
@@ -74,6 +82,8 @@ class EngineConfig:
             options["hardware_compatibility"] = self.hardware_compatibility
         if self.detailed:
             options["profiling_verbosity"] = "detailed"
+        if self.gpu:
+            options["gpu"] = self.gpu
         return options
 
 
@@ -113,7 +123,7 @@ def _built(bundle: Bundle, config: EngineConfig) -> Manifest:
             f"--sm {' '.join(map(str, config.sms))}: --target tensorrt builds for this machine's "
             f"GPU, sm_{sms[0]}. Leave --sm out."
         )
-    config = dataclasses.replace(config, sms=sms)
+    config = dataclasses.replace(config, sms=sms, gpu=_one_model(config))
     manifest = bundle.manifest
     planned = [
         planned_engine(manifest, name, graph, config, version)
@@ -141,6 +151,16 @@ def _built(bundle: Bundle, config: EngineConfig) -> Manifest:
             manifest = _entered(manifest, engine)
             _write_manifest(bundle.folder, manifest)
     return manifest
+
+
+def _one_model(config: EngineConfig) -> str:
+    """The name of the GPU, where engines are for that model alone; else empty."""
+    if config.target == "tensorrt-rtx" or config.hardware_compatibility != "none":
+        return ""
+    try:
+        return gpu_name(load_cuda(), 0)
+    except BackendError as exc:
+        raise ExportError(str(exc)) from exc
 
 
 @contextlib.contextmanager

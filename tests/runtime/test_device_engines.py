@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,11 +15,17 @@ import pytest
 from rcod_runtime import Upscaler
 from rcod_runtime.backends.trt.engines import EngineSet, find_engines
 from rcod_runtime.cli import doctor, upscale
-from rcod_runtime.errors import EngineMismatch, HashMismatch, UsageError
+from rcod_runtime.errors import BackendError, EngineMismatch, HashMismatch, UsageError
 from rcod_runtime.image_io import read_image, write_image
 from rcod_runtime.manifest import MANIFEST_FILE, Engine, read_manifest
 from tests.runtime.simulated.cudart import SimulatedGpu, released
-from tests.runtime.simulated.tensorrt import TILE_PX, add_engines, install
+from tests.runtime.simulated.tensorrt import (
+    TILE_PX,
+    EngineContext,
+    RuntimeCache,
+    add_engines,
+    install,
+)
 
 Photo = Callable[..., np.ndarray]
 
@@ -282,3 +289,65 @@ def test_a_cache_that_cannot_be_written_stops_nothing(
     add_engines(own_engines, TILE_PX, target="tensorrt-rtx")
     with Upscaler(own_engines) as upscaler:
         assert upscaler(photo()).shape == (96, 160, 3)
+
+
+def test_a_cache_that_tensorrt_does_not_give_stops_nothing(
+    monkeypatch: pytest.MonkeyPatch, own_engines: Path, photo: Photo, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(RuntimeCache, "serialize", lambda self: None)
+    install(monkeypatch, SimulatedGpu())
+    add_engines(own_engines, TILE_PX, target="tensorrt-rtx")
+    with Upscaler(own_engines) as upscaler:
+        assert upscaler(photo()).shape == (96, 160, 3)
+    assert list((tmp_path / "cache").rglob("*.bin")) == []
+
+
+def test_at_the_end_of_the_process_a_context_goes_before_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, own_engines: Path, photo: Photo, tmp_path: Path
+) -> None:
+    """There nothing is released in order: Python drops what is left."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    gpu = SimulatedGpu()
+    install(monkeypatch, gpu)
+    add_engines(own_engines, TILE_PX, target="tensorrt-rtx")
+    upscaler = Upscaler(own_engines)
+    upscaler(photo(8, 8))  # one tile: no CUDA graph, which here would hold what runs
+    upscaler._chain._finalizer.detach()  # type: ignore[attr-defined]
+    del upscaler
+    gc.collect()
+    assert gpu.contexts == 0 and not gpu.orphaned
+
+
+def test_shapes_that_tensorrt_cannot_follow_are_a_typed_error(
+    monkeypatch: pytest.MonkeyPatch, gpu: SimulatedGpu, engines: Path, photo: Photo
+) -> None:
+    def refuse(self: EngineContext) -> list[str]:
+        raise RuntimeError("a size is negative")
+
+    monkeypatch.setattr(EngineContext, "infer_shapes", refuse)
+    with (
+        Upscaler(engines, backend="tensorrt") as upscaler,
+        pytest.raises(BackendError, match="infer_shapes was refused .a size is negative"),
+    ):
+        upscaler(photo())
+
+
+def test_engines_of_another_model_of_gpu_are_left(
+    monkeypatch: pytest.MonkeyPatch, own_engines: Path
+) -> None:
+    """Of one compute capability: TensorRT chose its kernels on the one that built them."""
+
+    def built_on(engine: Engine, header: dict[str, Any]) -> Engine:
+        return dataclasses.replace(engine, options={"gpu": "NVIDIA GeForce RTX 4090"})
+
+    gpu = SimulatedGpu()
+    install(monkeypatch, gpu)
+    add_engines(own_engines, TILE_PX, change=built_on)
+    for name, fits in ((b"NVIDIA GeForce RTX 4090", True), (b"NVIDIA L4", False)):
+        gpu.name = name
+        if fits:
+            Upscaler(own_engines, backend="tensorrt").close()
+            continue
+        with pytest.raises(EngineMismatch, match="built on a NVIDIA GeForce RTX 4090, this GPU is"):
+            Upscaler(own_engines, backend="tensorrt")

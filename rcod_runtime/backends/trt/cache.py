@@ -44,7 +44,11 @@ def read_cache(engine: LoadedEngine, entry: Engine, cuda: Cuda) -> tuple[Any, Pa
 
 def write_cache(path: Path, cache: Any) -> None:
     """Keep the cache, whole or not at all; where it can't be written, the next start is slower."""
-    data = bytes(cache.serialize())
+    serialized = cache.serialize()
+    if serialized is None:
+        log.info("%s: not kept, TensorRT gives no cache", path)
+        return
+    data = bytes(serialized)
     try:
         if path.is_file() and path.read_bytes() == data:
             return

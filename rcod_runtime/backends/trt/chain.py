@@ -90,9 +90,10 @@ class DeviceChain:
         self._captured: dict[bool, CapturedGraph | None] = {}
         self._ran: set[bool] = set()
         self._bound: dict[str, Any] = {}
+        self._compiled: set[object] = set()  # shapes of graphs that have been bound
         self._shapes: dict[str, tuple[int, ...]] = {}  # of what comes down
         self._caches: list[tuple[Path, Any]] = []
-        self._compiles = False  # TensorRT-RTX has shapes that it has not run
+        self._compiles = False  # TensorRT-RTX meets shapes that it has not run
         self._resources = contextlib.ExitStack()
         self._closed = False
         self._resources.callback(self._caches.clear)  # after the contexts that use them
@@ -250,7 +251,7 @@ class DeviceChain:
             if engines.target == "tensorrt-rtx":
                 cache, path = read_cache(engine, engines.engines[name], self._cuda)
                 self._caches.append((path, cache))
-            engine.open_context(trt, cache)
+            engine.open_context(trt, cache, captured=name in STAGES)
             engine.use_memory(arena.address, arena.nbytes)
         return loaded
 
@@ -269,7 +270,11 @@ class DeviceChain:
                 self._drop_captures()
             self._bound.pop(name, None)
             self._engines[name].bind_shapes(shapes)
-            self._bound[name], self._compiles = shapes, True
+            self._bound[name] = shapes
+            key = name, tuple(sorted(shapes.items()))
+            if key not in self._compiled:
+                self._compiled.add(key)
+                self._compiles = True
         self._shapes = {
             tensor.name: tensor.sized(feed.batch, *feed.tile_hw)
             for name in STAGES
@@ -380,7 +385,12 @@ class DeviceChain:
         if refusing:
             log.info("no CUDA graph: %s can't be captured", ", ".join(refusing))
             return None
-        return CapturedGraph(self._cuda, compute, lambda: self._enqueue_stages(adaptive))
+        compute.synchronize()  # nothing of the first run is left to be done
+        try:
+            return CapturedGraph(self._cuda, compute, lambda: self._enqueue_stages(adaptive))
+        except BackendError as exc:  # an engine may hold what no graph can; it runs all the same
+            log.warning("no CUDA graph, launched one by one: %s", str(exc))
+            return None
 
     def _enqueue_stages(self, adaptive: bool) -> None:
         memory = self._memory

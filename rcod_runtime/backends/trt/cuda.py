@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import math
 import os
 import threading
@@ -18,6 +19,8 @@ import numpy as np
 
 from rcod_runtime.backends import Array
 from rcod_runtime.errors import BackendError
+
+log = logging.getLogger(__name__)
 
 FLOAT_BYTES = 4
 
@@ -50,7 +53,11 @@ class Cuda:
         try:
             yield
         finally:
-            self.call("cudaSetDevice", before)
+            try:
+                self.call("cudaSetDevice", before)
+            except BackendError as exc:  # as where the former GPU has no memory for a context
+                stays = f"cuda:{self.index} stays this thread's GPU, not cuda:{before}"
+                log.warning("%s: %s", stays, str(exc))
 
     @contextlib.contextmanager
     def capture_mode(self, kind: str) -> Iterator[None]:
@@ -248,6 +255,7 @@ class CapturedGraph(_Owned):
                 with contextlib.suppress(BackendError):
                     graph = cuda.call("cudaStreamEndCapture", stream.handle)
                     cuda.call("cudaGraphDestroy", graph)
+                cuda.runtime.cudaGetLastError()  # what goes on without a graph must not find it
                 raise
             graph = cuda.call("cudaStreamEndCapture", stream.handle)
         with contextlib.ExitStack() as undo:

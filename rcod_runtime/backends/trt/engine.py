@@ -72,24 +72,30 @@ class LoadedEngine:
                 f"{path}: {entry.target} {trt.__version__} refuses it. Build it here: "
                 f"rcod-export engines{logger.tail()}"
             )
+        # In the order in which Python drops them where nobody closes, at the end of the process: a
+        # context needs its configuration and cache, and TensorRT keeps neither for it.
+        self._context: Any = None
+        self._config: Any = None
+        self._cache: Any = None
         self._engine = engine
         self._graph = graph
         self._check_tensors(trt)
         self.scratch_bytes = int(engine.device_memory_size_v2)
-        self._context: Any = None
 
-    def open_context(self, trt: Any, cache: Any) -> None:
-        """Make the context; ``cache`` is TensorRT-RTX's runtime cache, otherwise None."""
+    def open_context(self, trt: Any, cache: Any, captured: bool) -> None:
+        """Make the context; ``cache`` is TensorRT-RTX's runtime cache, otherwise None.
+        ``captured``: CUDA graphs will hold its runs."""
         user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if cache is not None:
-            config = self._engine.create_runtime_config()
-            config.set_execution_context_allocation_strategy(user_managed)
-            config.set_runtime_cache(cache)
-            # Kernels for a shape are there when it has run once. By default others stand in while
-            # they are compiled, and a CUDA graph would keep those.
-            eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            config.dynamic_shapes_kernel_specialization_strategy = eager
-            self._context = self._engine.create_execution_context(config)
+            self._config, self._cache = self._engine.create_runtime_config(), cache
+            self._config.set_execution_context_allocation_strategy(user_managed)
+            self._config.set_runtime_cache(cache)
+            if captured:
+                # Kernels for a shape are there when it has run once. By default others stand in
+                # while they are compiled, and a CUDA graph would keep those.
+                eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+                self._config.dynamic_shapes_kernel_specialization_strategy = eager
+            self._context = self._engine.create_execution_context(self._config)
         else:
             self._context = self._engine.create_execution_context(user_managed)
         self._require(self._context is not None, "create_execution_context")
@@ -111,7 +117,12 @@ class LoadedEngine:
         for name, shape in shapes.items():
             accepted = self._context.set_input_shape(name, shape)
             self._require(accepted, f"set_input_shape({name}, {shape})")
-        missing = self._context.infer_shapes()
+        try:
+            missing = self._context.infer_shapes()
+        except RuntimeError as exc:
+            raise BackendError(
+                f"{self._path}: infer_shapes was refused ({exc}).{self._logger.tail()}"
+            ) from exc
         self._require(not missing, f"infer_shapes, {', '.join(missing)} not specified,")
 
     def bind_address(self, name: str, address: int) -> None:
@@ -129,9 +140,9 @@ class LoadedEngine:
         return ask is None or bool(ask(stream.handle))
 
     def close(self) -> None:
-        """Drop the context, then the engine. Twice is harmless."""
+        """Drop the context, then what it needs. Twice is harmless."""
         self._context = None
-        self._engine = None
+        self._config = self._cache = self._engine = None
 
     def _check_tensors(self, trt: Any) -> None:
         engine = self._engine

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from rcod_runtime.backends.trt.libraries import load_cuda, load_tensorrt, operating_system, sm_of
+from rcod_runtime.backends.trt.libraries import (
+    gpu_name,
+    load_cuda,
+    load_tensorrt,
+    operating_system,
+    sm_of,
+)
 from rcod_runtime.errors import BackendError
 from rcod_runtime.manifest import Engine, Manifest
 
@@ -91,9 +97,12 @@ def _mismatch(engine: Engine, index: int) -> str | None:
     version = str(load_tensorrt(engine.target).__version__)
     if version != engine.version:
         return f"built by {engine.target} {engine.version}, {version} is installed"
-    sm = sm_of(load_cuda(engine.target), index)
+    cuda = load_cuda(engine.target)
+    sm = sm_of(cuda, index)
     if sm in engine.sm or (_for_later_gpus(engine) and sm >= AMPERE):
-        return None
+        built_on = engine.options.get("gpu")  # TensorRT's kernels are chosen for one model of GPU
+        name = gpu_name(cuda, index) if built_on else built_on
+        return None if name == built_on else f"built on a {built_on}, this GPU is a {name}"
     return f"built for {', '.join(f'sm_{n}' for n in engine.sm)}, this GPU is sm_{sm}"
 
 

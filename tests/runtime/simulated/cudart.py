@@ -67,6 +67,7 @@ class SimulatedGpu:
         self, sm: int = 89, count: int = 2, seed: int = 0, driver: int = RUNTIME_VERSION
     ) -> None:
         self.sm, self.count, self.driver = sm, count, driver
+        self.name = b"Simulated GPU"
         self._thread = _Thread()
         self.owner: int | None = None  # the GPU that everything was made on
         self.memory, self.pinned, self.scheduler = DeviceMemory(), PinnedMemory(), Scheduler(seed)
@@ -79,6 +80,9 @@ class SimulatedGpu:
         self.launched: dict[str, int] = {}
         self.busy: dict[int, str] = {}
         self.contexts = 0
+        self.orphaned = False  # a context outlived what it needs
+        self.not_captured: set[str] = set()  # engines that TensorRT can't run in a capture
+        self.last_error = False  # as cudaGetLastError gives it, once
         self.compiled: list[str] = []  # engines that TensorRT-RTX finished for this GPU
 
     @property
@@ -96,6 +100,7 @@ class SimulatedGpu:
             "graphs": len(self.graphs),
             "executable graphs": len(self.executables),
             "contexts": self.contexts,
+            "contexts that outlived what they need": int(self.orphaned),
         }
         return {kind: count for kind, count in held.items() if count}
 
@@ -136,7 +141,7 @@ class SimulatedGpu:
     def _counted(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         free_of_device = {
             "cudaGetDevice", "cudaSetDevice", "cudaGetDeviceCount", "cudaDeviceGetAttribute",
-            "cudaDriverGetVersion", "cudaRuntimeGetVersion",
+            "cudaDriverGetVersion", "cudaRuntimeGetVersion", "cudaGetDeviceProperties",
         }  # fmt: skip
 
         def call(*arguments: Any) -> Any:
@@ -215,6 +220,9 @@ class SimulatedGpu:
 
     def cudaDeviceGetAttribute(self, attribute: int, device: int) -> Any:  # noqa: N802
         return Error.cudaSuccess, {75: self.sm // 10, 76: self.sm % 10}[attribute]
+
+    def cudaGetDeviceProperties(self, device: int) -> Any:  # noqa: N802
+        return Error.cudaSuccess, types.SimpleNamespace(name=self.name)
 
     # Memory.
 
@@ -313,6 +321,10 @@ class SimulatedGpu:
     def cudaThreadExchangeStreamCaptureMode(self, mode: CaptureMode) -> Any:  # noqa: N802
         before, self._thread.mode = self._thread.mode, CaptureMode(mode)
         return Error.cudaSuccess, before
+
+    def cudaGetLastError(self) -> Any:  # noqa: N802
+        self.last_error = False
+        return (Error.cudaSuccess,)
 
     def cudaStreamEndCapture(self, stream: Stream) -> Any:  # noqa: N802
         graph, stream.capture = stream.capture, None

@@ -9,6 +9,7 @@ import json
 import struct
 import sys
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import pytest
 
 from rcod_export.engines import EngineConfig, planned_engine
 from rcod_runtime.backends.trt.libraries import MODULES
+from rcod_runtime.chain import STAGES
 from rcod_runtime.manifest import MANIFEST_FILE, Engine, Manifest, read_manifest, sha256_file
 from tests.runtime.simulated.cudart import SimulatedGpu
 from tests.runtime.simulated.memory import POISON, Violation
@@ -65,7 +67,7 @@ class RuntimeCache:
         self.kernels = data[len(MAGIC) :].decode().split()
         return True
 
-    def serialize(self) -> bytes:
+    def serialize(self) -> bytes | None:
         return MAGIC + " ".join(self.kernels).encode()
 
 
@@ -90,12 +92,16 @@ class EngineContext:
     """Of one engine. Its activations are its caller's memory.
 
     ``ran``: once at least since its shapes were set, as TensorRT asks for before a capture.
+    ``needs``: what its maker has to keep for as long as it runs, and until it is gone.
     """
 
     def __init__(
-        self, gpu: SimulatedGpu, engine: SimulatedEngine, cache: RuntimeCache | None
+        self, gpu: SimulatedGpu, engine: SimulatedEngine, config: RuntimeConfig | None
     ) -> None:
-        self.gpu, self.engine, self.cache = gpu, engine, cache
+        self.gpu, self.engine = gpu, engine
+        # TensorRT's bindings hold none of them for the context.
+        self.needs = [] if config is None else [weakref.ref(config), weakref.ref(config.cache)]
+        self.cache = None if config is None else weakref.proxy(config.cache)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.arena: tuple[int, int] | None = None
@@ -104,6 +110,7 @@ class EngineContext:
 
     def __del__(self) -> None:
         self.gpu.contexts -= 1
+        self.gpu.orphaned |= any(needed() is None for needed in self.needs)
 
     def set_device_memory(self, address: int, size: int) -> None:
         if size < self.engine.device_memory_size_v2:
@@ -135,8 +142,15 @@ class EngineContext:
 
     def execute_async_v3(self, stream: Stream) -> bool:
         self.gpu.check_device("execute_async_v3")
+        if any(needed() is None for needed in self.needs):
+            raise Violation(f"{self.engine.name} runs without its configuration or cache")
         if self.gpu.fails("execute_async_v3"):
             self.engine.logger.log(Severity.ERROR, "enqueue was made to fail")
+            return False
+        if stream.capture is not None and self.engine.name in self.gpu.not_captured:
+            stream.capture.broken = self.gpu.last_error = True
+        if self.gpu.last_error:  # its own, or one that nobody took
+            self.engine.logger.log(Severity.ERROR, "an error of CUDA is pending")
             return False
         if (
             self.arena is None
@@ -193,11 +207,12 @@ class SimulatedEngine:
     def create_execution_context(self, how: str | RuntimeConfig) -> EngineContext | None:
         strategy = how.strategy if isinstance(how, RuntimeConfig) else how
         assert strategy == "user managed"
-        if isinstance(how, RuntimeConfig):  # else graphs would hold what only stands in
-            assert how.dynamic_shapes_kernel_specialization_strategy == "eager"
+        if isinstance(how, RuntimeConfig):  # graphs must not hold what only stands in
+            eager = how.dynamic_shapes_kernel_specialization_strategy == "eager"
+            assert eager == (self.name in STAGES)
         if self.gpu.fails("create_execution_context"):
             return None
-        return EngineContext(self.gpu, self, None if isinstance(how, str) else how.cache)
+        return EngineContext(self.gpu, self, None if isinstance(how, str) else how)
 
     def create_runtime_config(self) -> RuntimeConfig:
         return RuntimeConfig()
