@@ -419,6 +419,9 @@ def encode_image(pixels: Pixels, format_name: str, target: str, icc: bytes | Non
     from PIL import Image
 
     check_format(pixels.shape, pixels.dtype, format_name, target)
+    is_colour = format_name == "WEBP" or (pixels.ndim == 3 and pixels.shape[2] > 2)
+    if icc and is_colour and icc[16:20] == b"GRAY":  # what the profile is of
+        icc = None
     if format_name == "PNG":
         return encode_png(pixels, icc)
     if pixels.dtype == np.uint16 and pixels.ndim == 3:

@@ -45,6 +45,7 @@ _SCHEMA: dict[str, dict[int, str]] = {
 }
 _DIMS, _DATA_TYPE, _RAW, _EXTERNAL = 1, 2, 9, 13  # TensorProto
 _INPUT, _OPERATOR = 1, 4  # NodeProto
+_TENSOR = 5  # AttributeProto
 _KEY, _VALUE = 1, 2  # StringStringEntryProto
 _NAME, _TYPE = 1, 2  # ValueInfoProto
 _ELEMENT, _SHAPE = 1, 2  # TypeProto.Tensor
@@ -107,7 +108,7 @@ class _Walk:
         if depth > MAX_DEPTH:
             raise _NotOnnx(f"messages nested more than {MAX_DEPTH} deep")
         inner = _SCHEMA[kind]
-        inputs, operator = [], ""
+        inputs, operator, tensors = [], "", 0
         for number, value in self.fields(data):
             if kind == "node" and number == _INPUT:
                 inputs.append(_text(value))
@@ -133,6 +134,9 @@ class _Walk:
                         f"operators of the domain {domain[:60]!r}, expected standard ONNX only"
                     )
             elif part == "tensor":
+                tensors += kind == "attribute" and number == _TENSOR
+                if tensors > 1:  # a library joins their shapes and takes the last one's bytes
+                    raise _Refused("an attribute with several tensors in the place of one")
                 self.tensor(value)
             elif part in self.values:
                 if depth == 1:  # those of the model's graph, not of one inside a node

@@ -6,7 +6,7 @@
 
 The report goes to stdout. Exit codes, for CI and health checks: 0 healthy, 4 the bundle is damaged
 or not signed as required, 5 no backend runs it or the self-test's image differs from the bundle's,
-7 no engine fits the GPU that was asked for.
+6 stdout can't be written, 7 no engine fits the GPU that was asked for, 130 and 143 stopped.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rcod_runtime.cli.opening import a_path
+from rcod_runtime.cli.stopping import Terminated, exit_code, sigterm_raises
+from rcod_runtime.cli.streams import leave_streams, open_closed_streams, print_line, tell
 from rcod_runtime.errors import BackendError, RcodError
 
 if TYPE_CHECKING:
@@ -42,11 +45,11 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--bundle", type=Path, metavar="DIR", help="default: the embedded model")
+    add("--bundle", type=a_path, metavar="DIR", help="default: the embedded model")
     add("--device", default="auto", help="what must work: auto, cpu or cuda:N (%(default)s)")
     add(
         "--require-signature",
-        type=Path,
+        type=a_path,
         metavar="PEM",
         help="Ed25519 public key that must have signed the bundle",
     )
@@ -56,12 +59,19 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``rcod-doctor``; returns the exit code."""
     arguments = build_parser().parse_args(argv)
+    open_closed_streams()
     try:
-        for line in examine(arguments.bundle, arguments.device, arguments.require_signature):
-            print(line, flush=True)
+        with sigterm_raises():
+            for line in examine(arguments.bundle, arguments.device, arguments.require_signature):
+                print_line(line)
     except RcodError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        tell(f"{type(error).__name__}: {error}")
         return error.exit_code
+    except (KeyboardInterrupt, Terminated) as stop:
+        tell("stopped; nothing is said of what was not tested")
+        return exit_code(stop)
+    finally:
+        leave_streams()
     return 0
 
 

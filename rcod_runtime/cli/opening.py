@@ -10,12 +10,19 @@ from typing import Any
 BACKENDS = ("auto", "tensorrt", "openvino", "onnxruntime", "onnxruntime-tensorrt")
 
 
+def a_path(text: str) -> Path:
+    """For options; an empty one, as of a variable that is not set, would be this folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, found an empty one")
+    return Path(text)
+
+
 def add_opening_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--bundle", type=Path, metavar="DIR", help="default: the embedded model")
+    add("--bundle", type=a_path, metavar="DIR", help="default: the embedded model")
     add(
         "--require-signature",
-        type=Path,
+        type=a_path,
         metavar="PEM",
         help="Ed25519 public key that must have signed the bundle",
     )

@@ -19,6 +19,8 @@ import signal
 import sys
 
 from rcod_runtime.cli.opening import add_opening_options, opening
+from rcod_runtime.cli.stopping import Terminated, sigterm_raises
+from rcod_runtime.cli.streams import leave_streams, open_closed_streams, tell
 from rcod_runtime.errors import BackendError, OutputError, RcodError, UsageError
 from rcod_runtime.serve.limits import Limits
 
@@ -49,11 +51,16 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
+    open_closed_streams()
     try:
         return _serve(arguments)
     except RcodError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        tell(f"{type(error).__name__}: {error}")
         return error.exit_code
+    except (KeyboardInterrupt, Terminated):  # before it served
+        return 0
+    finally:
+        leave_streams()
 
 
 def _serve(arguments: argparse.Namespace) -> int:
@@ -71,6 +78,12 @@ def _serve(arguments: argparse.Namespace) -> int:
             raise UsageError(f"{name}: expected more than 0, found {value}.")
     if not 0 <= arguments.port < 2**16:
         raise UsageError(f"--port {arguments.port}: expected 0 to 65535.")
+    if not arguments.host:
+        raise UsageError("--host: expected an address, found none. All of them are 0.0.0.0.")
+    try:
+        arguments.host.encode("idna")
+    except UnicodeError as exc:
+        raise OutputError(f"--host {arguments.host}: is no address ({exc}).") from exc
     try:
         import uvicorn
 
@@ -80,8 +93,9 @@ def _serve(arguments: argparse.Namespace) -> int:
         raise BackendError(f'{exc.name} is not installed. pip install "rcod[serve]"') from exc
     from rcod_runtime import Upscaler
 
-    upscaler = Upscaler(**opening(arguments))
-    upscaler.warmup()
+    with sigterm_raises():  # as process 1 of a container it would not even notice
+        upscaler = Upscaler(**opening(arguments))
+        upscaler.warmup()
     grace_s = limits.grace_s
     config = uvicorn.Config(
         make_app(upscaler, limits),
@@ -99,7 +113,7 @@ def _serve(arguments: argparse.Namespace) -> int:
     )
     server = Server(config)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after its stop
-        signal.signal(number, lambda *_: None)
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     with contextlib.suppress(SystemExit):  # with a code of uvicorn's, where it can't listen
         server.run()
     return 0 if server.started else OutputError.exit_code

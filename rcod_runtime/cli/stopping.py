@@ -16,6 +16,11 @@ class Terminated(BaseException):
     """SIGTERM came."""
 
 
+def exit_code(stop: BaseException) -> int:
+    """Of a command that Ctrl-C or SIGTERM has stopped."""
+    return EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
+
+
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
     """SIGTERM ends the run as Ctrl-C does, in the block."""

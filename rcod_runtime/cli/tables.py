@@ -132,17 +132,18 @@ def target_of(name: str, out: Path, suffix: str | None) -> Path:
         ImageError: the name leads out of ``out``, or its folder can't be made.
     """
     relative, strict = PurePosixPath(name), PureWindowsPath(name)  # which knows \\ and C: as well
-    if strict.anchor or ".." in strict.parts or not relative.name or "\0" in name:
-        raise ImageError(f"{name}: expected a name inside the output's folder.")
     own = relative.suffix.lower() if relative.suffix.lower() in FORMATS else ".png"
     known = relative.suffix.lower() in READ_SUFFIXES
-    target = out / (relative.with_suffix("") if known else relative)
+    stem = relative.name[: -len(relative.suffix)] if known else relative.name
+    if strict.anchor or ".." in strict.parts or not stem.strip(".") or "\0" in name:
+        raise ImageError(f"{name}: expected a name inside the output's folder.")
+    target = out / relative.parent / (stem + (suffix or own))
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         reason = f"{target.parent} can't be made ({exc.strerror or exc})."
         raise ImageError(f"{name}: {reason}") from exc
-    return target.with_name(target.name + (suffix or own))
+    return target
 
 
 @contextmanager

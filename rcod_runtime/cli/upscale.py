@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import io
 import logging
+import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
@@ -37,12 +38,8 @@ from rcod_runtime.cli.files import (
 )
 from rcod_runtime.cli.opening import add_opening_options, opening
 from rcod_runtime.cli.report import Record, Report
-from rcod_runtime.cli.stopping import (
-    EXIT_INTERRUPTED,
-    EXIT_TERMINATED,
-    Terminated,
-    sigterm_raises,
-)
+from rcod_runtime.cli.stopping import Terminated, exit_code, sigterm_raises
+from rcod_runtime.cli.streams import leave_streams, open_closed_streams, tell
 from rcod_runtime.errors import RcodError, UsageError
 from rcod_runtime.files import remove_partials
 
@@ -124,10 +121,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``rcod-upscale``; returns the exit code."""
     arguments = build_parser().parse_args(argv)
-    closed_stdout = sys.stdout is None
-    for name in ("stdout", "stderr"):  # None where it is closed, which neither print nor tqdm knows
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    closed = open_closed_streams()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As file names are, which it prints: a redirected one may have another encoding.
         sys.stdout.reconfigure(
@@ -135,24 +129,31 @@ def main(argv: list[str] | None = None) -> int:
         )
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        if closed_stdout and arguments.out == STREAM:
+        if "stdout" in closed and arguments.out == STREAM:
             raise UsageError("-o -: expected a file or a pipe as stdout, found it closed.")
         with sigterm_raises():
             _run(arguments)
     except RcodError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        tell(f"{type(error).__name__}: {error}")
         return error.exit_code
     except (KeyboardInterrupt, Terminated) as stop:
-        print("stopped; the images listed are whole", file=sys.stderr)
-        return EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
+        tell("stopped; the images listed are whole")
+        return exit_code(stop)
+    finally:
+        leave_streams()
     return 0
 
 
 def _run(arguments: argparse.Namespace) -> None:
+    if "" in (*arguments.inputs, arguments.out):  # as of a variable that is not set
+        raise UsageError("IN and -o: expected names, found an empty one. This folder is .")
     if arguments.jobs is not None and arguments.jobs < 1:
         raise UsageError(f"--jobs {arguments.jobs}: expected at least 1.")
-    if arguments.ray_gpus < 0 or (arguments.ray_gpus and arguments.ray is None):
+    gpus, ray = arguments.ray_gpus, arguments.ray
+    if not 0 <= gpus < math.inf or (gpus and ray is None):
         raise UsageError("--ray-gpus: expected --ray beside it, and a number of at least 0.")
+    if arguments.threads < 0:
+        raise UsageError(f"--threads {arguments.threads}: expected at least 0.")
     tables = [text for text in arguments.inputs if is_table(text)]
     if tables:
         if arguments.ray is None:
@@ -194,7 +195,7 @@ def _pending(tasks: Sequence[Task], report: Report) -> list[Task]:
         else:
             pending.append(task)
     if len(pending) < len(tasks):
-        print(f"{len(tasks) - len(pending)} of {len(tasks)} exist already", file=sys.stderr)
+        tell(f"{len(tasks) - len(pending)} of {len(tasks)} exist already")
     return pending
 
 

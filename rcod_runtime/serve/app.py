@@ -15,6 +15,7 @@ from typing import Any, get_args
 
 from fastapi import FastAPI, Request
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
@@ -105,6 +106,12 @@ def make_app(upscaler: Upscaler, limits: Limits) -> FastAPI:
             "backend": upscaler.backend,
             "limits": {"bytes": limits.body_bytes, "pixels": limits.pixels},
         }
+
+    @app.exception_handler(HTTPException)
+    async def no_such_path(request: Request, exc: HTTPException) -> Response:
+        answer = _error(Refused(exc.status_code, "UsageError", f"{exc.detail}: docs/serve.md."))
+        answer.headers.update(exc.headers or {})
+        return answer
 
     @app.get("/healthz")
     async def health() -> dict[str, str]:

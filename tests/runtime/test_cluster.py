@@ -325,8 +325,10 @@ def test_a_fault_of_ours_costs_one_image_of_a_shard(
 
 
 @pytest.mark.parametrize(
-    "name", ["/etc/x.png", "a/../../x.png", "..\\x.png", "C:x.png", "C:\\x.png", r"\\host\s\x.png"]
-)
+    "name",
+    ["/etc/x.png", "a/../../x.png", "..\\x.png", "C:x.png", "C:\\x.png", r"\\host\s\x.png",
+     "..jpg", "sub/..jpg", "...jpg"],
+)  # fmt: skip
 def test_no_name_in_a_table_leads_out_of_the_folder(tmp_path: Path, name: str) -> None:
     """On Windows a backslash separates and C: is another disk."""
     with pytest.raises(ImageError, match="expected a name inside the output's folder"):

@@ -17,6 +17,7 @@ from rcod_runtime import Upscaler
 from rcod_runtime.bundle import open_bundle
 from rcod_runtime.errors import BackendError, BundleError, HashMismatch
 from rcod_runtime.manifest import sha256_file
+from rcod_runtime.onnx_check import _Refused, _Walk
 from rcod_runtime.onnx_ops import REQUIRED_INPUTS, required_inputs
 
 Change = Callable[[onnx.ModelProto], object]
@@ -303,3 +304,14 @@ def test_needed_inputs_are_those_of_the_specification() -> None:
         if needed:
             assert required_inputs(name) <= min(needed), name
             assert name not in REQUIRED_INPUTS or required_inputs(name) == min(needed), name
+
+
+def test_an_attribute_has_one_tensor() -> None:
+    """Messages of one field are joined: two of 4 numbers would be one of 4 x 4, with 4 numbers."""
+    tensor = numpy_helper.from_array(np.zeros(4, np.float32), "weights")
+    one = helper.make_attribute("value", tensor).SerializeToString()
+    joined = onnx.AttributeProto.FromString(one + one)
+    assert list(joined.t.dims) == [4, 4] and len(joined.t.raw_data) == 16
+    _Walk("", {}).message("attribute", memoryview(one), 1)
+    with pytest.raises(_Refused, match="several tensors in the place of one"):
+        _Walk("", {}).message("attribute", memoryview(one + one), 1)

@@ -312,7 +312,14 @@ def test_tricks_with_heads_are_refused(head: bytes, status: bytes, server: Serve
 def test_paths_lead_nowhere_else(server: Server) -> None:
     for path in ("/../etc/passwd", "/v1/progress/..%2f..%2fetc", "/%2e%2e/x", "/page.html", "//"):
         assert server.ask(path)[0] == 404, path
-    assert server.ask("/v1/upscale")[0] == 405
+    for path, status in (("/v1/upscale", 405), ("/v2", 404)):
+        found, _, body = server.ask(path)
+        error = json.loads(body)["error"]
+        assert (
+            found == status
+            and error["type"] == "UsageError"
+            and "docs/serve.md" in error["message"]
+        )
 
 
 @pytest.mark.parametrize(
