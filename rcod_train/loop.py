@@ -318,7 +318,7 @@ def run_stage(
     if existing:
         trainer.load(existing[-1])
         log.info("stage %s: resumed at step %d", stage.name, trainer.step)
-    check_replicas(folder, trainer.step, trainer.parameters if existing else {}, ranks)
+    check_replicas(folder, trainer.step, trainer.parameters, ranks)
     if trainer.step < stage.config.steps:
         _check_nothing_is_built_on(trainer, later)
         source = make_batches(trainer.step * stage.config.accumulate)

@@ -20,8 +20,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -233,18 +235,32 @@ def _name(text: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Entry point of ``rcod-train``; returns the exit code."""
     arguments = build_parser().parse_args(argv)
+    code, together = RcodTrainError.exit_code, False
     try:
         with sigterm_as_ctrl_c():
-            return _COMMANDS[arguments.command](arguments)
+            code, together = _COMMANDS[arguments.command](arguments), True
     except RcodTrainError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        return error.exit_code
+        code, together = error.exit_code, isinstance(error, Interrupted)
     except ModuleNotFoundError as error:
         print(f'{error.name} is not installed. pip install "rcod[train]"', file=sys.stderr)
-        return RcodTrainError.exit_code
     except KeyboardInterrupt:  # a stage's steps end as Interrupted, with their state saved
         print("stopped; what is written is whole", file=sys.stderr)
-        return Interrupted.exit_code
+        code = Interrupted.exit_code
+    except Exception:
+        if not _is_one_of_several():
+            raise
+        traceback.print_exc()
+    if _is_one_of_several():
+        from rcod_train.ranks import leave
+
+        leave(code, together)
+    return code
+
+
+def _is_one_of_several() -> bool:
+    """As ranks.is_one_of_several, without PyTorch, which a command may not have come to."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _common(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -262,9 +278,11 @@ def _common(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _run_nano(arguments: argparse.Namespace) -> int:
     from rcod_train.config import TrainConfig
-    from rcod_train.nano import train_nano
+    from rcod_train.nano import train_nano, with_levels_of_start
 
     config = TrainConfig(**_common(arguments), use_lpips=arguments.lpips, start=arguments.start)
+    if arguments.start:
+        config = with_levels_of_start(config)
     for assignment in arguments.overrides if arguments.start else ():
         stage = assignment.partition(".")[0]
         if stage in config.stages and stage not in ("refine", "mem"):

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from pathlib import Path
 
 import torch
 
-from rcod_train.checkpoint import CheckpointInfo, load_discriminator, load_merged
+from rcod_train.checkpoint import (
+    INFO,
+    CheckpointInfo,
+    load_discriminator,
+    load_merged,
+    read_info,
+)
 from rcod_train.config import TrainConfig
 from rcod_train.errors import CheckpointError, ConfigError
 from rcod_train.models.discriminator import BackboneDiscriminator, Discriminator
@@ -23,6 +30,7 @@ from rcod_train.network import (
     seeded,
 )
 from rcod_train.run import Run
+from rcod_train.schedule import OFFICIAL_ALPHA_BAR, alpha_sigma
 from rcod_train.stages.base import BaseStage, measure_scaling_factor
 from rcod_train.stages.mem import MemStage
 from rcod_train.stages.rcod import RcodStage, RefineStage
@@ -120,6 +128,27 @@ def check_fit(config: TrainConfig) -> None:
             )
 
 
+def with_levels_of_start(config: TrainConfig) -> TrainConfig:
+    """A run that goes on from a checkpoint has its levels and its constants of Eq. 3, unless
+    settings say others.
+
+    Raises:
+        CheckpointError: it is missing or not understood.
+    """
+    info = read_info(Path(config.start) / INFO)
+    fixed = all(
+        math.isclose(level.alpha, alpha_sigma(level.timestep, OFFICIAL_ALPHA_BAR)[0], rel_tol=1e-6)
+        for level in info.levels
+    )
+    refine = dataclasses.replace(
+        config.refine,
+        n=len(info.levels),
+        k=info.k,
+        constants="official" if fixed else "paper",
+    )
+    return dataclasses.replace(config, refine=refine)
+
+
 def load_start(config: TrainConfig) -> tuple[Parts, CheckpointInfo, Discriminator | None]:
     """The merged checkpoint that ``--from`` names, ready to be trained on, and the discriminator
     that it holds.
@@ -178,6 +207,8 @@ def train_refine(
         refine = RefineStage(
             parts, stage, grouping, run.autocast, run.perceptual, discriminator=taught
         )
+    if not config.start:  # merged anew, in bits that another device has not; the stages before say
+        refine.base_fingerprint = None  # which weights they are (check_inherited)
     if stage.steps:
         run.train_generator(refine, refine)
     return refine

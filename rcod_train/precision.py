@@ -35,7 +35,10 @@ def resolve_device(choice: str, ranks: Ranks | None = None) -> torch.device:
             f"device {choice!r}: PyTorch {torch.__version__} sees {torch.cuda.device_count()} "
             "GPUs. Use --device cpu, or install a PyTorch build for CUDA."
         )
-    return torch.device(choice)
+    device = torch.device(choice)
+    if device.type == "cuda":  # what PyTorch is asked without naming one is asked of this one
+        torch.cuda.set_device(device)
+    return device
 
 
 def resolve_precision(choice: str, device: torch.device | None = None) -> str:

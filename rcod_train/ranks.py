@@ -6,8 +6,9 @@ two processes are one process that accumulates twice as many batches. Only the f
 
 from __future__ import annotations
 
-import atexit
+import datetime
 import os
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,9 @@ import torch.distributed
 from torch import Tensor
 
 from rcod_train.errors import ConfigError
+
+# What one process does alone, validation and writing above all, has to fit in it.
+PATIENCE = datetime.timedelta(hours=2)
 
 
 class Ranks:
@@ -33,6 +37,12 @@ class Ranks:
     @property
     def writes(self) -> bool:
         return self.rank == 0
+
+    def threads_each(self) -> int:
+        """Of several processes on CPUs: what each has of the machine's cores, where torchrun allows
+        one; 0, PyTorch's choice, for one alone."""
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return 0 if self.world == 1 else max(1, (os.cpu_count() or 1) // here)
 
     @torch.no_grad()
     def average_(self, tensors: Iterable[Tensor]) -> None:
@@ -76,6 +86,23 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_one_of_several() -> bool:
+    """Whether accelerate launch or torchrun started others beside this process."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def leave(exit_code: int, together: bool) -> None:
+    """At the end of a command that is one of several. Where all end here ``together`` they part;
+    where this one alone fails it is gone at once, so that the launcher stops the others: with NCCL
+    parting waits for them, and they wait for this one."""
+    if together and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    if not together:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+
+
 def join(device: str) -> Ranks:
     """The processes that the environment speaks of, connected by accelerate; ``device`` as
     ``resolve_device`` takes it.
@@ -83,18 +110,17 @@ def join(device: str) -> Ranks:
     Raises:
         ConfigError: they can't be connected.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if not is_one_of_several():
         return Ranks()
     # Without a GPU accelerate would leave each of them alone, as the first of one.
     on_cpu = device == "cpu" or (device == "auto" and not torch.cuda.is_available())
     from accelerate import PartialState
 
     try:
-        state = PartialState(cpu=on_cpu)
+        state = PartialState(cpu=on_cpu, timeout=PATIENCE)
     except (RuntimeError, ValueError) as exc:
         raise ConfigError(
             f"{os.environ['WORLD_SIZE']} processes could not be connected ({exc}). Start them with "
             "accelerate launch or torchrun, one for each GPU."
         ) from exc
-    atexit.register(state.destroy_process_group)
     return Ranks(state.process_index, state.num_processes, state.local_process_index)

@@ -88,12 +88,14 @@ class Run:
     def __init__(self, config: RunConfig, stages: tuple[LoopConfig, ...], resume: bool) -> None:
         self.config, self.resume, self.out = config, resume, Path(config.out)
         check_stages(config)
-        if config.threads:
-            torch.set_num_threads(config.threads)
         self.ranks = join(config.device)
         self.device = resolve_device(config.device, self.ranks)
+        threads = config.threads
         if self.device.type == "cpu":
             keep_freed_memory()
+            threads = threads or self.ranks.threads_each()
+        if threads:
+            torch.set_num_threads(threads)
         if not self.ranks.writes:
             logging.getLogger("rcod_train").setLevel(logging.WARNING)
         self.autocast = Autocast(resolve_precision(config.precision, self.device), self.device)
@@ -375,7 +377,8 @@ def _listing(photos: list[Photo]) -> str:
     digest = hashlib.sha256()
     for photo in photos:
         size = photo.path.stat().st_size if photo.span is None else photo.span[1]
-        digest.update(f"{photo.name}\0{size}\n".encode(errors="surrogateescape"))
+        pair = "" if photo.lq is None else f"\0{photo.lq.stat().st_size}"
+        digest.update(f"{photo.name}\0{size}{pair}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

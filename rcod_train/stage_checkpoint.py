@@ -99,7 +99,8 @@ def check_settings(
         for key, value in ours.items()
         if key not in FREE and theirs[key] != value
     }
-    if math.prod(per_step) != math.prod(here):
+    done = state["step"] >= config.steps  # then no step is made here
+    if math.prod(per_step) != math.prod(here) and not done:
         differing["accumulate x processes"] = tuple(f"{n} x {w}" for n, w in (per_step, here))
     there = {**data, **state.get("data", {})}  # older checkpoints don't say
     differing |= {key: (there[key], value) for key, value in data.items() if there[key] != value}
@@ -130,19 +131,21 @@ def check_inherited(path: Path, state: dict[str, Any], ours: Mapping[str, str]) 
         )
 
 
-def check_replicas(folder: Path, step: int, loaded: Mapping[str, Tensor], ranks: Ranks) -> None:
-    """Whether all processes go on from one checkpoint, or all from none: in training they hand each
-    other gradients, and no weights.
-
-    Args:
-        loaded: the parameters that came from a checkpoint.
+def check_replicas(folder: Path, step: int, parameters: Mapping[str, Tensor], ranks: Ranks) -> None:
+    """Whether all processes go on from one checkpoint, or begin with the same weights: in training
+    they hand each other gradients, and no weights.
 
     Raises:
         TrainError: they don't.
     """
     if ranks.world == 1:
         return
-    found = ranks.gather((step, fingerprint(loaded.values())))
+    found = ranks.gather((step, fingerprint(parameters.values())))
+    if len({step for step, _ in found}) == 1 and len(set(found)) > 1 and step == 0:
+        raise TrainError(
+            f"{folder}: the processes begin with different weights: of other base models, or drawn "
+            "on other kinds of GPU. Give all machines the same files, and GPUs of one model."
+        )
     if len(set(found)) > 1:
         raise TrainError(
             f"{folder}: expected one checkpoint for all processes, found different ones, at steps "

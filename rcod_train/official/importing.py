@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rcod_train.bases import load_diffusion, load_vpim
+from rcod_train.bases import check_base, load_diffusion, load_vpim
 from rcod_train.checkpoint import CheckpointInfo
 from rcod_train.errors import ConfigError
 from rcod_train.models.sd import ClipVpim, FixedTokens
@@ -59,6 +59,7 @@ def import_official(request: OfficialImport) -> tuple[Parts, CheckpointInfo]:
     mem = None if request.mem is None else read_mem(request.mem)
     tokens = None if request.tokens is None else read_tokens(request.tokens)
     vae, unet = load_diffusion(request.base, layout.base_id)
+    check_base(request.base, vae, unet)
     dim = int(unet.config.cross_attention_dim)
     vpim: ClipVpim | FixedTokens
     if tokens is not None:

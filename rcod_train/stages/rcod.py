@@ -135,7 +135,8 @@ class RcodStage:
         self.grouping, self.perceptual = grouping, perceptual
         official = OFFICIAL_ALPHA_BAR if parts.guide is None else OFFICIAL_ALPHA_BAR_S
         self.fixed_alpha_bar = official if config.constants == "official" else None
-        self.base_fingerprint = fingerprint(base_weights(parts))
+        # None: not compared on a resume
+        self.base_fingerprint: str | None = fingerprint(base_weights(parts))
         self.model: Adapted = (
             LoraModel(parts, config, autocast) if parts.guide is None else GuidedModel(parts)
         )
@@ -379,7 +380,8 @@ class RcodStage:
         return state
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        if state.get("base_weights", self.base_fingerprint) != self.base_fingerprint:
+        theirs, ours = state.get("base_weights"), self.base_fingerprint
+        if theirs is not None and ours is not None and theirs != ours:
             raise CheckpointError(
                 "the run to resume was trained on another base model or another --estimator. "
                 "Use those and its --precision, or another --out."

@@ -22,9 +22,10 @@ from rcod_train.checkpoint import DISCRIMINATOR, load_merged
 from rcod_train.config import TrainConfig
 from rcod_train.main import main
 from rcod_train.models.vae import NanoVae
-from rcod_train.nano import NEW, TAKEN_OVER
+from rcod_train.nano import NEW, TAKEN_OVER, with_levels_of_start
 from rcod_train.network import NANO_SKIP_CHANNELS, Parts
 from rcod_train.run import Run
+from rcod_train.schedule import OFFICIAL_ALPHA_BAR, alpha_sigma
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SETTINGS = [
@@ -321,3 +322,21 @@ def test_sigterm_saves_and_exits_with_130(photos: Path, tmp_path: Path) -> None:
     assert process.returncode == 130, error
     assert "state saved" in error and "Traceback" not in error
     assert len(list((tmp_path / "vae").glob("step-*.pt"))) >= 1
+
+
+def test_a_run_from_a_checkpoint_has_its_levels_and_its_constants(
+    whole: Path, tmp_path: Path
+) -> None:
+    start = Path(shutil.copytree(whole / "checkpoint", tmp_path / "start"))
+    record = json.loads((start / "rcod.json").read_text())
+    config = TrainConfig(data=("photos",), out="out", start=str(start))
+    refine = with_levels_of_start(config).refine
+    assert (refine.n, refine.k, refine.constants) == (3, 250, "paper")
+    record["k"] = 265
+    for level, t in zip(record["levels"][:2], (265, 530), strict=False):
+        level["timestep"] = t
+        level["alpha"], level["sigma"] = alpha_sigma(t, OFFICIAL_ALPHA_BAR)
+    record["levels"] = record["levels"][:2]
+    (start / "rcod.json").write_text(json.dumps(record))
+    refine = with_levels_of_start(config).refine
+    assert (refine.n, refine.k, refine.constants) == (2, 265, "official")

@@ -81,3 +81,13 @@ def test_alone_nothing_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
     assert ranks.any(True, device) and not ranks.any(False, device)
     assert not Ranks(1, 2).writes
+
+
+def test_one_that_fails_alone_is_gone_at_once() -> None:
+    """At the end of a process NCCL waits for the others, which wait for this one."""
+    code = (
+        "import atexit; from rcod_train.ranks import leave; atexit.register(print, 'waits'); "
+        "print('said'); leave(9, together=False)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (9, "said\n")

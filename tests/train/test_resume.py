@@ -182,8 +182,10 @@ def test_a_checkpoint_older_than_a_setting_is_continued_at_its_default(tmp_path:
     torch.save(state, newest)
     run_stage(Line(), numbers, tmp_path, seed=5, resume=True)
     other = Line(dataclasses.replace(CONFIG, accumulate=2))
+    run_stage(other, numbers, tmp_path, seed=5, resume=True)  # it is finished: no step is made
+    further = Line(dataclasses.replace(CONFIG, accumulate=2, steps=CONFIG.steps + 1))
     with pytest.raises(CheckpointError, match="accumulate x processes: 1 x 1 there, 2 x 1 here"):
-        run_stage(other, numbers, tmp_path, seed=5, resume=True)
+        run_stage(further, numbers, tmp_path, seed=5, resume=True)
 
 
 def test_processes_that_have_different_checkpoints_are_refused(tmp_path: Path) -> None:
@@ -197,7 +199,9 @@ def test_processes_that_have_different_checkpoints_are_refused(tmp_path: Path) -
     def batches(first: int) -> list[torch.Tensor]:
         return [torch.zeros(1, 3)] * 20
 
-    run_stage(Mean(steps=2), batches, tmp_path, 0, resume=False, ranks=Apart())
+    with pytest.raises(TrainError, match="the processes begin with different weights"):
+        run_stage(Mean(steps=2), batches, tmp_path, 0, resume=False, ranks=Apart())
+    run_stage(Mean(steps=2), batches, tmp_path, 0, resume=False, ranks=Two())
     with pytest.raises(TrainError, match="at steps 2, 0 .* Give all machines a shared --out"):
         run_stage(Mean(steps=4), batches, tmp_path, 0, resume=True, ranks=Apart())
     run_stage(Mean(steps=4), batches, tmp_path, 0, resume=True, ranks=Two())
