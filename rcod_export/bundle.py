@@ -409,7 +409,8 @@ def _with_sample(
     with Upscaler(folder, backend=SAMPLE_BACKEND[config.precision], precision="fp32") as upscaler:
         whole: Any = {"colour_match": "none", "tile_px": whole_px, "overlap_px": 0}
         results = {name: cast(Photo, upscaler(compared, name, **whole)) for name in names}
-        sr = cast(Photo, upscaler(lq, realism, colour_match=SAMPLE_COLOUR_MATCH))
+        tiles: Any = {"colour_match": SAMPLE_COLOUR_MATCH, "tile_px": manifest.image.tile_px}
+        sr = cast(Photo, upscaler(lq, realism, **tiles))
     check_levels_differ(results)
     psnr_db = check_sample(reference, results, config.precision)
     write_image(sr_path, sr)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
-from collections.abc import Generator, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -17,6 +18,7 @@ from rcod_runtime.checked import CheckedSession
 from rcod_runtime.contract import GUIDE
 from rcod_runtime.errors import NonFiniteOutput, UsageError
 from rcod_runtime.manifest import Manifest
+from rcod_runtime.parallel import Turns
 
 LARGE_GRAPH_BYTES = 2**30  # compiled alone: beside others it needs the most memory
 STAGES = ("encoder", "denoiser", "decoder")  # what runs for every tile
@@ -122,25 +124,36 @@ class HostChain:
             for name in order
         }
         self._bound: tuple[dict[str, Shapes], bool] | None = None
-        self._lock = threading.Lock()
+        self._lock = Turns()
 
     def run(
         self, feed: ImageFeed, level: Array | None, tiles: Iterable[Array]
     ) -> Generator[TileOutputs, None, None]:
-        with ThreadPoolExecutor(1) as pool:
-            running: Future[TileOutputs] | None = None
-            for image in tiles:
-                following = pool.submit(self._outputs, feed, level, image)
-                if running is not None:
-                    yield running.result()
-                running = following
-            if running is not None:
+        left, tiles = threading.Event(), iter(tiles)
+        first, second = next(tiles), next(tiles, None)
+        if second is None:
+            yield self._outputs(feed, level, first, left)
+            return
+        pool = ThreadPoolExecutor(1)
+        running: Future[TileOutputs] | None = None
+        try:
+            running = _begun(pool, self._outputs, feed, level, first, left)
+            for image in itertools.chain((second,), tiles):
+                following = _begun(pool, self._outputs, feed, level, image, left)
                 yield running.result()
+                running = following
+            yield running.result()
+        finally:
+            left.set()
+            pool.shutdown(cancel_futures=True)
+            running = following = None  # what failed holds its caller's images
 
-    def _outputs(self, feed: ImageFeed, level: Array | None, image: Array) -> TileOutputs:
+    def _outputs(
+        self, feed: ImageFeed, level: Array | None, image: Array, left: threading.Event
+    ) -> TileOutputs:
         with self._lock:
             self._prepare(feed)
-            z_lq, z_sr, decoded = self._tile(feed, level, image, [])
+            z_lq, z_sr, decoded = self._tile(feed, level, image, [], left)
             return TileOutputs(z_lq.copy(), z_sr.copy(), to_pixels(decoded))
 
     def estimate(self, feed: ImageFeed, tiles: Iterable[Array]) -> list[Array]:
@@ -169,12 +182,18 @@ class HostChain:
             self._sessions = {}
 
     def _tile(
-        self, feed: ImageFeed, level: Array | None, image: Array, stamps: list[float]
+        self,
+        feed: ImageFeed,
+        level: Array | None,
+        image: Array,
+        stamps: list[float],
+        left: threading.Event | None = None,
     ) -> tuple[Array, Array, Array]:
         """z_lq, z_sr and the decoded image, valid until the next tile batch. Under the lock.
 
-        The time after every stage goes to ``stamps``.
+        The time after every stage goes to ``stamps``. Once ``left`` is set nobody waits for it.
         """
+        _stop_if(left)
         encoded = self._encode(feed, image)
         z_lq = encoded["z_lq"]
         stamps.append(time.perf_counter())
@@ -187,8 +206,10 @@ class HostChain:
                 if level is None
                 else np.repeat(level[None], feed.batch, axis=0)
             )
+        _stop_if(left)
         z_sr = self._sessions["denoiser"].run(feeds)["z_sr"]
         stamps.append(time.perf_counter())
+        _stop_if(left)
         decoded = self._sessions["decoder"].run({"z_sr": z_sr})["image"]
         stamps.append(time.perf_counter())
         return z_lq, z_sr, decoded
@@ -228,6 +249,23 @@ class HostChain:
                 check_finite(values, GUIDE)
                 kept[name] = np.repeat(values, feed.batch, axis=0)
         feed.kept.update(kept)
+
+
+def _begun(
+    pool: ThreadPoolExecutor, work: Callable[..., TileOutputs], *given: object
+) -> Future[TileOutputs]:
+    """In the pool's thread, or where the interpreter ends, which begins no more, in this one."""
+    try:
+        return pool.submit(work, *given)
+    except RuntimeError:
+        done: Future[TileOutputs] = Future()
+        done.set_result(work(*given))
+        return done
+
+
+def _stop_if(left: threading.Event | None) -> None:
+    if left is not None and left.is_set():
+        raise CancelledError
 
 
 def input_shapes(manifest: Manifest, feed: ImageFeed) -> dict[str, Shapes]:

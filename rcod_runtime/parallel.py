@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
@@ -34,6 +36,31 @@ def in_parallel(work: Callable[[Part], Result], parts: Iterable[Part]) -> list[R
         return [work(part) for part in parts]
     with ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, parts))
+
+
+class Turns:
+    """A lock that threads get in the order in which they asked for it: one that asks again at once
+    does not get it before those that wait."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._asked: deque[object] = deque()
+
+    def __enter__(self) -> None:
+        ticket = object()
+        with self._changed:
+            self._asked.append(ticket)
+            try:
+                self._changed.wait_for(lambda: self._asked[0] is ticket)
+            except BaseException:  # Ctrl-C
+                self._asked.remove(ticket)
+                self._changed.notify_all()
+                raise
+
+    def __exit__(self, *_: object) -> None:
+        with self._changed:
+            self._asked.popleft()
+            self._changed.notify_all()
 
 
 def cpus_available() -> int:

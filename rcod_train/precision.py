@@ -37,7 +37,7 @@ def resolve_device(choice: str, ranks: Ranks | None = None) -> torch.device:
         )
     device = torch.device(choice)
     if device.type == "cuda":  # what PyTorch is asked without naming one is asked of this one
-        torch.cuda.set_device(device)
+        torch.cuda.set_device(int(index or 0))
     return device
 
 

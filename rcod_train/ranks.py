@@ -6,6 +6,7 @@ two processes are one process that accumulates twice as many batches. Only the f
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import os
 import sys
@@ -98,8 +99,9 @@ def leave(exit_code: int, together: bool) -> None:
     if together and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     if not together:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, full or None
+                stream.flush()
         os._exit(exit_code)
 
 

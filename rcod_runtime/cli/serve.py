@@ -93,25 +93,25 @@ def _serve(arguments: argparse.Namespace) -> int:
         raise BackendError(f'{exc.name} is not installed. pip install "rcod[serve]"') from exc
     from rcod_runtime import Upscaler
 
+    grace_s = limits.grace_s
     with sigterm_raises():  # as process 1 of a container it would not even notice
         upscaler = Upscaler(**opening(arguments))
         upscaler.warmup()
-    grace_s = limits.grace_s
-    config = uvicorn.Config(
-        make_app(upscaler, limits),
-        host=arguments.host,
-        port=arguments.port,
-        timeout_keep_alive=5,
-        # then it cancels what is in work, and its clients get a 500
-        timeout_graceful_shutdown=math.ceil(grace_s) if math.isfinite(grace_s) else None,
-        h11_max_incomplete_event_size=16 * 1024,
-        http=TimedProtocol,
-        ws="none",
-        server_header=False,
-        log_level="info",
-        access_log=False,
-    )
-    server = Server(config)
+        config = uvicorn.Config(
+            make_app(upscaler, limits),
+            host=arguments.host,
+            port=arguments.port,
+            timeout_keep_alive=5,
+            # then it cancels what is in work, and its clients get a 500
+            timeout_graceful_shutdown=math.ceil(grace_s) if math.isfinite(grace_s) else None,
+            h11_max_incomplete_event_size=16 * 1024,
+            http=TimedProtocol,
+            ws="none",
+            server_header=False,
+            log_level="info",
+            access_log=False,
+        )
+        server = Server(config)
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn raises them again after its stop
         signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     with contextlib.suppress(SystemExit):  # with a code of uvicorn's, where it can't listen

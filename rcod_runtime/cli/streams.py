@@ -51,6 +51,6 @@ def leave_streams() -> None:
             stream.flush()
         except OSError:
             with contextlib.suppress(OSError):
-                null = os.open(os.devnull, os.O_WRONLY)
-                os.dup2(null, stream.fileno())
+                number, null = stream.fileno(), os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, number)
                 os.close(null)

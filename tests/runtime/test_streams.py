@@ -140,7 +140,11 @@ def test_a_server_that_is_stopped_while_it_starts_ends_well(
         os.kill(os.getpid(), number)
 
     monkeypatch.setattr(rcod_runtime, "Upscaler", stopped)
-    assert serve.main([]) == 0
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert serve.main([]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_server_whose_stdout_is_closed_serves(bundle: Path) -> None:

@@ -234,3 +234,17 @@ def test_several_processes_do_not_share_one_gpu() -> None:
 def test_nano_validates_where_photos_are_held_out() -> None:
     assert CONFIG.regression.validation_steps and CONFIG.rcod.validation_steps
     assert NANO_REFINE.validation_steps
+
+
+@pytest.mark.parametrize(
+    ("choice", "ranks", "current"),
+    [("auto", None, 0), ("cuda", Ranks(), 0), ("cuda:1", None, 1), ("cuda", Ranks(1, 2, 1), 1)],
+)
+def test_the_gpu_of_a_run_is_what_pytorch_asks_without_naming_one(
+    monkeypatch: pytest.MonkeyPatch, choice: str, ranks: Ranks | None, current: int
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    assert resolve_device(choice, ranks).type == "cuda" and asked == [current]

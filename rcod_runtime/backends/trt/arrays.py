@@ -254,3 +254,15 @@ def _is_c_order(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
             return False
         expected *= side
     return True
+
+
+def batch_of(tiles: DeviceView, batches: tuple[int, int]) -> int:
+    """How many tiles an array of the GPU holds; its other axes are checked with the rest."""
+    batch = tiles.shape[0] if tiles.shape else 1
+    low, high = batches
+    if not low <= batch <= high:
+        raise UsageError(
+            f"image: {batch} tiles; the engines are built for {low} to {high}. Build others: "
+            f"rcod-export engines BUNDLE --batch {min(low, batch)} {max(high, batch)}"
+        )
+    return batch

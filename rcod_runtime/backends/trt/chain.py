@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from rcod_runtime.backends import Array
-from rcod_runtime.backends.trt.arrays import DeviceArray, DeviceView, stream_handle, view_array
+from rcod_runtime.backends.trt.arrays import DeviceArray, batch_of, stream_handle, view_array
 from rcod_runtime.backends.trt.cache import read_cache, write_cache
 from rcod_runtime.backends.trt.cuda import (
     FLOAT_BYTES,
@@ -165,7 +165,7 @@ class DeviceChain:
             )
         with contextlib.ExitStack() as keep, cuda.guard():
             tiles = view_array(image, "image", handle, cuda, keep)
-            batch = _batch_of(tiles, self.batches)
+            batch = batch_of(tiles, self.batches)
             shape, thumbnail_shape = (batch, 3, side, side), (1, 3, tokens_px, tokens_px)
             source = tiles.check(shape)
             small = view_array(thumbnail, "thumbnail", handle, cuda, keep).check(thumbnail_shape)
@@ -389,6 +389,7 @@ class DeviceChain:
         try:
             return CapturedGraph(self._cuda, compute, lambda: self._enqueue_stages(adaptive))
         except BackendError as exc:  # an engine may hold what no graph can; it runs all the same
+            self._cuda.runtime.cudaGetLastError()  # the next launch must not find it
             log.warning("no CUDA graph, launched one by one: %s", str(exc))
             return None
 
@@ -431,6 +432,7 @@ class DeviceChain:
         except BaseException:
             self._bound = {}
             with contextlib.suppress(BackendError), self._cuda.guard():
+                self._cuda.runtime.cudaGetLastError()  # the next image must not find it
                 try:
                     self._memory.drain()
                 finally:
@@ -444,15 +446,3 @@ class DeviceChain:
     def _drop_captures(self) -> None:
         self._ran = set()
         drop_graphs(self._captured)
-
-
-def _batch_of(tiles: DeviceView, batches: tuple[int, int]) -> int:
-    """How many tiles an array of the GPU holds; its other axes are checked with the rest."""
-    batch = tiles.shape[0] if tiles.shape else 1
-    low, high = batches
-    if not low <= batch <= high:
-        raise UsageError(
-            f"image: {batch} tiles; the engines are built for {low} to {high}. Build others: "
-            f"rcod-export engines BUNDLE --batch {min(low, batch)} {max(high, batch)}"
-        )
-    return batch

@@ -255,7 +255,6 @@ class CapturedGraph(_Owned):
                 with contextlib.suppress(BackendError):
                     graph = cuda.call("cudaStreamEndCapture", stream.handle)
                     cuda.call("cudaGraphDestroy", graph)
-                cuda.runtime.cudaGetLastError()  # what goes on without a graph must not find it
                 raise
             graph = cuda.call("cudaStreamEndCapture", stream.handle)
         with contextlib.ExitStack() as undo:

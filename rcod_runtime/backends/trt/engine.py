@@ -90,11 +90,12 @@ class LoadedEngine:
             self._config, self._cache = self._engine.create_runtime_config(), cache
             self._config.set_execution_context_allocation_strategy(user_managed)
             self._config.set_runtime_cache(cache)
-            if captured:
-                # Kernels for a shape are there when it has run once. By default others stand in
-                # while they are compiled, and a CUDA graph would keep those.
-                eager = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-                self._config.dynamic_shapes_kernel_specialization_strategy = eager
+            # By default kernels stand in while those for a new shape are compiled. A CUDA graph
+            # would keep them, and what they compute is rounded otherwise: here a shape's are there
+            # when it has run once, or, for photos of any size, are the same for all.
+            strategies = trt.DynamicShapesKernelSpecializationStrategy
+            strategy = strategies.EAGER if captured else strategies.NONE
+            self._config.dynamic_shapes_kernel_specialization_strategy = strategy
             self._context = self._engine.create_execution_context(self._config)
         else:
             self._context = self._engine.create_execution_context(user_managed)

@@ -52,6 +52,13 @@ class _Thread(threading.local):
     mode = CaptureMode.cudaStreamCaptureModeGlobal
 
 
+# Calls whose errors cudaGetLastError gives until somebody asks it.
+LASTING = (
+    "cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphGetNodes", "cudaGraphInstantiate",
+    "cudaGraphDestroy", "cudaGraphLaunch",
+)  # fmt: skip
+
+
 class SimulatedGpu:
     """A machine with GPUs of one kind.
 
@@ -153,6 +160,7 @@ class SimulatedGpu:
                     function(*arguments)
                 if name == "cudaStreamEndCapture":  # it ends the capture in any case
                     arguments[0].capture = None
+                self.last_error |= name in LASTING
                 empty = {"cudaGraphGetNodes": 2}.get(name, 1)
                 return (Error.cudaErrorMemoryAllocation, *([None] * empty))
             if name in WAITING and self._breaks_a_capture():
@@ -331,6 +339,7 @@ class SimulatedGpu:
         if graph is None:
             return Error.cudaErrorInvalidValue, None
         if graph.broken:
+            self.last_error = True
             return Error.cudaErrorStreamCaptureInvalidated, None
         self.graphs.add(graph)
         return Error.cudaSuccess, graph
