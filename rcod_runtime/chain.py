@@ -136,6 +136,7 @@ class HostChain:
             return
         pool = ThreadPoolExecutor(1)
         running: Future[TileOutputs] | None = None
+        following: Future[TileOutputs] | None = None
         try:
             running = _begun(pool, self._outputs, feed, level, first, left)
             for image in itertools.chain((second,), tiles):
