@@ -18,7 +18,7 @@ from rcod_runtime.checked import CheckedSession
 from rcod_runtime.contract import GUIDE
 from rcod_runtime.errors import NonFiniteOutput, UsageError
 from rcod_runtime.manifest import Manifest
-from rcod_runtime.parallel import Turns
+from rcod_runtime.parallel import Turns, in_parallel
 
 LARGE_GRAPH_BYTES = 2**30  # compiled alone: beside others it needs the most memory
 STAGES = ("encoder", "denoiser", "decoder")  # what runs for every tile
@@ -237,8 +237,7 @@ class HostChain:
             others = [name for name in shapes if name not in large]
             for name in large:
                 self._bind(name, shapes[name], feed)
-            with ThreadPoolExecutor(len(shapes)) as pool:  # compiling releases the GIL
-                list(pool.map(lambda name: self._bind(name, shapes[name], feed), others))
+            in_parallel(lambda name: self._bind(name, shapes[name], feed), others)
             self._bound = shapes, feed.common_tile
         if feed.kept:
             return

@@ -7,12 +7,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TypeVar
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 WIDE = 1024  # pixels
+CGROUPS = Path("/sys/fs/cgroup")
 MAX_THREADS = 4  # memory traffic, not arithmetic, is the limit of such work
 
 
@@ -35,7 +37,11 @@ def in_parallel(work: Callable[[Part], Result], parts: Iterable[Part]) -> list[R
     if threads < 2:
         return [work(part) for part in parts]
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, parts))
+        try:
+            begun = [pool.submit(work, part) for part in parts]
+        except RuntimeError:  # where the interpreter ends, which begins no thread more
+            return [work(part) for part in parts]
+        return [result.result() for result in begun]
 
 
 class Turns:
@@ -65,6 +71,21 @@ class Turns:
 
 def cpus_available() -> int:
     """CPUs this process may use, which can be fewer than the machine has."""
+    cpus = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+        cpus = len(os.sched_getaffinity(0))
+    return min(cpus, cpu_quota() or cpus)
+
+
+def cpu_quota() -> int | None:
+    """CPUs whose time a container's limit allows (docker --cpus, Kubernetes), rounded up; None: all
+    that it sees."""
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):  # cgroups 2, 1
+        try:
+            text = " ".join((CGROUPS / name).read_text(encoding="ascii") for name in files)
+            quota, period = (int(number) for number in text.split())
+        except (OSError, ValueError):  # no such file, or max
+            continue
+        if quota > 0 and period > 0:
+            return max(1, -(-quota // period))
+    return None

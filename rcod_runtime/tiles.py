@@ -152,7 +152,8 @@ def plan_image(
     for name, value in (("tile size", tile_px), ("overlap", overlap_px)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer, type(None))):
             raise UsageError(f"{name} {value!r}: expected a whole number of pixels.")
-    overlap_px = min(usual_px, tile_px // 2) if overlap_px is None else overlap_px
+    tile_px = int(tile_px)  # numpy's have few bits
+    overlap_px = min(usual_px, tile_px // 2) if overlap_px is None else int(overlap_px)
     plan = TilePlan(*(plan_axis(side, tile_px, overlap_px, multiple) for side in size_px))
     if not fit or plan.count == 1:
         return plan

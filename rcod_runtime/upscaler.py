@@ -298,7 +298,7 @@ class Upscaler:
         for full batches; on a CPU for tiles of any size too."""
         height, width = self._tile_lq()
         if self._chain.fits_tiles:
-            self(np.zeros((1, 1, 3), np.uint8), self.manifest.levels[0].name)
+            self(np.zeros((height // 2, width, 3), np.uint8), self.manifest.levels[0].name)
         for tiles in sorted({self._chain.batches[0], self._batch(batch)}):
             image = np.zeros((height, width * tiles, 3), np.uint8)  # one tile batch
             for _ in range(2):  # the first run of an engine is as it is, the second is captured

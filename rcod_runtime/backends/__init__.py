@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rcod_runtime.errors import BackendError, UsageError
+from rcod_runtime.parallel import cpu_quota
 from rcod_runtime.processor import read_processor
 
 Array = npt.NDArray[np.float32]
@@ -114,6 +115,9 @@ def choose(name: str, precision: str, threads: int) -> Backend:
         line = "pip install rcod" if chosen != "onnxruntime" else 'pip install "rcod[onnxruntime]"'
         missing = chosen or " or ".join(BACKENDS)
         raise BackendError(f"backend {missing}: not installed. {line}")
+    # Both libraries count the processors that they see, not the time that a container has of them:
+    # with more threads most of them stand still in turns.
+    threads = threads or cpu_quota() or 0
     precision = precisions(chosen)[-1] if precision == "auto" else precision
     if precision not in precisions(chosen):
         raise UsageError(

@@ -6,6 +6,7 @@ import functools
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,9 @@ from rcod_runtime.errors import BackendError
 from rcod_runtime.processor import read_processor
 
 MAX_COMPILED = 4  # variants for one shape each that are kept of a graph
+# Of a graph for any shape. What OpenVINO keeps of shapes that it has run makes attention wrong for
+# all others where the first one had a single token, and it grows by 11 MB with each size of nano.
+OF_ANY_SHAPE = {"CPU_RUNTIME_CACHE_CAPACITY": 0}
 MAX_CHECKED = 256  # shapes of which a graph keeps in mind that they are what the manifest says
 
 
@@ -50,7 +54,7 @@ def shared_core() -> ov.Core:
 
 
 def has_native_bf16() -> bool:
-    """Whether the processor multiplies bf16 (AVX512_BF16, AMX, Arm's BF16)."""
+    """Whether the processor multiplies bf16 (AVX512_BF16, AMX)."""
     return "BF16" in shared_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
@@ -149,13 +153,14 @@ class OpenVinoSession:
                 self._checked[key] = None
             _latest(self._checked, key, MAX_CHECKED)
             if self._any_shape is None:
-                self._any_shape = self._compiled(self._model)
+                self._any_shape = self._compiled(self._model, OF_ANY_SHAPE)
         except (RuntimeError, MemoryError) as exc:
             raise BackendError(f"{self._path}: can't be compiled for {key}: {exc}") from exc
         self._request = self._any_shape
 
-    def _compiled(self, model: ov.Model) -> Any:
-        request = self._core.compile_model(model, "CPU", self._config).create_infer_request()
+    def _compiled(self, model: ov.Model, more: Mapping[str, Any] = MappingProxyType({})) -> Any:
+        config = {**self._config, **more}
+        request = self._core.compile_model(model, "CPU", config).create_infer_request()
         # Its weights were packed. They stay where they are for as long as there is the model.
         nodes = (node for node in self._model.get_ops() if node.get_type_name() == "Constant")
         forget_pages(self._path, (node.data.ctypes.data for node in nodes))

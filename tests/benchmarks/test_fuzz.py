@@ -36,7 +36,7 @@ def quiet() -> Iterator[None]:
 def test_damaged_input_ends_in_a_result_or_a_typed_error(kind: str, tmp_path: Path) -> None:
     case = open_cases(kind, tmp_path)
     results = [outcome(case, SEED, kind, number) for number in range(COUNTS[kind])]
-    found = [r for r in results if r["outcome"] == "untyped" or r["seconds"] > 5]
+    found = [r for r in results if r["outcome"] == "untyped" or r["seconds"] > 30]
     assert not found
     kinds = {r["outcome"] for r in results}
     expected = {"images": {"image", "ImageError"}, "bundles": {"upscaled", "ManifestError"}}
@@ -83,7 +83,7 @@ for number in range(int(sys.argv[1]), int(sys.argv[2])):
 
 
 def test_crashes_hangs_and_slow_cases_are_recorded_and_the_run_goes_on() -> None:
-    tally = run_cases((sys.executable, "-c", WORKER), range(8), hang_s=1.5)
+    tally = run_cases((sys.executable, "-c", WORKER), range(8), hang_s=5)
     assert tally.counts == {"fine": 5, "crash": 2, "hang": 1}
     assert [(f["case"], f["outcome"], f.get("detail")) for f in tally.findings] == [
         (1, "crash", "SIGABRT"),

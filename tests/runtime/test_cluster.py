@@ -114,8 +114,10 @@ def test_a_worker_that_is_killed_loses_nothing_and_nothing_is_made_twice(
     (out / "23.png").write_bytes(b"an earlier run's")
     process = start(photos, "-o", out, "--ray", cluster, "--report", report)
     inodes: dict[str, set[int]] = {}
-    killed = 0
+    killed, deadline = 0, time.monotonic() + 600
     while process.poll() is None:
+        if time.monotonic() > deadline:
+            process.kill()
         for path in out.glob("[0-9]*.png"):
             inodes.setdefault(path.name, set()).add(path.stat().st_ino)
         if not killed and len(inodes) > 5:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rcod_export.engines import EngineConfig, _one_model
 from rcod_runtime import Upscaler
 from rcod_runtime.backends.trt.engines import EngineSet, find_engines
 from rcod_runtime.cli import doctor, upscale
@@ -351,3 +352,14 @@ def test_engines_of_another_model_of_gpu_are_left(
             continue
         with pytest.raises(EngineMismatch, match="built on a NVIDIA GeForce RTX 4090, this GPU is"):
             Upscaler(own_engines, backend="tensorrt")
+
+
+def test_an_engine_for_one_model_of_gpu_says_which(
+    monkeypatch: pytest.MonkeyPatch, gpu: SimulatedGpu
+) -> None:
+    gpu.name = b"NVIDIA L4"
+    config = EngineConfig(target="tensorrt")
+    assert _one_model(config) == "NVIDIA L4"
+    assert dataclasses.replace(config, gpu="NVIDIA L4").options == {"gpu": "NVIDIA L4"}
+    for portable in ({"target": "tensorrt-rtx"}, {"hardware_compatibility": "ampere-plus"}):
+        assert _one_model(dataclasses.replace(config, **portable)) == ""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from rcod_runtime import parallel
 from rcod_runtime.backends import openvino_backend, precisions
 from rcod_runtime.processor import Processor, read_processor
 
@@ -42,10 +44,37 @@ def test_auto_takes_bf16_where_it_is_faster(
     assert set(precisions("openvino")) == {"fp32", "bf16"}
 
 
-def test_arm_and_other_systems_are_believed(cpuinfo: Path) -> None:
+def test_arm_is_believed_and_what_is_unknown_is_not(cpuinfo: Path) -> None:
+    """Windows tells nothing: bf16 there may be of a laptop, which is slower for it."""
     assert read_processor() == Processor()
-    assert precisions("openvino")[-1] == "bf16"
+    assert precisions("openvino") == ("bf16", "fp32")
     read_processor.cache_clear()
     cpuinfo.write_text("Features\t: asimd bf16\n")
     assert read_processor().flags == {"asimd", "bf16"}
     assert precisions("openvino")[-1] == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("files", "cpus"),
+    [
+        ({"cpu.max": "200000 100000"}, 2),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu.max": "5000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, None),
+        ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ({}, None),
+    ],
+)
+def test_a_containers_limit_of_processor_time_counts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, str], cpus: int | None
+) -> None:
+    """The libraries see all processors of its host."""
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    monkeypatch.setattr(parallel, "CGROUPS", tmp_path)
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)), raising=False)
+    assert parallel.cpu_quota() == cpus
+    assert parallel.cpus_available() == (cpus or 128)

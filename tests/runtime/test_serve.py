@@ -411,5 +411,5 @@ def test_nothing_is_left_behind(server: Server, photo: Callable[..., np.ndarray]
     before = settled()
     for _ in range(5):
         use()
-    wait_for(lambda: held() <= before)
-    assert settled() == before
+    wait_for(lambda: all(now <= then for now, then in zip(held(), before, strict=True)))
+    assert all(now <= then for now, then in zip(settled(), before, strict=True))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -151,10 +153,13 @@ def test_a_server_whose_stdout_is_closed_serves(bundle: Path) -> None:
     pytest.importorskip("fastapi", reason='needs pip install "rcod[serve]"')
     line = f"exec {python('rcod_runtime.cli.serve', '--bundle', bundle, '--port', 0)} >&-"
     with subprocess.Popen(["bash", "-c", line], stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        for text in process.stderr:
-            assert "Traceback" not in text
-            if "running on" in text:
-                break
-        process.terminate()
-        assert process.wait(60) == 0
+        timer = threading.Timer(120, process.kill)  # ends the lines below where it never serves
+        timer.start()
+        try:
+            assert process.stderr is not None
+            lines = list(itertools.takewhile(lambda text: "running on" not in text, process.stderr))
+            process.terminate()
+            assert process.wait(60) == 0 and not any("Traceback" in text for text in lines)
+        finally:
+            timer.cancel()
+            process.kill()
