@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from rcod_runtime.backends import Array, Backend, Session, Shapes
+from rcod_runtime.backends import LARGE_GRAPH_BYTES, Array, Backend, Session, Shapes
 from rcod_runtime.bundle import Bundle
 from rcod_runtime.checked import CheckedSession
 from rcod_runtime.contract import GUIDE
@@ -20,7 +20,6 @@ from rcod_runtime.errors import NonFiniteOutput, UsageError
 from rcod_runtime.manifest import Manifest
 from rcod_runtime.parallel import Turns, in_parallel
 
-LARGE_GRAPH_BYTES = 2**30  # compiled alone: beside others it needs the most memory
 STAGES = ("encoder", "denoiser", "decoder")  # what runs for every tile
 
 

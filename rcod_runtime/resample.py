@@ -157,7 +157,14 @@ def resize_for_tokens(image: npt.NDArray[np.generic], side_px: int, unit: float 
     resampler = Resampler(image, (side_px, side_px), unit)
     out = np.empty((side_px, side_px, image.shape[2]), np.float32)
     height, width = image.shape[:2]
-    band = min(TOKEN_BAND_ROWS * side_px // height, TOKEN_BAND_PIXELS // width)
-    for rows in row_bands(side_px, max(1, band)):
-        out[rows] = resampler.box(rows.start, 0, rows.stop - rows.start, side_px)
+    shorter, longer = sorted((height, width))
+    band = max(1, min(TOKEN_BAND_ROWS * side_px // longer, TOKEN_BAND_PIXELS // shorter))
+    if longer * shorter <= BLOCK_SHRINKING * TOKEN_BAND_PIXELS:
+        band = max(band, BLOCK_SHRINKING)  # the weights of a long line are made once
+    for part in row_bands(side_px, band):  # along the longer side: each pixel once
+        count = part.stop - part.start
+        if height < width:
+            out[:, part] = resampler.box(0, part.start, side_px, count)
+        else:
+            out[part] = resampler.box(part.start, 0, count, side_px)
     return out

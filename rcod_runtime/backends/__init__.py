@@ -19,6 +19,7 @@ Array = npt.NDArray[np.float32]
 Shapes = Mapping[str, tuple[int, ...]]
 BackendName = Literal["openvino", "onnxruntime"]
 BACKENDS: tuple[BackendName, ...] = ("openvino", "onnxruntime")  # in the order of preference
+LARGE_GRAPH_BYTES = 2**30  # compiled alone, and once at a time: beside others it needs most memory
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 

@@ -13,13 +13,13 @@ import numpy as np
 import openvino as ov
 from openvino.frontend import FrontEndManager
 
-from rcod_runtime.backends import Array, Shapes
+from rcod_runtime.backends import LARGE_GRAPH_BYTES, Array, Shapes
 from rcod_runtime.backends.pages import forget_pages
 from rcod_runtime.backends.winograd import use_winograd
 from rcod_runtime.errors import BackendError
 from rcod_runtime.processor import read_processor
 
-MAX_COMPILED = 4  # variants for one shape each that are kept of a graph
+MAX_COMPILED = 4  # variants for one shape each that are kept of a graph; of a large one a single
 # Of a graph for any shape. What OpenVINO keeps of shapes that it has run makes attention wrong for
 # all others where the first one had a single token, and it grows by 11 MB with each size of nano.
 OF_ANY_SHAPE = {"CPU_RUNTIME_CACHE_CAPACITY": 0}
@@ -131,6 +131,8 @@ class OpenVinoSession:
     ) -> None:
         self._core, self._config, self._model, self._path = core, config, model, path
         self._uses_winograd = uses_winograd
+        is_large = _weight_bytes(model) > LARGE_GRAPH_BYTES  # each variant packs them anew
+        self._most = 1 if is_large else MAX_COMPILED
         self._names = [output.get_any_name() for output in model.outputs]
         self._requests: OrderedDict[tuple[object, ...], Any] = OrderedDict()
         self._any_shape: Any = None
@@ -142,17 +144,19 @@ class OpenVinoSession:
         try:
             if common:
                 if key not in self._requests:
+                    self._make_room()
                     model = self._reshaped(shapes, outputs or {})
                     if self._uses_winograd:
                         use_winograd(model)
                     self._requests[key] = self._compiled(model)
-                self._request = _latest(self._requests, key, MAX_COMPILED)
+                self._request = _latest(self._requests, key, self._most)
                 return
             if key not in self._checked:
                 self._reshaped(shapes, outputs or {})
                 self._checked[key] = None
             _latest(self._checked, key, MAX_CHECKED)
             if self._any_shape is None:
+                self._make_room()
                 self._any_shape = self._compiled(self._model, OF_ANY_SHAPE)
         except (RuntimeError, MemoryError) as exc:
             raise BackendError(f"{self._path}: can't be compiled for {key}: {exc}") from exc
@@ -165,6 +169,12 @@ class OpenVinoSession:
         nodes = (node for node in self._model.get_ops() if node.get_type_name() == "Constant")
         forget_pages(self._path, (node.data.ctypes.data for node in nodes))
         return request
+
+    def _make_room(self) -> None:
+        """Of a large graph the variant that was used goes before another one is compiled."""
+        if self._most == 1:
+            self._request = self._any_shape = None
+            self._requests.clear()
 
     def _reshaped(self, shapes: Shapes, outputs: Shapes) -> ov.Model:
         model = self._model.clone()
@@ -193,6 +203,11 @@ class OpenVinoSession:
         except RuntimeError as exc:
             raise BackendError(f"{self._path}: could not be run: {exc}") from exc
         return {name: results[index] for index, name in enumerate(self._names)}
+
+
+def _weight_bytes(model: ov.Model) -> int:
+    constants = (op for op in model.get_ops() if op.get_type_name() == "Constant")
+    return sum(int(op.get_byte_size()) for op in constants)
 
 
 def _latest(kept: OrderedDict[tuple[object, ...], Any], key: tuple[object, ...], most: int) -> Any:
