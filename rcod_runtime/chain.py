@@ -152,6 +152,7 @@ class HostChain:
         self, feed: ImageFeed, level: Array | None, image: Array, left: threading.Event
     ) -> TileOutputs:
         with self._lock:
+            _stop_if(left)
             self._prepare(feed)
             z_lq, z_sr, decoded = self._tile(feed, level, image, [], left)
             return TileOutputs(z_lq.copy(), z_sr.copy(), to_pixels(decoded))

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,21 +27,41 @@ def row_bands(height: int, rows: int = 64, width: int = WIDE) -> Iterator[slice]
 
 
 def in_parallel(work: Callable[[Part], Result], parts: Iterable[Part]) -> list[Result]:
-    """``work`` on every part, in threads that end with this call, or in the caller's where there is
-    one part or one processor; results in the order of parts.
+    """``work`` on every part, once, in this thread and in others that end with this call; results
+    in the order of parts. After an error no part is begun.
 
     For work that leaves Python's lock most of the time: numpy, Pillow, zlib.
     """
     parts = list(parts)
-    threads = min(MAX_THREADS, cpus_available(), len(parts))
-    if threads < 2:
-        return [work(part) for part in parts]
-    with ThreadPoolExecutor(threads) as pool:
+    results: dict[int, Result] = {}
+    errors: list[BaseException] = []
+    waiting, lock = iter(range(len(parts))), threading.Lock()
+
+    def take_turns() -> None:
         try:
-            begun = [pool.submit(work, part) for part in parts]
-        except RuntimeError:  # where the interpreter ends, which begins no thread more
-            return [work(part) for part in parts]
-        return [result.result() for result in begun]
+            while not errors:
+                with lock:
+                    index = next(waiting, None)
+                if index is None:
+                    return
+                results[index] = work(parts[index])
+        except BaseException as exc:
+            errors.append(exc)
+
+    others = []
+    for _ in range(min(MAX_THREADS, cpus_available(), len(parts)) - 1):
+        thread = threading.Thread(target=take_turns)
+        try:
+            thread.start()
+        except RuntimeError:  # no more allowed, or the interpreter ends: this one does it
+            break
+        others.append(thread)
+    take_turns()
+    for thread in others:
+        thread.join()
+    if errors:
+        raise errors.pop(0)
+    return [results[index] for index in range(len(parts))]
 
 
 class Turns:
@@ -55,11 +75,12 @@ class Turns:
     def __enter__(self) -> None:
         ticket = object()
         with self._changed:
-            self._asked.append(ticket)
             try:
+                self._asked.append(ticket)
                 self._changed.wait_for(lambda: self._asked[0] is ticket)
             except BaseException:  # Ctrl-C
-                self._asked.remove(ticket)
+                with contextlib.suppress(ValueError):
+                    self._asked.remove(ticket)
                 self._changed.notify_all()
                 raise
 
@@ -71,10 +92,20 @@ class Turns:
 
 def cpus_available() -> int:
     """CPUs this process may use, which can be fewer than the machine has."""
-    cpus = os.cpu_count() or 1
+    return threads_allowed() or _cpus_seen()
+
+
+def threads_allowed() -> int:
+    """As many as the time that a container has, where that is less than the processors it sees,
+    which libraries go by; else 0."""
+    quota = cpu_quota()
+    return quota if quota is not None and quota < _cpus_seen() else 0
+
+
+def _cpus_seen() -> int:
     if hasattr(os, "sched_getaffinity"):
-        cpus = len(os.sched_getaffinity(0))
-    return min(cpus, cpu_quota() or cpus)
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def cpu_quota() -> int | None:

@@ -158,9 +158,9 @@ def resize_for_tokens(image: npt.NDArray[np.generic], side_px: int, unit: float 
     out = np.empty((side_px, side_px, image.shape[2]), np.float32)
     height, width = image.shape[:2]
     shorter, longer = sorted((height, width))
-    band = max(1, min(TOKEN_BAND_ROWS * side_px // longer, TOKEN_BAND_PIXELS // shorter))
-    if longer * shorter <= BLOCK_SHRINKING * TOKEN_BAND_PIXELS:
-        band = max(band, BLOCK_SHRINKING)  # the weights of a long line are made once
+    band = min(TOKEN_BAND_ROWS * side_px // longer, TOKEN_BAND_PIXELS // shorter)
+    block = min(BLOCK_SHRINKING, max(1, side_px // 8))  # what weights are made for
+    band = max(block, band // block * block)
     for part in row_bands(side_px, band):  # along the longer side: each pixel once
         count = part.stop - part.start
         if height < width:

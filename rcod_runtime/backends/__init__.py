@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from rcod_runtime.errors import BackendError, UsageError
-from rcod_runtime.parallel import cpu_quota
+from rcod_runtime.parallel import threads_allowed
 from rcod_runtime.processor import read_processor
 
 Array = npt.NDArray[np.float32]
 Shapes = Mapping[str, tuple[int, ...]]
 BackendName = Literal["openvino", "onnxruntime"]
 BACKENDS: tuple[BackendName, ...] = ("openvino", "onnxruntime")  # in the order of preference
-LARGE_GRAPH_BYTES = 2**30  # compiled alone, and once at a time: beside others it needs most memory
+LARGE_GRAPH_BYTES = 2**30  # compiled alone, and for one shape: beside others it needs most memory
 PRECISIONS = ("auto", "fp32", "fp16", "bf16")
 
 
@@ -118,7 +118,7 @@ def choose(name: str, precision: str, threads: int) -> Backend:
         raise BackendError(f"backend {missing}: not installed. {line}")
     # Both libraries count the processors that they see, not the time that a container has of them:
     # with more threads most of them stand still in turns.
-    threads = threads or cpu_quota() or 0
+    threads = threads or threads_allowed()
     precision = precisions(chosen)[-1] if precision == "auto" else precision
     if precision not in precisions(chosen):
         raise UsageError(

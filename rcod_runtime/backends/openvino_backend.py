@@ -19,7 +19,9 @@ from rcod_runtime.backends.winograd import use_winograd
 from rcod_runtime.errors import BackendError
 from rcod_runtime.processor import read_processor
 
-MAX_COMPILED = 4  # variants for one shape each that are kept of a graph; of a large one a single
+MAX_COMPILED = (
+    4  # variants for one shape each that are kept of a graph; of a large one a single one
+)
 # Of a graph for any shape. What OpenVINO keeps of shapes that it has run makes attention wrong for
 # all others where the first one had a single token, and it grows by 11 MB with each size of nano.
 OF_ANY_SHAPE = {"CPU_RUNTIME_CACHE_CAPACITY": 0}
@@ -156,7 +158,6 @@ class OpenVinoSession:
                 self._checked[key] = None
             _latest(self._checked, key, MAX_CHECKED)
             if self._any_shape is None:
-                self._make_room()
                 self._any_shape = self._compiled(self._model, OF_ANY_SHAPE)
         except (RuntimeError, MemoryError) as exc:
             raise BackendError(f"{self._path}: can't be compiled for {key}: {exc}") from exc
@@ -171,9 +172,9 @@ class OpenVinoSession:
         return request
 
     def _make_room(self) -> None:
-        """Of a large graph the variant that was used goes before another one is compiled."""
+        """Of a large graph the variant for a shape goes before another one is compiled."""
         if self._most == 1:
-            self._request = self._any_shape = None
+            self._request = None
             self._requests.clear()
 
     def _reshaped(self, shapes: Shapes, outputs: Shapes) -> ov.Model:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,6 +63,7 @@ def test_arm_is_believed_and_what_is_unknown_is_not(cpuinfo: Path) -> None:
         ({"cpu.max": "200000 100000"}, 2),
         ({"cpu.max": "150000 100000"}, 2),
         ({"cpu.max": "5000 100000"}, 1),
+        ({"cpu.max": "25600000 100000"}, 256),
         ({"cpu.max": "max 100000"}, None),
         ({"cpu/cpu.cfs_quota_us": "300000", "cpu/cpu.cfs_period_us": "100000"}, 3),
         ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
@@ -77,4 +81,43 @@ def test_a_containers_limit_of_processor_time_counts(
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)), raising=False)
     assert parallel.cpu_quota() == cpus
-    assert parallel.cpus_available() == (cpus or 128)
+    assert parallel.cpus_available() == min(cpus or 128, 128)
+    assert parallel.threads_allowed() == (cpus if cpus and cpus < 128 else 0)
+
+
+@pytest.mark.parametrize("allowed", range(4))
+def test_every_part_is_worked_on_once_where_a_thread_cannot_be_begun(
+    monkeypatch: pytest.MonkeyPatch, allowed: int
+) -> None:
+    """As by a limit of processes, or at the end of the interpreter."""
+    start, count = threading.Thread.start, itertools.count()
+    seen: list[int] = []
+
+    def limited(self: threading.Thread) -> None:
+        if next(count) >= allowed:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    def work(number: int) -> int:
+        seen.append(number)
+        return number * number
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    monkeypatch.setattr(parallel, "cpus_available", lambda: 4)
+    assert parallel.in_parallel(work, range(20)) == [n * n for n in range(20)]
+    assert sorted(seen) == list(range(20))
+
+
+def test_after_an_error_no_part_is_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parallel, "cpus_available", lambda: 2)
+    seen: list[int] = []
+
+    def work(number: int) -> None:
+        seen.append(number)
+        if number == 2:
+            raise KeyboardInterrupt
+        time.sleep(0.01)
+
+    with pytest.raises(KeyboardInterrupt):
+        parallel.in_parallel(work, range(100))
+    assert len(seen) <= 5

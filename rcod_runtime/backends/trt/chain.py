@@ -432,11 +432,12 @@ class DeviceChain:
         except BaseException:
             self._bound = {}
             with contextlib.suppress(BackendError), self._cuda.guard():
-                self._cuda.runtime.cudaGetLastError()  # the next image must not find it
                 try:
                     self._memory.drain()
                 finally:
-                    self._drop_captures()
+                    with contextlib.suppress(BackendError):
+                        self._drop_captures()
+                    self._cuda.runtime.cudaGetLastError()  # the next image must not find it
             raise
         if all_ran and self._compiles:
             self._compiles = False
