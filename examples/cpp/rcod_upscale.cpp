@@ -219,7 +219,8 @@ private:
         std::map<fs::path, int> tiles;
         for (const Json& engine : manifest.at("engines")) {
             const auto sms = engine.at("sm").get<std::vector<int>>();
-            const bool later = engine.at("options").value("hardware_compatibility", "") == "ampere-plus";
+            const Json options = engine.value("options", Json::object());
+            const bool later = options.value("hardware_compatibility", "") == "ampere-plus";
             const bool fits = std::count(sms.begin(), sms.end(), sm) != 0 || (later && sm >= 80);
             if (!fits || engine.at("target") != "tensorrt") continue;
             const auto file = engine.at("file").get<std::string>();
