@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import threading
 from collections import deque
@@ -108,6 +109,7 @@ def _cpus_seen() -> int:
     return os.cpu_count() or 1
 
 
+@functools.cache
 def cpu_quota() -> int | None:
     """CPUs whose time a container's limit allows (docker --cpus, Kubernetes), rounded up; None: all
     that it sees."""

@@ -158,9 +158,8 @@ def plan_image(
     if not fit or plan.count == 1:
         return plan
     sides = (fitting_tile_px(side, tile_px, overlap_px, multiple) for side in size_px)
-    fitted = TilePlan(
-        *(plan_axis(*both, overlap_px, multiple) for both in zip(size_px, sides, strict=True))
-    )
+    y, x = (plan_axis(*both, overlap_px, multiple) for both in zip(size_px, sides, strict=True))
+    fitted = TilePlan(y, x)
     return fitted if fitted.pixels <= (1 - WORTH_FITTING) * plan.pixels else plan
 
 

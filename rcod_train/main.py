@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import re
 import sys
 import traceback
@@ -29,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from rcod_train.errors import ConfigError, Interrupted, RcodTrainError
-from rcod_train.stopping import sigterm_as_ctrl_c
+from rcod_train.stopping import is_one_of_several, sigterm_as_ctrl_c
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -248,19 +247,14 @@ def main(argv: list[str] | None = None) -> int:
         print("stopped; what is written is whole", file=sys.stderr)
         code = Interrupted.exit_code
     except Exception:
-        if not _is_one_of_several():
+        if not is_one_of_several():
             raise
         traceback.print_exc()
-    if _is_one_of_several():
+    if is_one_of_several():
         from rcod_train.ranks import leave
 
         leave(code, together)
     return code
-
-
-def _is_one_of_several() -> bool:
-    """As ranks.is_one_of_several, without PyTorch, which a command may not have come to."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _common(arguments: argparse.Namespace) -> dict[str, Any]:

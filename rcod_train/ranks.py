@@ -18,6 +18,7 @@ import torch.distributed
 from torch import Tensor
 
 from rcod_train.errors import ConfigError
+from rcod_train.stopping import is_one_of_several
 
 # What one process does alone, validation and writing above all, has to fit in it.
 PATIENCE = datetime.timedelta(hours=2)
@@ -85,11 +86,6 @@ class Ranks:
 def is_first() -> bool:
     """Whether this process is the one that writes, before or after the others are known."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def is_one_of_several() -> bool:
-    """Whether accelerate launch or torchrun started others beside this process."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def leave(exit_code: int, together: bool) -> None:

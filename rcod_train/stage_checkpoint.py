@@ -141,12 +141,13 @@ def check_replicas(folder: Path, step: int, parameters: Mapping[str, Tensor], ra
     if ranks.world == 1:
         return
     found = ranks.gather((step, fingerprint(parameters.values())))
-    if len({step for step, _ in found}) == 1 and len(set(found)) > 1 and step == 0:
-        raise TrainError(
-            f"{folder}: the processes begin with different weights: of other base models, or drawn "
-            "on other kinds of GPU. Give all machines the same files, and GPUs of one model."
-        )
     if len(set(found)) > 1:
+        if not any(step for step, _ in found):
+            raise TrainError(
+                f"{folder}: the processes begin with different weights: of other base models, or "
+                "drawn on other kinds of GPU. Give all machines the same files, and GPUs of one "
+                "model."
+            )
         raise TrainError(
             f"{folder}: expected one checkpoint for all processes, found different ones, at steps "
             f"{', '.join(str(step) for step, _ in found)} (0: none). Give all machines a shared "

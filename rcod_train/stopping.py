@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+
+def is_one_of_several() -> bool:
+    """Whether accelerate launch or torchrun started others beside this process, which end with it
+    or go on without it."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager

@@ -19,9 +19,9 @@ from rcod_runtime.backends.winograd import use_winograd
 from rcod_runtime.errors import BackendError
 from rcod_runtime.processor import read_processor
 
-MAX_COMPILED = (
-    4  # variants for one shape each that are kept of a graph; of a large one a single one
-)
+# Variants for one shape each that are kept of a graph; of a large one, whose weights each of them
+# packs anew, one.
+MAX_COMPILED = 4
 # Of a graph for any shape. What OpenVINO keeps of shapes that it has run makes attention wrong for
 # all others where the first one had a single token, and it grows by 11 MB with each size of nano.
 OF_ANY_SHAPE = {"CPU_RUNTIME_CACHE_CAPACITY": 0}
@@ -133,7 +133,7 @@ class OpenVinoSession:
     ) -> None:
         self._core, self._config, self._model, self._path = core, config, model, path
         self._uses_winograd = uses_winograd
-        is_large = _weight_bytes(model) > LARGE_GRAPH_BYTES  # each variant packs them anew
+        is_large = _weight_bytes(model) > LARGE_GRAPH_BYTES
         self._most = 1 if is_large else MAX_COMPILED
         self._names = [output.get_any_name() for output in model.outputs]
         self._requests: OrderedDict[tuple[object, ...], Any] = OrderedDict()
@@ -172,10 +172,10 @@ class OpenVinoSession:
         return request
 
     def _make_room(self) -> None:
-        """Of a large graph the variant for a shape goes before another one is compiled."""
-        if self._most == 1:
-            self._request = None
-            self._requests.clear()
+        """The oldest variant goes before another one is compiled."""
+        self._request = None
+        while len(self._requests) >= self._most:
+            self._requests.popitem(last=False)
 
     def _reshaped(self, shapes: Shapes, outputs: Shapes) -> ov.Model:
         model = self._model.clone()

@@ -71,7 +71,11 @@ def test_arm_is_believed_and_what_is_unknown_is_not(cpuinfo: Path) -> None:
     ],
 )
 def test_a_containers_limit_of_processor_time_counts(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, files: dict[str, str], cpus: int | None
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    files: dict[str, str],
+    cpus: int | None,
 ) -> None:
     """The libraries see all processors of its host."""
     for name, text in files.items():
@@ -80,6 +84,8 @@ def test_a_containers_limit_of_processor_time_counts(
     monkeypatch.setattr(parallel, "CGROUPS", tmp_path)
     monkeypatch.setattr(os, "cpu_count", lambda: 128)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(128)), raising=False)
+    parallel.cpu_quota.cache_clear()
+    request.addfinalizer(parallel.cpu_quota.cache_clear)
     assert parallel.cpu_quota() == cpus
     assert parallel.cpus_available() == min(cpus or 128, 128)
     assert parallel.threads_allowed() == (cpus if cpus and cpus < 128 else 0)
