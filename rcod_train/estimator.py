@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from rcod_train.config import EstimatorConfig
 from rcod_train.files import disk_errors, file_written_whole
-from rcod_train.models.guide import DegradationEstimator
+from rcod_train.models.guide import TRAINED_HERE, DegradationEstimator
 from rcod_train.network import seeded
 from rcod_train.run import Run
 from rcod_train.stages.estimator import EstimatorStage
@@ -36,5 +36,5 @@ def train_estimator(config: EstimatorConfig, resume: bool) -> Path:
     path = run.out / "estimator.safetensors"
     if run.ranks.writes:
         with disk_errors(path), file_written_whole(path) as partial:
-            save_file(estimator.state_dict(), partial)
+            save_file(estimator.state_dict(), partial, TRAINED_HERE)
     return path

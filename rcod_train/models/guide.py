@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from rcod_train.models.guided import BlockMatrices, add_branches
 
 SCORES = 2  # blur, noise
+# Metadata of an estimator's file whose scores are those of rcod_train.degradation.
+TRAINED_HERE = {"trained_by": "rcod-train estimator"}
 
 
 class _Residual(nn.Module):

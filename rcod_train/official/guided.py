@@ -6,15 +6,17 @@ says (rcod_train/models/guided.py), and the keys must be exactly theirs.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rcod_train.errors import CheckpointError
-from rcod_train.models.guide import Guide, GuidedMem
+from rcod_train.models.guide import TRAINED_HERE, Guide, GuidedMem
 from rcod_train.models.guided import unet_branches, vae_branches
 from rcod_train.models.sd import SdVae
 from rcod_train.official.layouts import GUIDE_STATES, GUIDED_ADAPTERS, LORA_ALPHA, Adapter
@@ -32,7 +34,14 @@ BASE_HINT = "Is the base SD-Turbo?"
 
 
 def read_estimator(path: Path) -> dict[str, Tensor]:
-    return read_state(path, ESTIMATOR)
+    state = read_state(path, ESTIMATOR)
+    with suppress(SafetensorError), safe_open(path, "pt") as file:  # or a pickle
+        if (file.metadata() or {}).items() >= TRAINED_HERE.items():
+            raise CheckpointError(
+                f"{path}: was made by rcod-train estimator, whose scores are other ones than those "
+                f"that published weights were trained with. Expected {ESTIMATOR}."
+            )
+    return state
 
 
 def read_mem(path: Path) -> dict[str, Tensor]:

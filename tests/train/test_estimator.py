@@ -23,6 +23,7 @@ from rcod_train.main import main
 from rcod_train.models.guide import DegradationEstimator
 from rcod_train.models.sd import ClipVpim, SdVae
 from rcod_train.network import Parts
+from rcod_train.official.guided import read_estimator
 from rcod_train.official.reading import read_state
 from rcod_train.photos import find_photos
 from rcod_train.precision import Autocast
@@ -140,6 +141,8 @@ def test_the_file_is_what_rcod_s_takes(photos: Path, tmp_path: Path) -> None:
     assert parts.guide is not None and parts.guide.config.estimator_features == 16
     for name, value in parts.guide.estimator.state_dict().items():
         assert torch.equal(value, state[name])
+    with pytest.raises(CheckpointError, match="made by rcod-train estimator.*de_net.pth"):
+        read_estimator(tmp_path / "estimator.safetensors")
 
 
 def test_a_stopped_run_goes_on_to_the_same_file(photos: Path, tmp_path: Path) -> None:
