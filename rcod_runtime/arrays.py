@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, replace
 from typing import Any, cast
 
@@ -19,6 +20,23 @@ Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 # What libraries raise where they give no array by DLPack, as torch for one that needs gradients.
 DLPACK_ERRORS = (BufferError, RuntimeError, TypeError, ValueError, AssertionError)
 GREY_WEIGHTS = np.array([0.299, 0.587, 0.114], np.float32)  # of R, G, B in luma (BT.601)
+
+
+def checked_shape(shape: Any) -> tuple[int, ...]:
+    """An image's shape, (H, W) or (H, W, C).
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        sides = tuple(map(operator.index, shape))
+    except TypeError:
+        sides = ()
+    if len(sides) not in (2, 3) or min(sides) < 1:
+        raise UsageError(
+            f"image_shape {shape!r}: expected (H, W) or (H, W, C), whole numbers of at least 1."
+        )
+    return sides
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from rcod_runtime.errors import BundleError, HashMismatch
+from rcod_runtime.errors import BundleError, HashMismatch, UsageError
 from rcod_runtime.manifest import (
     MANIFEST_FILE,
     Graph,
@@ -72,8 +72,11 @@ def open_bundle(
         HashMismatch: a file is not the one that was exported.
         ManifestError: the manifest is not valid.
         SignatureError: no signature by that key over this manifest.
-        UsageError: the key can't be used.
+        UsageError: the key can't be used, or one of the two is no path.
     """
+    for name, value in (("bundle", folder), ("require_signature", require_signature)):
+        if value is not None and not isinstance(value, (str, os.PathLike)):
+            raise UsageError(f"{name} {value!r}: expected a path.")
     folder = default_bundle_path() if folder is None else Path(folder)
     try:
         resolved = folder.resolve()

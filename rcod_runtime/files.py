@@ -15,6 +15,11 @@ from typing import BinaryIO
 
 from rcod_runtime.errors import OutputError
 
+try:
+    import fcntl
+except ImportError:  # Windows, where what is open can't be removed
+    fcntl = None  # type: ignore[assignment]
+
 PARTIAL_SUFFIX = ".rcod-partial"
 PREFIX_LENGTH = 14
 CHUNK_BYTES = 2**20
@@ -82,6 +87,7 @@ def write_whole(path: Path, data: bytes) -> None:
         raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
     try:
         with os.fdopen(handle, "wb") as file:
+            _lock(file)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -94,8 +100,8 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def remove_partials(paths: Iterable[Path]) -> None:
-    """Remove what killed processes left of ``paths`` while they wrote them; other files' hidden
-    parts, which a running process may be writing, stay.
+    """Remove what killed processes left of ``paths`` while they wrote them. Other files' hidden
+    parts stay, and what a running process is writing, which holds a lock on it.
 
     Raises:
         OutputError: one can't be removed.
@@ -107,12 +113,31 @@ def remove_partials(paths: Iterable[Path]) -> None:
         for partial in folder.glob(f".*{PARTIAL_SUFFIX}"):
             if partial.name[:PREFIX_LENGTH] in expected:
                 try:
-                    partial.unlink(missing_ok=True)
+                    with open_regular(partial) as file:
+                        is_left = _lock(file)
+                    if is_left:
+                        partial.unlink(missing_ok=True)
+                except FileNotFoundError:
+                    continue  # it was finished meanwhile
                 except OSError as exc:
                     raise OutputError(
                         f"{partial}: left by a process that was killed; can't be removed "
                         f"({exc.strerror or exc})."
                     ) from exc
+
+
+def _lock(file: BinaryIO) -> bool:
+    """Whether no other process has it; then it is this one's until it is closed. Where a file
+    system has no locks nobody has."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _partial_prefix(path: Path) -> str:

@@ -62,6 +62,7 @@ _ORIENTATION = 0x0112  # EXIF
 _EXTRA_SAMPLES, _ASSOCIATED_ALPHA = 338, 1  # TIFF 6.0, section 18
 # With a length behind it: not what stands among a JPEG's values, nor TEM (01), which has none.
 _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
+_BEGINNING = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF.{4}WEBP", re.DOTALL)
 _START_OF_SCAN, _END_OF_IMAGE = 0xDA, 0xD9
 
 Pixels = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
@@ -139,6 +140,8 @@ def decode_image(data: bytes, source: str, max_pixels: int = MAX_INPUT_PIXELS) -
     except UnidentifiedImageError as exc:
         if is_tiff(data):
             raise unreadable(data, source) from exc
+        if _BEGINNING.match(data):
+            raise ImageError(f"{source}: the image is damaged or cut short.") from exc
         raise ImageError(
             f"{source}: expected an image (PNG, JPEG, WebP, TIFF, BMP, GIF), found another kind of "
             "file."
@@ -382,12 +385,12 @@ def check_format(
     if channels in (2, 4) and format_name in ("JPEG", "BMP"):
         raise OutputError(f"{target}: {format_name} can't hold transparency. Write PNG or WebP.")
     if dtype == np.uint16 and format_name not in ("PNG", "TIFF"):
-        raise OutputError(f"{target}: {format_name} can't hold 16 bits. Write PNG or TIFF.")
+        raise OutputError(f"{target}: {format_name} can't hold 16 bits. Write PNG.")
     limit = MAX_SIDE_PX.get(format_name)
     if limit is not None and max(height, width) > limit:
         raise OutputError(
             f"{target}: the result would have {width} x {height} px; {format_name} holds at most "
-            f"{limit} px a side. Write PNG or TIFF, or choose a smaller scale."
+            f"{limit} px a side. Write PNG, or choose a smaller scale."
         )
     if dtype == np.uint16 and channels > 1 and format_name == "TIFF":
         _check_deep_tiff(channels, target)

@@ -30,9 +30,10 @@ def choice_weights(
     Raises:
         UsageError: nothing that the bundle has.
     """
-    if realism == ADAPTIVE and manifest.has_metric_estimator:
+    is_adaptive = isinstance(realism, str) and realism == ADAPTIVE
+    if is_adaptive and manifest.has_metric_estimator:
         return None
-    if realism == ADAPTIVE:
+    if is_adaptive:
         raise UsageError(
             f"realism adaptive: the bundle {manifest.identity.name} has no metric estimation "
             "module. Choose a level or a number in [0, 1]."

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import numbers
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from rcod_runtime.arrays import (
     Prepared,
     checked_out,
+    checked_shape,
     guide_window,
     host_array,
     prepare_image,
@@ -177,10 +179,12 @@ class Upscaler:
         """
         self._check_usable()
         contract = self.manifest.image
-        if colour_match not in COLOUR_MATCHES:
+        if not isinstance(colour_match, str) or colour_match not in COLOUR_MATCHES:
             raise UsageError(
                 f"colour_match {colour_match!r}: expected one of {', '.join(COLOUR_MATCHES)}."
             )
+        if progress is not None and not callable(progress):
+            raise UsageError(f"progress {progress!r}: expected a function of two numbers.")
         batch = self._batch(batch)
         realism = default_level(self.manifest.levels) if realism is None else realism
         weights = choice_weights(realism, self.manifest)
@@ -215,8 +219,9 @@ class Upscaler:
         """The shape of the result for an image of a shape (H, W) or (H, W, C); nothing is computed.
 
         Raises:
-            UsageError: ``scale`` is not in 1..4, or the result would be too large.
+            UsageError: no such shape, ``scale`` is not in 1..4, or the result would be too large.
         """
+        image_shape = checked_shape(image_shape)
         scale = float(self.manifest.image.scale) if scale is None else _checked_scale(scale)
         height, width = (max(1, round(side * scale)) for side in image_shape[:2])
         if height * width > MAX_OUTPUT_PIXELS:
@@ -328,9 +333,10 @@ class Upscaler:
         low, high = self._chain.batches
         if batch is None:
             return self._chain.batch
-        if isinstance(batch, bool) or not isinstance(batch, int) or not 1 <= batch <= high:
+        is_number = isinstance(batch, numbers.Integral) and not isinstance(batch, bool)
+        if not is_number or not 1 <= batch <= high:
             raise UsageError(f"batch {batch!r}: expected an integer in 1..{high}.")
-        return max(low, batch)
+        return max(low, int(batch))
 
     def _tile_px(self, tile_px: int | None) -> int:
         only = self._chain.tile_px

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import numbers
 import re
 
 from rcod_runtime.backends import BACKENDS, PRECISIONS, choose, importing, installed
@@ -17,6 +18,7 @@ TENSORRT = "tensorrt"
 ORT, ORT_TENSORRT = "onnxruntime", "onnxruntime-tensorrt"
 CHOICES = ("auto", TENSORRT, *BACKENDS, ORT_TENSORRT)
 DEVICES = "auto, cpu or cuda:N"
+MAX_THREADS = 1024
 
 
 def open_chain(
@@ -44,16 +46,20 @@ def open_chain(
 
     Raises:
         UsageError: an unknown backend, device or precision, two that exclude each other, or
-            ``threads`` below 0.
+            ``threads`` that are no number in 0..1024.
         EngineMismatch: engines were asked for and none fits.
         BackendError: a library is missing or refuses a graph.
     """
-    if backend not in CHOICES:
-        raise UsageError(f"backend {backend!r}: expected one of {', '.join(CHOICES)}.")
-    if precision not in PRECISIONS:
-        raise UsageError(f"precision {precision!r}: expected one of {', '.join(PRECISIONS)}.")
-    if not isinstance(threads, int) or threads < 0:
-        raise UsageError(f"threads {threads!r}: expected 0 (the library's choice) or more.")
+    known = (("backend", backend, CHOICES), ("precision", precision, PRECISIONS))
+    for name, value, choices in known:
+        if not isinstance(value, str) or value not in choices:
+            raise UsageError(f"{name} {value!r}: expected one of {', '.join(choices)}.")
+    is_number = isinstance(threads, numbers.Integral) and not isinstance(threads, bool)
+    if not is_number or not 0 <= threads <= MAX_THREADS:
+        raise UsageError(
+            f"threads {threads!r}: expected 0 (the library's choice) to {MAX_THREADS}."
+        )
+    threads = int(threads)  # of numpy's
     index = gpu_index(device)
     only_gpu, only_cpu = backend in (TENSORRT, ORT_TENSORRT), backend == "openvino"
     if (only_gpu and device == "cpu") or (only_cpu and index is not None):
@@ -126,7 +132,8 @@ def gpu_index(device: str) -> int | None:
     Raises:
         UsageError: another text.
     """
-    match = re.fullmatch(r"cuda:(\d{1,3})", str(device))
-    if match is None and device not in ("auto", "cpu"):
+    is_text = isinstance(device, str)
+    match = re.fullmatch(r"cuda:(\d{1,3})", device) if is_text else None
+    if match is None and not (is_text and device in ("auto", "cpu")):
         raise UsageError(f"device {device!r}: expected {DEVICES}.")
     return None if match is None else int(match[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,9 +12,12 @@ from pathlib import Path
 
 from rcod_runtime.errors import ImageError, OutputError, UsageError
 
+log = logging.getLogger(__name__)
+
 STREAM = "-"  # stdin as an input, stdout as the output
 TABLES = (".parquet", ".tar")  # files of many images, which --ray takes
 CASELESS = ("darwin", "win32")  # names that differ in case alone are one file there
+_SEPARATORS = f"{os.sep}{os.altsep or ''}"
 SUFFIXES = {"png": ".png", "jpeg": ".jpg", "webp": ".webp", "tiff": ".tif", "bmp": ".bmp"}
 
 
@@ -40,8 +44,10 @@ def plan_tasks(
     """Every image of ``inputs`` with its output. Makes no folder and writes nothing.
 
     Args:
-        inputs: files, folders, patterns (``*``, ``?``, ``[a-z]``, ``**``) or ``-``, stdin.
-        out: a file for one image, a folder, or ``-``, stdout.
+        inputs: files, folders, patterns (``*``, ``?``, ``[a-z]``, ``**``) or ``-``, stdin. What is
+            named twice is one image.
+        out: a file for one image, a folder, or ``-``, stdout. What a pattern finds goes to a folder
+            unless ``out`` is an image's name.
         format_choice: a key of SUFFIXES for results in a folder or on stdout; None keeps each
             input's format, but for GIF and other kinds that are not written: those become PNG.
         recursive: folders with their subfolders, whose structure the results keep.
@@ -53,23 +59,24 @@ def plan_tasks(
         UsageError: stdin or stdout where several images are meant, or an output that would replace
             an input.
     """
-    from rcod_runtime.image_io import FORMATS, format_of
+    from rcod_runtime.image_io import FORMATS, READ_SUFFIXES, format_of
 
     if STREAM in inputs:
         if len(inputs) > 1:
             raise UsageError("- (stdin): expected no other input beside it.")
         sources: list[tuple[Path | None, Path]] = [(None, Path("stdin"))]
     else:
-        sources = list(_sources(inputs, Path(out), recursive))
+        sources = _once(_sources(inputs, Path(out), recursive))
     chosen = None if format_choice is None else SUFFIXES[format_choice]
     if out == STREAM:
         if len(sources) != 1:
             raise UsageError(f"-o - (stdout): expected one image, found {len(sources)}.")
         return [Task(sources[0][0], None, FORMATS[chosen or ".png"])]
     folder = Path(out)
-    single = len(sources) == 1 and not os.path.isdir(inputs[0])
     # os.path, as everywhere here: before Python 3.14 pathlib raises where it may not look.
-    is_name = not os.path.isdir(folder) and folder.suffix != ""
+    is_file = os.path.isfile(inputs[0]) or sources[0][0] is None or is_image_name(folder)
+    single = len(sources) == 1 and is_file and not os.path.isdir(inputs[0])
+    is_name = not os.path.isdir(folder) and folder.suffix != "" and out[-1] not in _SEPARATORS
     if not single and is_image_name(folder):
         raise UsageError(f"{out}: expected a folder for several images, found an image's name.")
     if is_name and single:
@@ -80,7 +87,9 @@ def plan_tasks(
         tasks = []
         for source, relative in sources:
             own = relative.suffix if relative.suffix.lower() in FORMATS else ".png"
-            target = folder / relative.with_suffix(chosen or own)
+            if relative.suffix.lower() in READ_SUFFIXES:  # IMG.2024 is not another IMG
+                relative = relative.with_suffix("")
+            target = folder / relative.parent / (relative.name + (chosen or own))
             tasks.append(Task(source, target, format_of(target)))
     _check_targets(tasks)
     return tasks
@@ -95,6 +104,10 @@ def make_folders(tasks: Sequence[Task]) -> None:
     for folder in dict.fromkeys(task.target.parent for task in tasks if task.target is not None):
         try:
             folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as exc:
+            raise OutputError(
+                f"{folder}: expected a folder, or room for one, found a file. Choose another -o."
+            ) from exc
         except OSError as exc:
             raise OutputError(f"{folder}: can't be made ({exc.strerror or exc}).") from exc
 
@@ -111,6 +124,17 @@ def check_folders(tasks: Iterable[Task]) -> None:
                 f"{folder}: expected a folder that you may write into, found one that you may not. "
                 "Change its permissions, or choose another -o."
             )
+
+
+def check_target(task: Task) -> None:
+    """Whether an image can be put where it goes.
+
+    Raises:
+        OutputError: it can't.
+    """
+    check_folders([task])
+    if task.target is not None and os.path.isdir(task.target):
+        raise OutputError(f"{task.target}: expected room for a file, found a folder of that name.")
 
 
 def identity(path: Path) -> object:
@@ -132,7 +156,10 @@ def is_image_name(out: Path) -> bool:
 def _file_format(target: Path, format_choice: str | None) -> str:
     from rcod_runtime.image_io import FORMATS, format_of
 
-    format_name = format_of(target)
+    try:
+        format_name = format_of(target)
+    except OutputError as exc:
+        raise OutputError(f"{exc} For a folder end -o with {os.sep}") from exc
     if format_choice is not None and format_name != FORMATS[SUFFIXES[format_choice]]:
         raise UsageError(f"{target}: its name says {format_name}, --format {format_choice}.")
     if not os.path.isdir(target.parent):
@@ -165,6 +192,14 @@ def _sources(inputs: Sequence[str], out: Path, recursive: bool) -> Iterator[tupl
             raise ImageError(f"{path}: not found, or can't be reached.")
 
 
+def _once(sources: Iterable[tuple[Path, Path]]) -> list[tuple[Path | None, Path]]:
+    """Without what is there before under the same name, as where two patterns overlap."""
+    kept: dict[object, tuple[Path | None, Path]] = {}
+    for source, relative in sources:
+        kept.setdefault((identity(source), relative), (source, relative))
+    return list(kept.values())
+
+
 def _walk(top: Path, out: Path) -> Iterator[Path]:
     """Images in ``top`` and its subfolders; not in hidden ones, nor in the output's own."""
 
@@ -179,6 +214,9 @@ def _walk(top: Path, out: Path) -> Iterator[Path]:
             if not name.startswith(".")
             and not (os.path.isdir(out) and os.path.samefile(here / name, out))
         )
+        for name in subfolders:
+            if os.path.islink(here / name):  # it may lead back to where it is
+                log.warning("%s: a linked folder, left out", here / name)
         yield from _images(here, names)
 
 
@@ -212,5 +250,8 @@ def _check_targets(tasks: Sequence[Task]) -> None:
         name = str(task.target)
         name = name.casefold() if sys.platform in CASELESS else name
         if name in writers:
-            raise OutputError(f"{task.target}: both {writers[name]} and {task} would write it.")
+            raise OutputError(
+                f"{task.target}: both {writers[name]} and {task} would write it. Give them in two "
+                "runs with an -o of their own, keep subfolders (--recursive), or rename one."
+            )
         writers[name] = task

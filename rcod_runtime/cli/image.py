@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rcod_runtime.cli.files import STREAM, Task, check_folders
+from rcod_runtime.cli.files import STREAM, Task, check_target
 from rcod_runtime.cli.report import Record
 from rcod_runtime.errors import ImageError, OutputError, RcodError
 from rcod_runtime.files import read_stream
@@ -89,7 +89,7 @@ def _upscale(
         photo = read_image(task.source)
     sizes["input_height_px"], sizes["input_width_px"] = photo.pixels.shape[:2]
     # Before the work: what can't be written is not computed.
-    check_folders([task])
+    check_target(task)
     shape = upscaler.output_shape(photo.pixels.shape, options.scale)
     target = "stdout" if task.target is None else str(task.target)
     check_format(shape, photo.pixels.dtype, task.format_name, target)

@@ -48,9 +48,10 @@ class Results:
     def check(self) -> None:
         """Raises PartialFailure: some images failed."""
         if self.failed:
-            raise PartialFailure(
-                f"{self.failed} of {self.count} images failed; the others are written."
+            others = (
+                "; the others are written." if self.failed < self.count else ". None is written."
             )
+            raise PartialFailure(f"{self.failed} of {self.count} images failed{others}")
 
 
 @contextmanager

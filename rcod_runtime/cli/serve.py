@@ -24,6 +24,13 @@ from rcod_runtime.cli.streams import leave_streams, open_closed_streams, tell
 from rcod_runtime.errors import BackendError, OutputError, RcodError, UsageError
 from rcod_runtime.serve.limits import Limits
 
+OPTIONS = {  # of limits whose names are not theirs
+    "body_bytes": "--max-mib",
+    "pixels": "--max-pixels",
+    "body_s": "--body-timeout",
+    "job_s": "--job-timeout",
+}
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -75,7 +82,8 @@ def _serve(arguments: argparse.Namespace) -> int:
     )
     for name, value in vars(limits).items():
         if not value > 0:
-            raise UsageError(f"{name}: expected more than 0, found {value}.")
+            option = OPTIONS.get(name, f"--{name}")
+            raise UsageError(f"{option}: expected more than 0, found {value:g}.")
     if not 0 <= arguments.port < 2**16:
         raise UsageError(f"--port {arguments.port}: expected 0 to 65535.")
     if not arguments.host:

@@ -36,7 +36,7 @@ from rcod_runtime.cli.files import (
     make_folders,
     plan_tasks,
 )
-from rcod_runtime.cli.opening import add_opening_options, opening
+from rcod_runtime.cli.opening import a_path, add_opening_options, opening
 from rcod_runtime.cli.report import Record, Report
 from rcod_runtime.cli.stopping import Terminated, exit_code, sigterm_raises
 from rcod_runtime.cli.streams import leave_streams, open_closed_streams, tell
@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="of results in a folder (default: the input's, PNG for GIF) or on stdout (default: "
         "png)",
     )
-    add("--report", type=Path, metavar="FILE", help="what became of each image, as JSON Lines")
+    add("--report", type=a_path, metavar="FILE", help="what became of each image, as JSON Lines")
     add("--tile", type=int, metavar="PX", help="side of a tile in the result (default: bundle's)")
     add("--overlap", type=int, metavar="PX", help="overlap of tiles (default: bundle's)")
     add("--batch", type=int, metavar="N", help="tiles run together (default: backend's choice)")
@@ -181,7 +181,9 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _check_report(path: Path | None, images: Iterable[Path]) -> None:
-    """A report must not replace a photo, or a file of many."""
+    """A report must not replace a photo, or a file of many; - is no file's name here."""
+    if str(path) == STREAM:
+        raise UsageError("--report -: expected a file. For stdout: --report /dev/stdout")
     if path is not None and identity(path) in map(identity, images):
         raise UsageError(f"--report {path}: expected a file of its own, found an image's name.")
 

@@ -48,7 +48,14 @@ def make_app(upscaler: Upscaler, limits: Limits) -> FastAPI:
         await asyncio.to_thread(jobs.close)
         upscaler.close()
 
-    app = FastAPI(title="rcod", docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan)
+    app = FastAPI(
+        title="rcod",
+        docs_url=None,
+        redoc_url=None,
+        openapi_url=None,
+        redirect_slashes=False,  # to an address that the client's Host says
+        lifespan=lifespan,
+    )
 
     @app.post("/v1/upscale")
     async def upscale(request: Request) -> Response:
@@ -181,6 +188,7 @@ def _choice(request: Request, upscaler: Upscaler) -> Choice:
         raise Refused(400, "UsageError", "scale: expected a number from 1 to 4.") from exc
     try:
         choice_weights(realism, upscaler.manifest)
+        upscaler.output_shape((1, 1), scale)
     except UsageError as exc:
         raise Refused(400, "UsageError", str(exc)) from exc
     return Choice(realism, scale, colour_match, kind)

@@ -46,6 +46,10 @@ class Elsewhere:
         ({"tile_px": "64"}, "tile size '64': expected a whole number"),
         ({"overlap_px": 3.5}, "overlap 3.5: expected a whole number"),
         ({"overlap_px": "3"}, "overlap '3': expected a whole number"),
+        ({"realism": np.array([0.1, 0.2])}, r"realism: expected a level's name .* found array"),
+        ({"colour_match": np.array(["none"])}, r"colour_match array.*: expected one of none"),
+        ({"progress": 5}, "progress 5: expected a function"),
+        ({"batch": True}, "batch True: expected an integer"),
     ],
 )
 def test_what_a_call_cannot_use_is_named(
@@ -66,6 +70,11 @@ def test_a_profile_is_of_one_run_at_least(upscaler: Upscaler, runs: Any) -> None
     [
         ({"threads": "2"}, "threads '2': expected 0"),
         ({"threads": 2.5}, "threads 2.5: expected 0"),
+        ({"threads": True}, "threads True: expected 0"),
+        ({"threads": 2**31}, "threads 2147483648: expected 0 .* to 1024"),
+        ({"backend": np.array(["auto"])}, "backend array.*: expected one of auto"),
+        ({"device": np.array(["cpu"])}, "device array.*: expected auto, cpu or cuda:N"),
+        ({"require_signature": 5}, "require_signature 5: expected a path"),
         ({"device": None}, "device None: expected auto, cpu or cuda:N"),
     ],
 )
@@ -74,3 +83,19 @@ def test_what_a_bundle_cannot_be_opened_with_is_named(
 ) -> None:
     with pytest.raises(UsageError, match=words):
         Upscaler(bundle, **arguments)
+
+
+def test_a_bundle_is_a_path() -> None:
+    with pytest.raises(UsageError, match="bundle 5: expected a path"):
+        Upscaler(5)  # type: ignore[arg-type]
+
+
+def test_numpys_integers_are_numbers(bundle: Path, photo: Photo) -> None:
+    with Upscaler(bundle, threads=np.int64(1)) as upscaler:
+        np.testing.assert_array_equal(upscaler(photo(), batch=np.int64(2)), upscaler(photo()))
+
+
+@pytest.mark.parametrize("shape", [(10,), None, (-1, 5, 3), (10.5, 3), (0, 4), (4, 4, 3, 1)])
+def test_a_shape_is_two_or_three_numbers(upscaler: Upscaler, shape: Any) -> None:
+    with pytest.raises(UsageError, match="image_shape .*: expected"):
+        upscaler.output_shape(shape)

@@ -78,6 +78,8 @@ def bad_runs(bundle: Path, photos: Path, tmp_path: Path) -> dict[str, tuple[list
     good, out = photos / "0.png", tmp_path / "o.png"
     (tmp_path / "empty.png").touch()
     (tmp_path / "folder").mkdir()
+    (tmp_path / "taken" / "0.png").mkdir(parents=True)
+    write_image(tmp_path / "0.png", read_image(good).pixels)
     (tmp_path / "plain").write_text("a file")
     return {
         "missing input": ([tmp_path / "none.png", "-o", out], 3),
@@ -97,8 +99,10 @@ def bad_runs(bundle: Path, photos: Path, tmp_path: Path) -> dict[str, tuple[list
         "unknown suffix": ([good, "-o", tmp_path / "o.xyz"], 6),
         "folder missing": ([good, "-o", tmp_path / "none" / "o.png"], 6),
         "file in the way": ([photos, "-o", tmp_path / "plain"], 6),
-        "two of one name": ([good, tmp_path / "folder" / ".." / "photos" / "0.png",
-                             "-o", tmp_path / "y"], 6),
+        "two of one name": ([good, tmp_path / "0.png", "-o", tmp_path / "y"], 6),
+        "a folder of its name": ([good, "-o", tmp_path / "taken"], 6),
+        "report to nowhere": ([good, "-o", out, "--report", "-"], 2),
+        "too many threads": ([good, "-o", out, "--threads", "5000000000"], 2),
         "no bundle": ([good, "-o", out, "--bundle", tmp_path / "folder"], 4),
     }  # fmt: skip
 

@@ -9,6 +9,7 @@ import pytest
 
 from rcod_runtime.cli.files import Task, plan_tasks
 from rcod_runtime.errors import ImageError, OutputError, RcodError, UsageError
+from rcod_runtime.files import PARTIAL_SUFFIX, _partial_prefix, remove_partials, write_whole
 
 
 @pytest.fixture
@@ -90,6 +91,7 @@ def test_a_format_is_chosen_for_results_in_a_folder_or_on_stdout(tree: Path) -> 
         (["in"], "o.png", {}, UsageError, "expected a folder for several images"),
         (["in/b.jpg"], "o.png", {"format_choice": "jpeg"}, UsageError, "PNG, --format jpeg"),
         (["in/b.jpg"], "none/o.png", {}, OutputError, "does not exist"),
+        (["in/b.jpg"], "sharp.v2", {}, OutputError, "found '.v2'. For a folder end -o with /"),
         (["in/a.PNG", "in/sub/a.png"], "out", {"format_choice": "png"}, OutputError, "both"),
         (["in/b.jpg", "in/a.PNG"], "in", {}, UsageError, "would replace an input"),
     ],
@@ -125,3 +127,53 @@ def test_two_results_whose_names_differ_in_case_alone(
             plan_tasks(inputs, "out")
     else:
         assert [t for _, t in pairs(plan_tasks(inputs, "out"))] == ["out/a.PNG", "out/a.png"]
+
+
+def test_what_is_named_twice_is_one_image(tree: Path) -> None:
+    once = plan_tasks(["in"], "out")
+    assert plan_tasks(["in", "in/b.jpg", "in/../in/*.jpg"], "out") == once
+    assert plan_tasks(["in/b.jpg", "in/b.jpg"], "o.png") == plan_tasks(["in/b.jpg"], "o.png")
+
+
+def test_a_dot_is_no_suffix_where_no_image_has_it(tree: Path) -> None:
+    for name in ("IMG.2024", "IMG.2025", "at 10.30.15"):
+        os.link("in/b.jpg", name)
+    found = plan_tasks(["IMG.2024", "IMG.2025", "at 10.30.15"], "out")
+    expected = ["out/IMG.2024.png", "out/IMG.2025.png", "out/at 10.30.15.png"]
+    assert [t for _, t in pairs(found)] == expected
+
+
+@pytest.mark.parametrize(
+    ("inputs", "out"), [(["in/b*"], "sharp.v2"), (["in/b.jpg"], "v1.0/"), (["in/b*"], "v1.0/")]
+)
+def test_a_folder_may_have_a_dot(tree: Path, inputs: list[str], out: str) -> None:
+    """As many images as there are now say nothing of what -o is."""
+    assert pairs(plan_tasks(inputs, out)) == [("in/b.jpg", f"{out.rstrip('/')}/b.jpg")]
+
+
+def test_a_linked_folder_is_left_out_and_named(
+    tree: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = plan_tasks(["in"], "out", recursive=True)
+    os.symlink("../in", "in/round")
+    assert plan_tasks(["in"], "out", recursive=True) == before
+    assert "in/round: a linked folder, left out" in caplog.text
+    once = plan_tasks(["in/*"], "out")
+    assert plan_tasks(["in/*", "in/round/*"], "out") == once  # nor are its images others
+
+
+def test_what_a_running_process_is_writing_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "o.png"
+    left = tmp_path / f"{_partial_prefix(target)}0123456789abcdef{PARTIAL_SUFFIX}"
+    left.touch()
+    synced = os.fsync
+
+    def and_another_run_begins(handle: int) -> None:
+        remove_partials([target])
+        synced(handle)
+
+    monkeypatch.setattr("rcod_runtime.files.os.fsync", and_another_run_begins)
+    write_whole(target, b"all of it")
+    assert [path.name for path in tmp_path.iterdir()] == ["o.png"]

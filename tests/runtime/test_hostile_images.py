@@ -17,6 +17,13 @@ from rcod_runtime.image_io import decode_image
 from tests.runtime.test_images import Photo, deep_png, encoded
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF"])
+def test_what_is_cut_in_its_head_is_called_cut(photo: Photo, kind: str) -> None:
+    data = encoded(Image.fromarray(photo(32, 32)), kind)
+    with pytest.raises(ImageError, match="damaged or cut short"):
+        decode_image(data[:20], "cut")
+
+
 @pytest.mark.parametrize("kind", [b"IHDR", b"tEXt", b"IDAT"])
 def test_a_chunk_that_claims_gigabytes_is_refused_at_once(kind: bytes) -> None:
     """OpenCV made room for it: 4 GB and 15 s for a file of three kilobytes (fuzz, images 1551)."""

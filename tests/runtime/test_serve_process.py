@@ -107,7 +107,9 @@ def test_what_cannot_be_served_is_named(bundle: Path, tmp_path: Path) -> None:
     done = run("--bundle", str(tmp_path))
     assert done.returncode == 4 and "manifest.json" in done.stderr
     done = run("--bundle", str(bundle), "--queue", "0")
-    assert done.returncode == 2 and "queue: expected more than 0, found 0" in done.stderr
+    assert done.returncode == 2 and "--queue: expected more than 0, found 0" in done.stderr
+    done = run("--bundle", str(bundle), "--body-timeout", "nan")
+    assert done.returncode == 2 and "--body-timeout: expected more than 0" in done.stderr
     for option, value in (("--max-mib", "nan"), ("--max-mib", "inf"), ("--port", "65536")):
         done = run("--bundle", str(bundle), option, value)
         assert done.returncode == 2 and f"UsageError: {option} {value}: expected" in done.stderr
