@@ -31,9 +31,10 @@ def open_chain(
 ) -> Chain:
     """The chain that runs a bundle.
 
-    ``auto`` takes the bundle's engines where they fit this machine's GPU, and says in a warning why
-    not where the bundle has engines and they don't; then it takes the CPU. A GPU that is asked for
-    by its number is never replaced by the CPU: without engines, ONNX Runtime's CUDA provider it is.
+    ``auto`` takes the bundle's engines where they fit this machine's GPU and can be opened; where
+    there are some and they don't or can't, a warning says why, and the CPU it is. A GPU that is
+    asked for by its number is never replaced by the CPU: without engines, ONNX Runtime's CUDA
+    provider it is.
 
     Args:
         backend: ``auto``, ``tensorrt`` (the bundle's engines), ``openvino``, ``onnxruntime`` (CPU,
@@ -75,7 +76,12 @@ def open_chain(
     if not isinstance(found, str):
         from rcod_runtime.backends.trt.chain import open_device_chain
 
-        return open_device_chain(bundle, found, index or 0, precision)
+        try:
+            return open_device_chain(bundle, found, index or 0, precision)
+        except (BackendError, EngineMismatch) as exc:  # its memory is another's, an older driver
+            if asked:
+                raise
+            found = str(exc)
     if backend == TENSORRT or (asked and not _has_cuda_provider()):
         raise EngineMismatch(f"{bundle.folder}: {found}")
     log.warning("the bundle's engines are not used: %s", found)

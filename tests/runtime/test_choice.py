@@ -14,11 +14,18 @@ import onnxruntime as ort
 import pytest
 
 from rcod_runtime import Upscaler
-from rcod_runtime.backends.choice import CHOICES
+from rcod_runtime.backends.choice import CHOICES, open_chain
+from rcod_runtime.bundle import open_bundle
 from rcod_runtime.cli.opening import BACKENDS
 from rcod_runtime.cli.upscale import build_parser
 from rcod_runtime.colour import COLOUR_MATCHES, DEFAULT_COLOUR_MATCH
-from rcod_runtime.errors import BackendError, EngineMismatch, UsageError
+from rcod_runtime.errors import (
+    BackendError,
+    EngineMismatch,
+    HashMismatch,
+    RcodError,
+    UsageError,
+)
 from rcod_runtime.manifest import Manifest
 
 CPU, CUDA, TENSORRT = (f"{name}ExecutionProvider" for name in ("CPU", "CUDA", "Tensorrt"))
@@ -101,6 +108,31 @@ def test_engines_are_kept_apart_by_the_weights_they_are_made_of(
     monkeypatch.setenv("NVIDIA_TF32_OVERRIDE", "0")
     with Upscaler(bundle, backend="onnxruntime-tensorrt", device="cuda:0") as upscaler:
         assert upscaler.backend.endswith(" fp32")
+
+
+@pytest.mark.parametrize("error", [BackendError, EngineMismatch, HashMismatch])
+def test_engines_that_cannot_be_opened_leave_the_cpu_where_no_gpu_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+    bundle: Path,
+    caplog: pytest.LogCaptureFixture,
+    error: type[RcodError],
+) -> None:
+    """As where another process has the GPU's memory. Engines that were changed are no such case."""
+
+    def refused(*_: object) -> None:
+        raise error("decoder.engine: out of memory")
+
+    opened = open_bundle(bundle)
+    object.__setattr__(opened.manifest, "engines", ("there are some",))
+    monkeypatch.setattr("rcod_runtime.backends.trt.engines.find_engines", lambda *_: object())
+    monkeypatch.setattr("rcod_runtime.backends.trt.chain.open_device_chain", refused)
+    never = [("auto", "cuda:0"), ("tensorrt", "auto")]
+    for backend, device in [*never, ("auto", "auto")] if error is HashMismatch else never:
+        with pytest.raises(error, match="out of memory"):
+            open_chain(opened, backend, device, "auto", 1)
+    if error is not HashMismatch:
+        assert open_chain(opened, "auto", "auto", "auto", 1).name == "openvino"
+        assert "engines are not used: decoder.engine: out of memory" in caplog.text
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "onnxruntime-tensorrt"])
