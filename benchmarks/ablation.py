@@ -6,10 +6,11 @@
 All variants share the autoencoder and the base denoiser of --stages, a run folder of
 ``rcod-train nano``; each is trained from there by ``rcod-train``, exported by ``rcod-export`` and
 scored by ``benchmarks.quality``. A variant that is finished in --out is not trained again, and one
-that was stopped goes on; with other settings, photos, stages or another dataset it is refused.
-Prints one JSON document as the last line, with the commit and the machine of each variant. Exit
-codes: those of rcod-upscale, and 11 where a command fails or --stages or --out is not what it
-should be.
+that was stopped goes on; with other settings, photos, stages or another dataset it is refused. One
+that was scored by an earlier version, or with other metrics than can be had now, is scored again.
+Prints one JSON document as the last line, with the commit and the machine that each variant was
+trained with; those of its scores are in its quality.json. Exit codes: those of rcod-upscale, and 11
+where a command fails or --stages or --out is not what it should be.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
-from benchmarks.command import run_command
+from benchmarks import iqa, report
+from benchmarks.command import make_folder, run_command
 from benchmarks.errors import CommandFailed, DatasetError
 from benchmarks.tables import shown
 from rcod_runtime.files import write_whole
@@ -119,8 +120,20 @@ def shared_weights(stages: Path) -> dict[str, str]:
     return {stage: sha256_file(max((stages / stage).glob("step-*.pt"))) for stage in SHARED}
 
 
+def scoring() -> dict[str, Any]:
+    """What scores of one table have in common: how they are made, and the metrics of packages
+    that can be had here; the built-in ones are always there."""
+    loaded, _ = iqa.load([packaged.name for packaged in iqa.PACKAGED])
+    names = [metric.packaged.name for metric in loaded]
+    return {"schema_version": SCHEMA_VERSION, "packaged_metrics": names}
+
+
 def train_and_score(
-    name: str, config: AblationConfig, shared: Sequence[str], weights: Mapping[str, str]
+    name: str,
+    config: AblationConfig,
+    shared: Sequence[str],
+    weights: Mapping[str, str],
+    scored_with: Mapping[str, Any],
 ) -> dict[str, Any]:
     """One variant, from the shared stages to its figures; kept in its folder.
 
@@ -148,14 +161,17 @@ def train_and_score(
             f"{made_with}: expected the variant with {wanted}, found it with "
             f"{found or 'what nobody wrote down'}. Choose another --out."
         )
-    if finished.is_file():
-        kept: dict[str, Any] = json.loads(finished.read_text(encoding="utf-8"))
-        return kept
-    train = ["rcod_train.main", "nano", "--data", *config.data, "--out", str(folder)]
-    train += ["--resume", *(part for s in settings for part in ("--set", s))]
-    _run(name, train)
     bundle, scores = str(folder / "bundle"), folder / "quality.json"
-    _run(name, ["rcod_export.main", "bundle", str(folder / "checkpoint"), "-o", bundle])
+    kept: dict[str, Any] = {}
+    if finished.is_file():
+        kept = json.loads(finished.read_text(encoding="utf-8"))
+        if kept.get("scored_with") == scored_with:
+            return kept
+    else:
+        train = ["rcod_train.main", "nano", "--data", *config.data, "--out", str(folder)]
+        train += ["--resume", *(part for s in settings for part in ("--set", s))]
+        _run(name, train)
+        _run(name, ["rcod_export.main", "bundle", str(folder / "checkpoint"), "-o", bundle])
     quality = ["benchmarks.quality", "--dataset", str(config.dataset), "--bundle", bundle]
     quality += ["--json", str(scores)]
     if config.endings:
@@ -164,7 +180,8 @@ def train_and_score(
     methods = json.loads(scores.read_text(encoding="utf-8"))["methods"]
     variant = {
         "settings": list(VARIANTS[name]),
-        "card": asdict(report.machine_card()),
+        "card": kept.get("card") or asdict(report.machine_card()),
+        "scored_with": scored_with,
         "levels": {m["name"]: m["mean"] for m in methods if m["kind"] == "model"},
     }
     write_whole(finished, json.dumps(variant).encode())
@@ -195,9 +212,12 @@ def table(variants: dict[str, dict[str, Any]]) -> str:
 
 def measure(config: AblationConfig) -> str:
     shared = shared_settings(config.stages)
-    config.out.mkdir(parents=True, exist_ok=True)
-    weights = shared_weights(config.stages)
-    variants = {name: train_and_score(name, config, shared, weights) for name in config.variants}
+    make_folder("--out", config.out)
+    weights, scored_with = shared_weights(config.stages), scoring()
+    variants = {
+        name: train_and_score(name, config, shared, weights, scored_with)
+        for name in config.variants
+    }
     print(table(variants))
     budget = [*BUDGET, *config.settings]
     card = report.machine_card()

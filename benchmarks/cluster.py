@@ -2,10 +2,10 @@
 
   python -m benchmarks.cluster
 
-Both do the same images with as many in work at once. Each run is split by when the written images
-are told: until the first one (starting up, opening the bundle), from the first to the last, and
-until the process has ended. Prints a machine card, a table, and one JSON document as the last line.
-Exit codes: those of rcod-upscale, and 11 for what can't be measured.
+Both do the same images with as many in work at once and as many threads. Each run is split by when
+the written images are told: until the first one (starting up, opening the bundle), from the first
+to the last, and until the process has ended. Prints a machine card, a table, and one JSON document
+as the last line. Exit codes: those of rcod-upscale, and 11 for what can't be measured.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ from benchmarks.processes import UPSCALE
 from rcod_runtime import UsageError
 from rcod_runtime.image_io import write_image
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 2: the one process had all processors before, not a thread for each job
 PHASES = ("start", "images", "end")
 MIN_PHOTOS = 3
 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """side_px: of the input photos; jobs: images in work at once, of one thread each."""
+    """side_px: of the input photos; jobs: images in work at once, and threads that compute: one for
+    each actor, shared by the images of the one process."""
 
     side_px: int
     photos: int
@@ -76,7 +77,7 @@ def run(config: ClusterConfig) -> str:
     """Measure, print card and table, and return the JSON document."""
     card = report.machine_card()
     ways = {
-        "one process": ["--jobs", str(config.jobs)],
+        "one process": ["--jobs", str(config.jobs), "--threads", str(config.jobs)],
         "ray": ["--ray", "local", "--jobs", str(config.jobs), "--threads", "1"],
     }
     times: dict[str, list[dict[str, float]]] = {way: [] for way in ways}

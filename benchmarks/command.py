@@ -20,29 +20,34 @@ EXIT_INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Verdict:
-    """The document of a benchmark that judges, and what it found."""
+    """The document of a benchmark that judges, and what it found. ``write_more``: what is left to
+    write of it once line and file are there."""
 
     document: str
     passed: bool
+    write_more: Callable[[], None] | None = None
 
 
 def run_command(work: Callable[[], str | Verdict], json_file: Path | None) -> int:
     """Do ``work``, print the document it returns, write it to ``json_file``; return the exit code:
     EXIT_FELL_SHORT where a verdict is against it, with line and file written all the same.
 
-    An error goes to stderr in one message, and neither line nor file is written.
+    An error of the work goes to stderr in one message, and neither line nor file is written. The
+    line comes first, so that a file that can't be written does not cost the result.
     """
     try:
         if json_file is not None:
             check_can_write(json_file)
         result = work()
-        document, passed = (
-            (result.document, result.passed) if isinstance(result, Verdict) else (result, True)
-        )
-        if json_file is not None:
-            write_whole(json_file, f"{document}\n".encode())
-        print(document)
-        return 0 if passed else EXIT_FELL_SHORT
+        verdict = result if isinstance(result, Verdict) else Verdict(result, passed=True)
+        try:
+            print(verdict.document, flush=True)
+        finally:  # whoever reads the line may have gone
+            if json_file is not None:
+                write_whole(json_file, f"{verdict.document}\n".encode())
+        if verdict.write_more is not None:
+            verdict.write_more()
+        return 0 if verdict.passed else EXIT_FELL_SHORT
     except RcodError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return error.exit_code
@@ -66,6 +71,21 @@ def check_at_least_1(arguments: argparse.Namespace, *names: str) -> None:
             if number is not None and number < 1:
                 option = name.replace("_", "-")
                 raise UsageError(f"--{option} {number}: expected at least 1.")
+
+
+def make_folder(option: str, folder: Path) -> None:
+    """The folder that an option names, with those above it.
+
+    Raises:
+        OutputError: it can't be made, or a file has its name.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise OutputError(
+            f"{option} {folder}: expected a folder, or a place for a new one "
+            f"({exc.strerror or exc})."
+        ) from exc
 
 
 def check_can_write(path: Path) -> None:

@@ -68,8 +68,7 @@ def points(document: dict[str, Any]) -> dict[str, list[tuple[str, float, float]]
         x, y = (method["mean"].get(key) for key in (FIDELITY, REALISM))
         if x is None or y is None:
             continue
-        path = method["kind"] == "model" and method["name"] != ADAPTIVE
-        found["model" if path else "other"].append((method["name"], x, y))
+        found["model" if _is_level(method) else "other"].append((method["name"], x, y))
     paper = document.get("paper") or {}
     comparable = not paper.get("caution")
     for row in paper.get("table_2", []) if comparable else []:
@@ -79,15 +78,21 @@ def points(document: dict[str, Any]) -> dict[str, list[tuple[str, float, float]]
     return found
 
 
+def _is_level(method: dict[str, Any]) -> bool:
+    """``adaptive`` is a choice among the levels, not one of them."""
+    return bool(method["kind"] == "model" and method["name"] != ADAPTIVE)
+
+
 def worst(document: dict[str, Any], count: int) -> list[str]:
-    """Images whose SSIM falls most from bicubic to the last level; none without SSIM or bicubic."""
+    """Images whose SSIM falls most from bicubic to the last level; none without SSIM, bicubic or a
+    level."""
     methods = {m["name"]: m["images"] for m in document["methods"]}
-    last = [m["images"] for m in document["methods"] if m["kind"] == "model"][-1]
-    if BASELINE not in methods:
+    levels = [m["images"] for m in document["methods"] if _is_level(m)]
+    if BASELINE not in methods or not levels:
         return []
     fall = {
         name: methods[BASELINE][name][STRUCTURE] - values[STRUCTURE]
-        for name, values in last.items()
+        for name, values in levels[-1].items()
         if STRUCTURE in values and STRUCTURE in methods[BASELINE].get(name, {})
     }
     return sorted(fall, key=lambda name: -fall[name])[:count]

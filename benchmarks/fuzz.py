@@ -7,8 +7,9 @@
 Cases run in a process of their own with a limit on its memory and a watchdog on its time: one that
 kills or blocks it is recorded with its number, and the run goes on after it. An image is decoded
 under the real limits, its corner upscaled and the result written; a bundle is opened and used once
-by each backend. Prints a machine card, a table of outcomes, and one JSON document as the last
-line. Exit codes: those of rcod-upscale, 11 what can't be run, 12 something was found.
+by each backend. What is found is said at once on stderr. Prints a machine card, what was found, a
+table of outcomes, and one JSON document as the last line. Exit codes: those of rcod-upscale, 11
+what can't be run, 12 something was found.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from benchmarks import report
 from benchmarks.command import run_command
@@ -57,11 +60,16 @@ class Tally:
         peak_bytes = result.get("peak_bytes") or 0  # None: the system doesn't tell
         before, self.peak_bytes = self.peak_bytes, max(self.peak_bytes, peak_bytes)
         if self.peak_bytes > MAX_PEAK_BYTES >= before:
-            self.findings.append({**result, "outcome": "memory"})
+            self._find({**result, "outcome": "memory"})
         if result["outcome"] in ("untyped", "crash", "hang"):
-            self.findings.append(result)
+            self._find(result)
         elif result.get("seconds", 0.0) > SLOW_S:
-            self.findings.append({**result, "outcome": "slow"})
+            self._find({**result, "outcome": "slow"})
+
+    def _find(self, finding: dict[str, Any]) -> None:
+        """Said at once too: a run of hours may be killed before its end."""
+        self.findings.append(finding)
+        tqdm.write(f"FOUND {finding}", file=sys.stderr)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,24 +107,26 @@ def _ranges(arguments: argparse.Namespace) -> dict[str, range]:
 
 
 def run(ranges: dict[str, range], seed: int, found: list[dict[str, Any]]) -> str:
-    """Run the cases, print card and table, add findings to ``found``; return the document."""
-    from tqdm import tqdm
-
+    """Run the cases, print card and table, add findings to ``found``; return the document. What was
+    found is printed also where the run ends early."""
     card = report.machine_card()
-    tallies: dict[str, Tally] = {}
-    for kind, numbers in ranges.items():
-        with tqdm(total=len(numbers), desc=kind, unit="case", disable=None) as bar:
-            tallies[kind] = run_cases((*WORKER, kind, str(seed)), numbers, lambda: bar.update(1))
-        found += tallies[kind].findings
     print(report.format_card(card))
+    tallies = {kind: Tally() for kind in ranges}
+    try:
+        for kind, numbers in ranges.items():
+            with tqdm(total=len(numbers), desc=kind, unit="case", disable=None) as bar:
+                worker = (*WORKER, kind, str(seed))
+                run_cases(worker, numbers, tallies[kind], lambda: bar.update(1))
+    finally:
+        found += [finding for tally in tallies.values() for finding in tally.findings]
+        for finding in found:
+            print(f"FOUND {finding}")
     rows = [
         [f"{kind}: {name}", f"{count}"]
         for kind, tally in tallies.items()
         for name, count in tally.counts.most_common()
     ]
     print(report.format_table(("outcome", "cases"), rows))
-    for finding in found:
-        print(f"FOUND {finding}")
     return report.document(
         "fuzz",
         SCHEMA_VERSION,
@@ -130,20 +140,20 @@ def run(ranges: dict[str, range], seed: int, found: list[dict[str, Any]]) -> str
 def run_cases(
     worker: Sequence[str],
     numbers: range,
+    tally: Tally,
     progress: Callable[[], object] = lambda: None,
     hang_s: float = HANG_S,
-) -> Tally:
-    """Run cases in processes ``worker FIRST LAST``, a new one after each crash or hang.
+) -> None:
+    """Run cases in processes ``worker FIRST LAST``, a new one after each crash or hang, and count
+    them in ``tally``.
 
     Raises:
         BenchmarkError: a process ended before its first case, so that none will run.
     """
-    tally = Tally()
     following = numbers.start
     while following < numbers.stop:
         last = min(numbers.stop, following + CASES_PER_PROCESS)
         following = _one_process(worker, following, last, tally, progress, hang_s)
-    return tally
 
 
 def _one_process(

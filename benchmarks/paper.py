@@ -39,6 +39,12 @@ def table_2(dataset: Dataset) -> list[Published]:
     return [Published(row["method"], row["values"], row["note"]) for row in rows if not row["note"]]
 
 
+def pairs(dataset: Dataset) -> int | None:
+    """How many pairs a set of Table 2 has; None where that is not known here."""
+    count: int | None = _read()["table_2"]["pairs"].get(dataset)
+    return count
+
+
 def table_3() -> list[Efficiency]:
     return [Efficiency(**row) for row in _read()["table_3"]["rows"]]
 

@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(arguments: argparse.Namespace) -> str:
     """Measure everything, print card and table, and return the JSON document."""
-    check_at_least_1(arguments, "runs")
+    check_at_least_1(arguments, "runs", "limit")
     bundles = named_bundles(arguments.bundles)
     card = report.machine_card()
     pairs = select(find_pairs(arguments.dataset), arguments.names_ending, arguments.limit)

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from benchmarks import iqa, report
-from benchmarks.command import Verdict, run_command
+from benchmarks.command import Verdict, check_at_least_1, run_command
 from benchmarks.errors import DatasetError
 from benchmarks.pairs import find_outputs, find_pairs, select
 from benchmarks.scores import (
@@ -74,23 +74,20 @@ def main(argv: list[str] | None = None) -> int:
     add("--niqe-params", type=Path, metavar="FILE", help="as in benchmarks.quality")
     add("--json", type=Path, metavar="FILE", help="write the JSON document here too")
     arguments = parser.parse_args(argv)
-    return run_command(
-        lambda: run(arguments.dataset, arguments.metrics, arguments.limit, arguments.niqe_params),
-        arguments.json,
-    )
+    return run_command(lambda: run(arguments), arguments.json)
 
 
-def run(
-    dataset: Path, names: Sequence[str], limit: int | None, niqe_params: Path | None
-) -> Verdict:
+def run(arguments: argparse.Namespace) -> Verdict:
     """Score the published images, print card and table; the document and whether all agree."""
     from tqdm import tqdm
 
+    check_at_least_1(arguments, "limit")
+    dataset, names = arguments.dataset, arguments.metrics
     card = report.machine_card()
-    pairs = select(find_pairs(dataset), None, limit)
+    pairs = select(find_pairs(dataset), None, arguments.limit)
     published = read_log(find_log(dataset / OUTPUTS / "metrics"))
     built_in = [name for name in names if name in METRIC_NAMES]
-    metrics = build_metrics(built_in, lambda: load_pristine(niqe_params))
+    metrics = build_metrics(built_in, lambda: load_pristine(arguments.niqe_params))
     packaged, missing = iqa.load(names)
     if missing:
         raise MissingPackage("; ".join(missing.values()))

@@ -26,7 +26,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks import iqa, paper, report
-from benchmarks.command import check_at_least_1, check_can_write, run_command
+from benchmarks.command import (
+    Verdict,
+    check_at_least_1,
+    check_can_write,
+    make_folder,
+    run_command,
+)
 from benchmarks.gather import gather
 from benchmarks.pairs import Pair, find_outputs, find_pairs, select
 from benchmarks.quality_report import (
@@ -48,7 +54,7 @@ from benchmarks.scores import (
     scale_of,
 )
 from benchmarks.tables import mean_table
-from rcod_runtime import OutputError, Upscaler, UsageError
+from rcod_runtime import Upscaler, UsageError
 from rcod_train.quality.pristine import load_pristine
 
 # 2: metrics have a header, missing ones a reason, the paper's rows beside. 3: PIQE of RGB, which
@@ -190,14 +196,13 @@ def _level(text: str) -> str | float:
         return text
 
 
-def run(config: QualityConfig) -> str:
-    """Score everything, print card and table, write the report, and return the JSON document."""
+def run(config: QualityConfig) -> Verdict:
+    """Score everything, print card and table, and return the JSON document; the report is written
+    after it."""
     if config.report is not None:
         check_can_write(config.report.with_name(f"{config.report.name}.html"))
     card = report.machine_card()
-    found = find_pairs(config.dataset)
-    everything = len(found)
-    pairs = select(found, config.endings, config.limit)
+    pairs = select(find_pairs(config.dataset), config.endings, config.limit)
     built_in = [name for name in config.metrics if name in METRIC_NAMES]
     metrics = build_metrics(built_in, lambda: load_pristine(config.niqe_params))
     packaged, missing = iqa.load(config.metrics)
@@ -207,7 +212,7 @@ def run(config: QualityConfig) -> str:
     if config.report is not None and not compared:
         compared = {pair.name for pair in pairs[:: max(1, len(pairs) // COMPARED)][:COMPARED]}
     if config.strips_dir is not None:
-        _make_folder(config.strips_dir)
+        make_folder("--strips-dir", config.strips_dir)
     with ExitStack() as stack:
         methods, model = _methods(config, pairs, stack)
         gathered = gather(pairs, methods, metrics, packaged, strips, config.strips_dir, compared)
@@ -219,13 +224,18 @@ def run(config: QualityConfig) -> str:
         model=model,
         metrics=metrics_document(metrics, packaged),
         missing=missing,
-        paper=paper_document(config.paper, len(pairs), everything),
+        paper=paper_document(config.paper, len(pairs)),
         methods=[method_document(method, metrics, gathered) for method in methods],
     )
     _print(config, card, json.loads(document), len(pairs), metrics)
-    if config.report is not None:
-        write_report(config.report, config.paper, document, gathered.comparisons, card)
-    return document
+    path = config.report
+    if path is None:
+        return Verdict(document, passed=True)
+    return Verdict(
+        document,
+        passed=True,
+        write_more=lambda: write_report(path, config.paper, document, gathered.comparisons, card),
+    )
 
 
 def _print(
@@ -300,16 +310,6 @@ def _chosen_name(option: str, name: str, pairs: Sequence[Pair]) -> str:
             f"such as {pairs[0].name}."
         )
     return stem
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise OutputError(
-            f"--strips-dir {folder}: expected a folder, or a place for a new one "
-            f"({exc.strerror or exc})."
-        ) from exc
 
 
 if __name__ == "__main__":

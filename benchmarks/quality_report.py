@@ -55,15 +55,18 @@ def method_document(
     }
 
 
-def paper_document(
-    dataset: paper.Dataset | None, pairs: int, everything: int
-) -> dict[str, Any] | None:
+def paper_document(dataset: paper.Dataset | None, pairs: int) -> dict[str, Any] | None:
     """The paper's tables, and what keeps its rows from being compared, if anything does."""
     if dataset is None:
         return None
     caution = None
-    if pairs < everything:
-        caution = f"Not comparable as it stands: these are means of {pairs} of {everything} pairs."
+    whole_set = paper.pairs(dataset)
+    if pairs != whole_set:
+        theirs = "a number that is not known here" if whole_set is None else whole_set
+        caution = (
+            f"Not comparable as it stands: these are means of {pairs} pairs, the paper's of "
+            f"{theirs}."
+        )
     return {
         "source": paper.source(),
         "dataset": dataset,

@@ -24,25 +24,37 @@ from typing import Any
 
 import numpy as np
 
-from rcod_runtime import RcodError, Upscaler
+from rcod_runtime import RcodError, Upscaler, UsageError
 
 log = logging.getLogger(__name__)
 
-BYTES = ctypes.POINTER(ctypes.c_uint8)
 UPSCALE_T = ctypes.CFUNCTYPE(
-    ctypes.c_int, BYTES, ctypes.c_int32, ctypes.c_int32, ctypes.c_float, BYTES
+    ctypes.c_int, ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 )
 UNEXPECTED = 1
+
+
+class Pixels:
+    """C's memory as ``np.asarray`` takes it, in place. ``np.ctypeslib.as_array`` would make a type
+    for every new shape and keep it for good."""
+
+    def __init__(self, address: int, height: int, width: int) -> None:
+        shape, data = (height, width, 3), (address, False)  # not read-only
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": shape, "data": data}
 
 
 def c_function(upscaler: Upscaler) -> Any:
     """The upscaler as a C function pointer of the type in this file's head."""
     scale = upscaler.manifest.image.scale
 
-    def upscale(lq: Any, height: int, width: int, realism: float, sr: Any) -> int:
+    def upscale(lq: int | None, height: int, width: int, realism: float, sr: int | None) -> int:
         try:
-            source = np.ctypeslib.as_array(lq, shape=(height, width, 3))
-            result = np.ctypeslib.as_array(sr, shape=(height * scale, width * scale, 3))
+            if lq is None or sr is None:
+                raise UsageError(f"{'lq' if lq is None else 'sr'}: expected pixels, found NULL.")
+            if height < 1 or width < 1:
+                raise UsageError(f"{height} x {width} px: expected at least 1 x 1.")
+            source = np.asarray(Pixels(lq, height, width))
+            result = np.asarray(Pixels(sr, height * scale, width * scale))
             upscaler(source, realism, out=result)
         except RcodError as error:
             log.error("%s: %s", type(error).__name__, error)

@@ -10,10 +10,18 @@ from pathlib import Path
 import pytest
 
 import benchmarks.ablation as ablation
+from benchmarks import iqa
 from benchmarks.ablation import BUDGET, VARIANTS, AblationConfig, shared_settings
 from benchmarks.errors import CommandFailed, DatasetError
 from rcod_train.config import TrainConfig
 from rcod_train.overrides import with_overrides
+
+
+@pytest.fixture(autouse=True)
+def packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the metrics of packages one can be had."""
+    piqe = iqa.Loaded(iqa.PACKAGED[0], "", None, None)
+    monkeypatch.setattr(ablation.iqa, "load", lambda names: ([piqe], {}))
 
 
 @pytest.fixture
@@ -106,6 +114,33 @@ def test_variants_share_two_stages_and_are_trained_exported_and_scored(
         ablation.measure(config)
 
 
+@pytest.mark.parametrize("change", ["version", "metrics", "older"])
+def test_what_was_scored_otherwise_is_scored_again_and_not_trained(
+    stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    """One table has figures of one kind; a training costs an hour, a score minutes."""
+    commands: list[Sequence[str]] = []
+    monkeypatch.setattr(ablation, "_run", scored(commands))
+    config = configured(stages, tmp_path, "no_vsd")
+    before = json.loads(ablation.measure(config))["variants"]["no_vsd"]
+    path = config.out / "no_vsd" / "variant.json"
+    stored = {**json.loads(path.read_text()), "card": {"cpu": "that trained it"}, "levels": {}}
+    if change == "older":
+        del stored["scored_with"]
+    path.write_text(json.dumps(stored))
+    if change == "version":
+        monkeypatch.setattr(ablation, "SCHEMA_VERSION", ablation.SCHEMA_VERSION + 1)
+    if change == "metrics":
+        monkeypatch.setattr(ablation.iqa, "load", lambda names: ([], {}))
+    commands.clear()
+    again = json.loads(ablation.measure(config))["variants"]["no_vsd"]
+    assert [c[0] for c in commands] == ["benchmarks.quality"]
+    assert again["levels"] == before["levels"]
+    assert again["card"] == {"cpu": "that trained it"}
+    ablation.measure(config)
+    assert len(commands) == 1
+
+
 def test_a_variant_that_was_stopped_goes_on_only_from_whole_and_the_same_stages(
     stages: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,6 +181,15 @@ def test_a_command_that_fails_is_named_with_what_it_said(
     assert "CommandFailed: rcod: python -m rcod_train.main nano ended with exit code 9" in error
     assert "expected a folder of photos" in error
     assert issubclass(CommandFailed, Exception)
+
+
+def test_an_out_that_is_a_file_is_named(
+    stages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").write_text("a file")
+    argv = ["--data", "photos", "--stages", str(stages), "--out", str(tmp_path / "out")]
+    assert ablation.main([*argv, "--dataset", "realsr"]) == 6
+    assert "out: expected a folder, or a place for a new one" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_finished_run_is_refused(stages: Path, tmp_path: Path) -> None:

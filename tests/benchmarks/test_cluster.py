@@ -43,20 +43,24 @@ def test_the_document_holds_medians_and_the_gain_within_each_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # one process, ray; ray, one process: neither is always the first of a round
+    ways: list[list[str]] = []
     rows = iter([(1, 10, 1), (5, 5, 2), (6, 4, 2), (2, 12, 1), (3, 11, 1), (7, 11, 2)])
 
     def timed_run(photos: Path, out: Path, options: list[str], count: int) -> dict[str, float]:
         assert len(list(photos.iterdir())) == count == 12
+        ways.append(options)
         out.mkdir()
         return dict(zip(cluster.PHASES, map(float, next(rows)), strict=True))
 
     monkeypatch.setattr(cluster, "timed_run", timed_run)
-    assert cluster.main(["--photos", "12", "--size", "8"]) == 0
+    assert cluster.main(["--photos", "12", "--size", "8", "--jobs", "3"]) == 0
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (document["benchmark"], document["schema_version"]) == ("cluster", 1)
+    assert (document["benchmark"], document["schema_version"]) == ("cluster", 2)
     assert document["ways"]["one process"] == {
         "start_s": 2.0, "images_s": 11.0, "end_s": 1.0, "whole_s": 15.0, "images_per_s": 1.0,
     }  # fmt: skip
+    assert ways[0] == ["--jobs", "3", "--threads", "3"], "as many threads as the three actors have"
+    assert ways[1] == ["--ray", "local", "--jobs", "3", "--threads", "1"]
     assert document["ways"]["ray"]["start_s"] == 6.0
     assert document["times_as_fast"] == 2.0 and document["times_as_fast_range"] == [1.0, 3.0]
 

@@ -55,6 +55,13 @@ def test_the_worst_are_those_that_lose_most_structure() -> None:
     assert worst({**DOCUMENT, "methods": without_ssim}, 2) == []
 
 
+def test_adaptive_is_no_level_wherever_it_stands() -> None:
+    adaptive = method("adaptive", "model", 27.0, 7.0, (0.1, 0.7, 0.6))
+    methods = [m for m in DOCUMENT["methods"] if m["name"] != "adaptive"]
+    assert worst({**DOCUMENT, "methods": [*methods, adaptive]}, 2) == ["b", "a"]
+    assert worst({**DOCUMENT, "methods": [methods[0], adaptive]}, 2) == []
+
+
 def test_the_picture_is_drawn_and_the_worst_are_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import fuzz
 from benchmarks.corpus import image_corpus
-from benchmarks.fuzz import main, run_cases
+from benchmarks.errors import BenchmarkError
+from benchmarks.fuzz import Tally, main, run_cases
 from benchmarks.fuzz_cases import KINDS, open_cases, outcome
 from benchmarks.mutate import with_valid_png_sums
 from rcod_runtime.errors import ImageError
@@ -83,7 +85,8 @@ for number in range(int(sys.argv[1]), int(sys.argv[2])):
 
 
 def test_crashes_hangs_and_slow_cases_are_recorded_and_the_run_goes_on() -> None:
-    tally = run_cases((sys.executable, "-c", WORKER), range(8), hang_s=5)
+    tally = Tally()
+    run_cases((sys.executable, "-c", WORKER), range(8), tally, hang_s=5)
     assert tally.counts == {"fine": 5, "crash": 2, "hang": 1}
     assert [(f["case"], f["outcome"], f.get("detail")) for f in tally.findings] == [
         (1, "crash", "SIGABRT"),
@@ -96,9 +99,35 @@ def test_crashes_hangs_and_slow_cases_are_recorded_and_the_run_goes_on() -> None
 def test_a_process_that_dies_after_its_last_case_is_a_crash() -> None:
     """Memory that a case spoilt may be noticed no sooner."""
     worker = WORKER + "import os; os.abort()\n"
-    tally = run_cases((sys.executable, "-c", worker), range(6, 8), hang_s=10)
+    tally = Tally()
+    run_cases((sys.executable, "-c", worker), range(6, 8), tally, hang_s=10)
     assert tally.counts == {"fine": 2, "crash": 1}
     assert tally.findings[-1]["detail"] == "at its end, SIGABRT"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(BenchmarkError("ended before a case ran"), 11), (KeyboardInterrupt(), 130)]
+)
+def test_what_was_found_is_told_at_once_and_where_the_run_ends_early(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    code: int,
+) -> None:
+    told: list[str] = []
+
+    def one_process(worker: object, first: int, last: int, tally: Tally, *_: object) -> int:
+        if first > 0:
+            told.append(capsys.readouterr().err)
+            raise error
+        tally.add({"case": 0, "outcome": "crash", "detail": "SIGABRT"})
+        return 1
+
+    monkeypatch.setattr(fuzz, "_one_process", one_process)
+    assert main(["--images", "8", "--bundles", "8"]) == code
+    found = "FOUND {'case': 0, 'outcome': 'crash', 'detail': 'SIGABRT'}"
+    assert found in told[0]
+    assert found in capsys.readouterr().out
 
 
 def test_the_command_prints_one_document_and_runs_single_cases(

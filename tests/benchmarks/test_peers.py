@@ -181,6 +181,11 @@ def test_two_bundles_of_one_name_are_refused(
     assert "expected folders of different names" in capsys.readouterr().err
 
 
+def test_a_limit_below_one_is_refused(dataset: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert peers.main(["--dataset", str(dataset), "--limit", "0"]) == 2
+    assert "--limit 0: expected at least 1" in capsys.readouterr().err
+
+
 def test_bicubic_in_a_process_of_its_own_is_measured() -> None:
     cost = measure_contestant({"bicubic": 4, "side_px": 32, "threads": 1}, runs=1)
     assert cost["first_ms"] is not None and cost["first_ms"] > 0

@@ -17,6 +17,8 @@ import pytest
 from benchmarks import iqa, paper
 from benchmarks.plot import Point, draw_plot, ticks
 from benchmarks.quality import main
+from benchmarks.quality_report import paper_document
+from rcod_runtime import OutputError
 from tests.benchmarks.conftest import NAMES
 
 BUILT_IN = ("--metrics", "psnr_y", "ssim_y")
@@ -93,13 +95,43 @@ def test_comparisons_can_be_used_by_keyboard_and_hold_every_method(report: Path)
 def test_three_files_agree_and_caution_about_the_paper(report: Path) -> None:
     document = json.loads(report.with_suffix(".json").read_text())
     assert document["schema_version"] == 3
-    assert document["paper"]["caution"].endswith("means of 2 of 3 pairs.")
+    assert document["paper"]["caution"].endswith("means of 2 pairs, the paper's of 100.")
     markdown = report.with_suffix(".md").read_text()
     for name in (*SHOWN, "paper: RCOD_O-Neu.", "Not comparable as it stands"):
         assert name in markdown
         assert name in report.with_suffix(".html").read_text()
     bicubic = document["methods"][0]["mean"]["psnr_y"]
     assert f"| bicubic | {bicubic:.3f} |" in markdown.replace("*", "")  # the best one is bold
+
+
+def test_the_papers_rows_are_means_of_its_whole_set_and_compared_with_nothing_less() -> None:
+    def caution(dataset: paper.Dataset, pairs: int) -> str | None:
+        document = paper_document(dataset, pairs)
+        assert document is not None
+        found: str | None = document["caution"]
+        return found
+
+    assert caution("RealSR", 100) is None
+    assert "means of 3 pairs, the paper's of 100" in (caution("RealSR", 3) or "")
+    assert "the paper's of a number that is not known here" in (caution("DRealSR", 100) or "")
+
+
+def test_a_report_that_fails_after_the_work_leaves_the_document(
+    dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OutputError(f"{path}: can't be written (no space).")
+
+    monkeypatch.setattr("benchmarks.quality_report.write_whole", full)
+    files = ("--report", tmp_path / "r", "--json", tmp_path / "q.json")
+    assert run(dataset, "--outputs", dataset / "HR", *files, *BUILT_IN) == 6
+    printed = capsys.readouterr()
+    assert "r.json: can't be written" in printed.err
+    assert json.loads(printed.out.splitlines()[-1])["dataset"]["pairs"] == 3
+    assert (tmp_path / "q.json").read_text() == f"{printed.out.splitlines()[-1]}\n"
 
 
 def test_a_report_that_cannot_be_written_is_found_before_the_work(

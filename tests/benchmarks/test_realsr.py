@@ -131,6 +131,11 @@ def test_command_agrees_with_a_true_log_and_not_with_a_false_one(
     assert f"{NAMES[2]}: expected its PSNR" in capsys.readouterr().err
 
 
+def test_a_limit_below_one_is_refused(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--dataset", str(published), "--limit", "-1"]) == 2
+    assert "--limit -1: expected at least 1" in capsys.readouterr().err
+
+
 def test_a_value_that_is_no_number_never_agrees() -> None:
     proof = compare("psnr_y", {"a": 20.0, "b": float("nan")}, {"a": 20.0, "b": 21.0})
     assert proof.worst_image == "b"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import math
 import platform
@@ -106,6 +107,29 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(
 
     assert run_command(work, tmp_path / "none" / "r.json") == OutputError.exit_code
     assert "r.json: expected a file name" in capsys.readouterr().err
+
+
+def test_what_cannot_be_written_does_not_cost_the_result(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OutputError(f"{path}: can't be written (no space).")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("benchmarks.command.write_whole", full)
+        code = run_command(lambda: '{"a": 1}', tmp_path / "r.json")
+    printed = capsys.readouterr()
+    assert (code, printed.out) == (OutputError.exit_code, '{"a": 1}\n')
+    assert "r.json: can't be written" in printed.err
+
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with monkeypatch.context() as patched, pytest.raises(BrokenPipeError):
+        patched.setattr("sys.stdout", Gone())
+        run_command(lambda: '{"a": 1}', tmp_path / "r.json")
+    assert (tmp_path / "r.json").read_text() == '{"a": 1}\n'
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -24,6 +26,28 @@ def test_a_step_is_measured_and_every_switch_of_roles_is_in_it() -> None:
     assert 0 < figures["switching_s"] < figures["step_s"] == figures["all_steps_s"][1]
     assert figures["switching_share"] == figures["switching_s"] / figures["step_s"]
     assert figures["peak_bytes"] >= figures["loaded_bytes"] > 1e8
+
+
+@pytest.mark.parametrize(
+    ("peak_bytes", "share", "code"), [(6.46e9, 1e-4, 0), (14.1e9, 1e-4, 1), (6.46e9, 0.031, 1)]
+)
+def test_limits_are_judged(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    peak_bytes: float,
+    share: float,
+    code: int,
+) -> None:
+    figures = {
+        "loaded_bytes": 3e9, "peak_bytes": peak_bytes, "step_s": 50.0, "switching_s": 0.005,
+        "switching_share": share,
+    }  # fmt: skip
+    monkeypatch.setattr("benchmarks.trainstep.random_parts", lambda dtype: None)
+    monkeypatch.setattr("benchmarks.trainstep.measure", lambda *_, **__: figures)
+    assert main(["--without-lpips"]) == code
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert document["limits"] == {"peak_bytes": 14e9, "switching_share": 0.03}
+    assert document["peak_bytes"] == peak_bytes
 
 
 def test_a_crop_that_the_networks_cannot_take_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import mmap
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from benchmarks.picture import draw_picture
-from examples.c_callable import BYTES, UPSCALE_T, c_function
+from examples.c_callable import UPSCALE_T, c_function
 from rcod_runtime import Upscaler
 
 HEIGHT, WIDTH = 24, 40
@@ -44,9 +45,7 @@ def c_memory() -> Iterator[tuple[int, int]]:
 def called(function: object, lq: int, sr: int, height: int = HEIGHT, realism: float = 0.5) -> int:
     """Through the bare address, as C calls it."""
     address = ctypes.cast(function, ctypes.c_void_p).value  # type: ignore[arg-type]
-    code: int = UPSCALE_T(address)(
-        ctypes.cast(lq, BYTES), height, WIDTH, realism, ctypes.cast(sr, BYTES)
-    )
+    code: int = UPSCALE_T(address)(lq, height, WIDTH, realism, sr)
     return code
 
 
@@ -73,8 +72,12 @@ def test_errors_come_to_c_as_numbers(
     function = c_function(upscaler)
     with caplog.at_level(logging.ERROR):
         assert called(function, *c_memory, realism=float("nan")) == 2
-        assert called(function, 0, c_memory[1]) == 1  # a null pointer
-        assert called(function, *c_memory, height=-1) != 0
+        assert called(function, 0, c_memory[1]) == called(function, c_memory[0], 0) == 2
+        assert called(function, *c_memory, height=-1) == called(function, *c_memory, height=0) == 2
+    for name in ("lq", "sr"):
+        assert f"UsageError: {name}: expected pixels, found NULL" in caplog.text
+    for height in (-1, 0):
+        assert f"UsageError: {height} x {WIDTH} px: expected at least 1 x 1" in caplog.text
     assert "UsageError: realism nan: expected a number in [0, 1]" in caplog.text
 
 
@@ -90,6 +93,24 @@ def test_what_ends_a_python_program_comes_to_c_as_a_number_too(
 
     function = c_function(Interrupted(manifest=upscaler.manifest))  # type: ignore[arg-type]
     assert called(function, *c_memory) == 1
+
+
+def test_photos_of_many_shapes_leave_nothing_behind(
+    upscaler: Upscaler, c_memory: tuple[int, int]
+) -> None:
+    """A ctypes type for each shape would never be freed."""
+
+    class Black(SimpleNamespace):
+        def __call__(self, source: np.ndarray, realism: float, out: np.ndarray) -> None:
+            assert out.shape == (4 * source.shape[0], 4 * source.shape[1], 3)
+            out[...] = 0
+
+    function = c_function(Black(manifest=upscaler.manifest))  # type: ignore[arg-type]
+    assert called(function, *c_memory) == 0
+    before = len(ctypes.Array.__subclasses__())
+    assert all(called(function, *c_memory, height=height) == 0 for height in range(1, HEIGHT))
+    gc.collect()
+    assert len(ctypes.Array.__subclasses__()) <= before
 
 
 def test_a_buffer_is_read_and_written_in_place(upscaler: Upscaler) -> None:
