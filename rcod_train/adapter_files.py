@@ -3,7 +3,7 @@ again with a base model.
 
 unet/ vae/          PEFT's adapter_config.json and adapter_model.safetensors
 full.safetensors    what is trained in full: unet.conv_in.*, vpim.align.*, perhaps vae.decoder.*
-mem/ rcod.json      as in a merged checkpoint
+mem/ rcod.json      as in a merged checkpoint; "training" has the fingerprint of the base model
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rcod_train.adapted import LoraModel
-from rcod_train.bases import check_base, load_diffusion, load_vpim
+from rcod_train.bases import base_fingerprint, check_base, load_diffusion, load_vpim
 from rcod_train.checkpoint import CheckpointInfo, info_text, read_info, rounded
 from rcod_train.errors import CheckpointError, TrainError
 from rcod_train.files import reason_of, written_whole
@@ -27,6 +27,7 @@ from rcod_train.network import Parts
 
 NAME = "generator"
 FULL = "full.safetensors"
+BASE = "base_sha256"  # in the training record; older ones haven't it
 PREFIX = "base_model.model."  # parameters carry it in PEFT's files, whatever the network
 
 
@@ -81,6 +82,8 @@ def load_adapters(folder: Path, base: str, clip: str) -> tuple[Parts, Checkpoint
     check_base(base, vae, unet)
     vpim = load_vpim(clip, int(unet.config.cross_attention_dim))
     parts = Parts(vae, unet, vpim)
+    if BASE in info.training and info.training[BASE] != base_fingerprint(parts):
+        raise _misfit(folder, f"they were trained on other weights than those of {base} and {clip}")
     full = _tensors(folder / FULL)
     for name, network in (("unet", unet), ("vae", vae)):
         _add(folder / name, network)

@@ -11,7 +11,9 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import nn
 from transformers import AutoConfig, AutoModel, CLIPVisionModel
 
+from rcod_train.checkpoint import INFO
 from rcod_train.errors import DataError
+from rcod_train.fingerprint import fingerprint
 from rcod_train.models.sd import ClipVpim, SdVae
 from rcod_train.network import Parts
 from rcod_train.schedule import BETA_END, BETA_START, TIMESTEPS
@@ -22,6 +24,7 @@ STABLE_DIFFUSION = "stabilityai/stable-diffusion-2-1-base"
 SD_TURBO = "stabilityai/sd-turbo"
 CLIP = "openai/clip-vit-large-patch14"
 DINO = "facebook/dinov2-small"
+CLIP_KINDS = ("clip", "clip_vision_model")  # whole, and its image encoder alone
 # Mean and standard deviation of the RGB that vision models were trained on, in [0, 1].
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -37,6 +40,12 @@ def load_base(
     vae, unet = load_diffusion(base, example, dtype)
     check_base(base, vae, unet)
     return Parts(vae, unet, load_vpim(clip, int(unet.config.cross_attention_dim), dtype))
+
+
+def base_fingerprint(parts: Parts) -> str:
+    """Of what ``load_base`` reads from files, in fp32; the alignment is new."""
+    modules = (parts.vae, parts.unet, parts.vpim.encoder)
+    return fingerprint(w for module in modules for w in module.state_dict().values())
 
 
 def check_base(base: str, vae: SdVae, unet: UNet2DConditionModel) -> None:
@@ -69,9 +78,8 @@ def check_base(base: str, vae: SdVae, unet: UNet2DConditionModel) -> None:
         "beta_end": BETA_END,
         "num_train_timesteps": TIMESTEPS,
     }
-    try:
-        scheduler = dict(DDPMScheduler.load_config(base, subfolder="scheduler"))
-    except (OSError, ValueError):
+    scheduler = _scheduler(base)
+    if scheduler is None:
         log.warning("%s: no scheduler/; eps-prediction and %s's noise are taken for granted",
                     base, STABLE_DIFFUSION)  # fmt: skip
         return
@@ -82,6 +90,20 @@ def check_base(base: str, vae: SdVae, unet: UNet2DConditionModel) -> None:
                 f"{base}/scheduler: {key}: expected {value}, found {found}. "
                 f"Use an eps-prediction base such as {STABLE_DIFFUSION}."
             )
+
+
+def is_turbo(base: str) -> bool | None:
+    """Whether a base is SD-Turbo and not Stable Diffusion, of the same geometry, by the steps that
+    its scheduler takes; None: it has no scheduler."""
+    scheduler = _scheduler(base)
+    return None if scheduler is None else scheduler.get("timestep_spacing") == "trailing"
+
+
+def _scheduler(base: str) -> dict[str, Any] | None:
+    try:
+        return dict(DDPMScheduler.load_config(base, subfolder="scheduler"))
+    except (OSError, ValueError):
+        return None
 
 
 def load_diffusion(
@@ -95,11 +117,18 @@ def load_diffusion(
         example: a hub id to name where there is none.
 
     Raises:
-        DataError: one of them is missing, gated, or not of this layout.
+        DataError: one of them is missing, gated, not whole or not of this layout, or was made by
+            rcod-train.
     """
+    if (Path(base) / INFO).exists():
+        raise DataError(
+            f"{base}: expected a base model, found {INFO}: what rcod-train made of one. Its U-Net "
+            "upscales in one step, and the base that a training starts from and VSD compares with "
+            f"is no longer in it. Give the model that it was made from, such as {example}."
+        )
     return (
         load_vae(base, example, dtype),
-        _loaded(UNet2DConditionModel, base, "unet", example, torch_dtype=dtype),
+        _model(UNet2DConditionModel, base, "unet", example, torch_dtype=dtype),
     )
 
 
@@ -107,7 +136,7 @@ def load_vae(
     base: str, example: str = STABLE_DIFFUSION, dtype: torch.dtype = torch.float32
 ) -> SdVae:
     """The autoencoder alone, as ``load_diffusion`` does."""
-    vae: SdVae = _loaded(SdVae, base, "vae", example, torch_dtype=dtype)
+    vae: SdVae = _model(SdVae, base, "vae", example, torch_dtype=dtype)
     return vae
 
 
@@ -119,9 +148,15 @@ def load_vpim(clip: str, cross_attention_dim: int, dtype: torch.dtype = torch.fl
         cross_attention_dim: width of the U-Net's cross-attention.
 
     Raises:
-        DataError: it is missing, gated, or not of this layout.
+        DataError: it is missing, gated, not whole, or another kind of model.
     """
-    encoder: CLIPVisionModel = _loaded(CLIPVisionModel, clip, None, CLIP, dtype=dtype)
+    kind = _loaded(AutoConfig, clip, None, CLIP).model_type
+    if kind not in CLIP_KINDS:
+        raise DataError(
+            f'{clip}: "model_type": expected {" or ".join(CLIP_KINDS)}, found {kind}. Give a CLIP '
+            f"model such as {CLIP}."
+        )
+    encoder: CLIPVisionModel = _model(CLIPVisionModel, clip, None, CLIP, dtype=dtype)
     vision = {k: v for k, v in encoder.config.to_dict().items() if k != "dtype"}
     vpim = ClipVpim(vision, cross_attention_dim)
     vpim.encoder.to(dtype)
@@ -137,11 +172,12 @@ def load_backbone(source: str) -> tuple[nn.Module, tuple[float, ...], tuple[floa
             image encoder is taken.
 
     Raises:
-        DataError: it is missing, gated, of another layout, or no transformer of square images.
+        DataError: it is missing, gated, not whole, of another layout, or no transformer of square
+            images.
     """
     config: Any = _loaded(AutoConfig, source, None, DINO)
     clip = hasattr(config, "vision_config") or config.model_type == "clip_vision_model"
-    model: Any = _loaded(CLIPVisionModel if clip else AutoModel, source, None, DINO)
+    model: Any = _model(CLIPVisionModel if clip else AutoModel, source, None, DINO)
     for field in ("image_size", "hidden_size", "num_hidden_layers"):
         if not isinstance(getattr(model.config, field, None), int):
             raise DataError(
@@ -150,6 +186,19 @@ def load_backbone(source: str) -> tuple[nn.Module, tuple[float, ...], tuple[floa
             )
     statistics = (CLIP_MEAN, CLIP_STD) if clip else (IMAGENET_MEAN, IMAGENET_STD)
     return model, *statistics
+
+
+def _model(kind: Any, source: str, part: str | None, example: str, **options: Any) -> Any:
+    """With every weight from the files: the libraries draw those that are not in them at random."""
+    model, found = _loaded(kind, source, part, example, output_loading_info=True, **options)
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise DataError(
+            f"{source if part is None else f'{source}/{part}'}: expected all weights of a "
+            f"{type(model).__name__}, found none for {len(missing)}, such as {missing[0]}. Is it "
+            f"cut off, or another kind of model? Use one such as {example}."
+        )
+    return model
 
 
 def _loaded(kind: Any, source: str, part: str | None, example: str, **options: Any) -> Any:

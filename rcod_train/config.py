@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from rcod_train.errors import ConfigError
 
 Limits = dict[str, tuple[float, float]]  # field -> lowest and highest value
-AT_LEAST_1, SHARE = (1, math.inf), (0, 1)
+AT_LEAST_1, SHARE, UNUSED = (1, math.inf), (0, 1), (0, 0)
 
 
 def check_numbers(config: Any, limits: Limits) -> None:
@@ -32,6 +32,8 @@ def check_numbers(config: Any, limits: Limits) -> None:
         lowest, highest = limits.get(name, (0, math.inf))
         if not lowest <= value <= highest:
             expected = f"at least {lowest}" if highest == math.inf else f"{lowest} to {highest}"
+            if (lowest, highest) == UNUSED:
+                expected = "0, as nothing here uses it"
             raise ConfigError(f"{name}: expected {expected}, found {value}.")
 
 
@@ -98,6 +100,7 @@ def degradation_shares(heavy: float, mild: float = 0.0) -> dict[str, float]:
 class VaeStageConfig(LoopConfig):
     """Autoencoder: L1, gradient loss, and latents held near zero mean and unit variance."""
 
+    _LIMITS = LoopConfig._LIMITS | {"validation_steps": UNUSED}
     steps: int = 4000
     learning_rate: float = 1e-3
     ema_decay: float = 0.998
@@ -111,7 +114,7 @@ class VaeStageConfig(LoopConfig):
 class BaseStageConfig(LoopConfig):
     """Base denoiser: eps-prediction on latents of HQ photos, visual tokens dropped at random."""
 
-    _LIMITS = LoopConfig._LIMITS | {"drop_tokens": SHARE}
+    _LIMITS = LoopConfig._LIMITS | {"validation_steps": UNUSED, "drop_tokens": SHARE}
     steps: int = 800
     learning_rate: float = 5e-4
     ema_decay: float = 0.998
@@ -219,6 +222,7 @@ class RefineStageConfig(RcodStageConfig):
 class MemStageConfig(LoopConfig):
     """Metric estimation module, trained after the rest, on the same data."""
 
+    _LIMITS = LoopConfig._LIMITS | {"validation_steps": UNUSED}
     steps: int = 300
     learning_rate: float = 3e-3
 
@@ -227,7 +231,11 @@ class MemStageConfig(LoopConfig):
 class EstimatorStageConfig(LoopConfig):
     """Degradation estimator: it sees crop_px / 4 of what was degraded."""
 
-    _LIMITS = LoopConfig._LIMITS | {"heavy_share": SHARE, "crop_px": (4, math.inf)}
+    _LIMITS = LoopConfig._LIMITS | {
+        "validation_steps": UNUSED,
+        "heavy_share": SHARE,
+        "crop_px": (4, math.inf),
+    }
     steps: int = 20_000
     learning_rate: float = 2e-4
     photos_per_batch: int = 16
@@ -343,8 +351,8 @@ class RunConfig:
     data: folders of photos and tar shards. pairs: folders with LR and HR; they are ``pairs_share``
     of the samples where there are both. precision: of the matrix products and of frozen base
     weights; what is trained, the losses and Eq. 3 are fp32. validation: a folder of photos, or else
-    ``validation_share`` of the data, taken from the training; at most ``validation_photos``.
-    tensorboard: events too, in ``out``/tensorboard.
+    ``validation_share`` of the data, taken from the training; at most ``validation_photos`` of
+    them, evenly spread, are looked at. tensorboard: events too, in ``out``/tensorboard.
     """
 
     _LIMITS: ClassVar[Limits] = {
@@ -428,7 +436,10 @@ class RcodSConfig(RunConfig):
 class EstimatorConfig(RunConfig):
     """One run of ``rcod-train estimator``; the sizes are S3Diff's."""
 
-    _LIMITS = RunConfig._LIMITS | dict.fromkeys(("width", "features", "hidden"), AT_LEAST_1)
+    _LIMITS = RunConfig._LIMITS | {
+        "validation_share": UNUSED,
+        **dict.fromkeys(("width", "features", "hidden"), AT_LEAST_1),
+    }
 
     width: int = 64
     features: int = 128

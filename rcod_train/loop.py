@@ -92,6 +92,12 @@ def make_optimizer(config: LoopConfig, members: Members) -> torch.optim.Optimize
     both = {"betas": (0.9, config.beta2), "weight_decay": config.weight_decay}
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **both, fused=False, foreach=True)
+    optimizer: torch.optim.Optimizer = adamw8bit()(groups, **both)
+    return optimizer
+
+
+def adamw8bit() -> Any:
+    """The class, if its package is installed; else TrainError."""
     try:
         from bitsandbytes.optim import AdamW8bit
     except ImportError as exc:
@@ -99,8 +105,7 @@ def make_optimizer(config: LoopConfig, members: Members) -> torch.optim.Optimize
             'optimizer adamw8bit: the package bitsandbytes is missing. pip install "rcod[8bit]", '
             "or train with adamw."
         ) from exc
-    optimizer: torch.optim.Optimizer = AdamW8bit(groups, **both)
-    return optimizer
+    return AdamW8bit
 
 
 class _Trainer:
@@ -322,25 +327,29 @@ def run_stage(
     if trainer.step < stage.config.steps:
         _check_nothing_is_built_on(trainer, later)
         source = make_batches(trainer.step * stage.config.accumulate)
-        with _memory_errors(trainer):
+        name = stage.name
+        advice = (
+            f"Lower {name}.photos_per_batch and raise {name}.accumulate to keep the batch, or "
+            f"lower {name}.crop_px, with another --out."
+        )
+        with _memory_errors(trainer, "step", advice):
             _train(trainer, source, validate, log_row)
     trainer.take_ema()
     return fingerprint(trainer.parameters.values())
 
 
 @contextmanager
-def _memory_errors(trainer: _Trainer) -> Iterator[None]:
-    """Inside, memory that does not suffice is a TrainError."""
+def _memory_errors(trainer: _Trainer, moment: str, advice: str) -> Iterator[None]:
+    """Inside, memory that does not suffice is a TrainError, which says what helps."""
     try:
         yield
     except RuntimeError as exc:
         if not any(words in str(exc) for words in OUT_OF_MEMORY):
             raise
-        name, reason = trainer.stage.name, str(exc).strip().splitlines()[0]
+        reason = str(exc).strip().splitlines()[0]
         raise TrainError(
-            f"stage {name}, step {trainer.step}: not enough memory ({reason}). Lower "
-            f"{name}.photos_per_batch and raise {name}.accumulate to keep the batch, or lower "
-            f"{name}.crop_px, with another --out."
+            f"stage {trainer.stage.name}, {moment} {trainer.step}: not enough memory ({reason}). "
+            f"{advice}"
         ) from exc
 
 
@@ -395,19 +404,23 @@ def _train(
             )
             progress.update()
             last = trainer.step == steps
+            # Before the validation: what goes wrong there costs no step.
+            saves = last or trainer.step % stage.config.checkpoint_steps == 0
+            if saves and ranks.writes:
+                trainer.save()
             every = stage.config.validation_steps
             if validate is not None and every and (last or trainer.step % every == 0):
                 if ranks.writes:
-                    with trainer.averaged():
+                    advice = (
+                        f"Add --resume and --set {stage.name}.validation_steps=0, which goes on "
+                        f"without it from the newest checkpoint in {trainer.folder}."
+                    )
+                    with _memory_errors(trainer, "validation at step", advice), trainer.averaged():
                         validate(trainer.step)
                 ranks.wait()
-            stop = ranks.any(bool(stopped), trainer.device)
-            saves = last or stop or trainer.step % stage.config.checkpoint_steps == 0
-            if saves and ranks.writes:
-                trainer.save()
-            if last:  # no later step would see a signal that came while the state was written
-                stop = ranks.any(bool(stopped), trainer.device)
-            if stop:  # also after the last step: a stage may follow
+            if ranks.any(bool(stopped), trainer.device):  # also after the last: a stage may follow
+                if not saves and ranks.writes:
+                    trainer.save()
                 ranks.wait()  # a launcher ends all with the first, which may be writing its state
                 raise Interrupted(
                     f"stage {stage.name}: stopped at step {trainer.step} of {steps}, state saved "

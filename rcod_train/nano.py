@@ -179,7 +179,7 @@ def train_base(run: Run, parts: Parts, config: TrainConfig) -> None:
     parts.vae.requires_grad_(False)
     # The factor is measured on the finished autoencoder, so a resumed run finds the same one.
     photos = run.batches_of(config.base, "measure", tokens_px, None, SCALING_BATCHES)(0)
-    scaling_factor = measure_scaling_factor(parts, list(photos))
+    scaling_factor = run.ranks.first(measure_scaling_factor(parts, list(photos)))
     parts.vae.register_to_config(scaling_factor=scaling_factor)
     log.info("latents: scaling factor %.4f", scaling_factor)
 

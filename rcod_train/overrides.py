@@ -10,13 +10,16 @@ from rcod_train.errors import ConfigError
 
 Config = TypeVar("Config", bound=RunConfig)
 
+# Fields whose options set others too: the guidance, the levels.
+OPTIONS = {"text": "--text", "start": "--from"}
+
 
 def with_overrides(config: Config, assignments: list[str]) -> Config:
     """Apply ``stage.field=value`` assignments; the field's type decides how a value is read.
 
     Raises:
-        ConfigError: unknown field, a list, or a value that is not of the field's type or beyond its
-            limits.
+        ConfigError: unknown field, a list, one that is an option's, or a value that is not of the
+            field's type or beyond its limits.
     """
     for assignment in assignments:
         path, separator, text = assignment.partition("=")
@@ -45,6 +48,11 @@ def _replaced(node: Any, path: list[str], text: str, assignment: str) -> Any:
         raise ConfigError(
             f"--set {assignment!r}: {path[0]!r} is a list, which --set can't give; expected "
             f"--{path[0]} with its parts one after another."
+        )
+    if path[0] in OPTIONS:
+        raise ConfigError(
+            f"--set {assignment!r}: {path[0]!r} is the option {OPTIONS[path[0]]}'s, which sets "
+            f"other fields too; expected {OPTIONS[path[0]]} {text}."
         )
     value = _parsed(current, text, assignment)
     try:

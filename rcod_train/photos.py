@@ -195,24 +195,26 @@ def find_pairs(folder: str, min_side_px: int) -> list[Photo]:
     return pairs
 
 
-def first_readable(photos: list[Photo], count: int) -> list[Photo]:
-    """The first ``count`` that can be decoded; the others before them are named in a warning.
+def readable_spread(photos: list[Photo], count: int) -> list[Photo]:
+    """At most ``count`` that can be decoded, evenly spread over all, in their order: neighbours are
+    often of one folder or scene. One that can't be is named in a warning, and another one taken.
 
     Raises:
         DataError: none can.
     """
-    found: list[Photo] = []
-    for photo in photos:
+    spread = {i * len(photos) // count for i in range(count)}
+    found: list[int] = []
+    for i in sorted(range(len(photos)), key=lambda i: i not in spread):
         if len(found) == count:
             break
         try:
-            photo.read()
-            found.append(photo)
+            photos[i].read()
+            found.append(i)
         except UNREADABLE as exc:
-            log.warning("%s: can't be decoded (%s); not validated on", photo, exc)
-    if count and not found:
+            log.warning("%s: can't be decoded (%s); not validated on", photos[i], exc)
+    if not found:
         raise DataError(f"{photos[0]}: of {len(photos)} photos to validate on none can be decoded.")
-    return found
+    return [photos[i] for i in sorted(found)]
 
 
 def _white(image: Image.Image, source: str) -> int:

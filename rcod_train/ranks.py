@@ -77,6 +77,11 @@ class Ranks:
             torch.distributed.all_gather_object(values, value)
         return values
 
+    def first(self, value: Any) -> Any:
+        """That of the first process: what is measured differs in its last bits between kinds of
+        GPU, and all must go on with the same."""
+        return self.gather(value)[0]
+
     def wait(self) -> None:
         """Until all have come here."""
         if self.world > 1:

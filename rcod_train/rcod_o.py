@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from rcod_train.adapted import LoraModel
-from rcod_train.adapter_files import save_adapters
-from rcod_train.bases import STABLE_DIFFUSION, load_base
+from rcod_train.adapter_files import BASE, save_adapters
+from rcod_train.bases import STABLE_DIFFUSION, base_fingerprint, load_base
 from rcod_train.conditions import TextEmbeddings
 from rcod_train.config import LoopConfig, RcodOConfig
 from rcod_train.errors import ConfigError
@@ -32,6 +32,8 @@ def train_rcod_o(
     with seeded(config.seed):  # the alignment
         parts = load_base(config.base_model, config.clip, run.autocast.dtype)
     check_crops(parts, config.rcod, config.mem, STABLE_DIFFUSION)
+    rounded = run.autocast.dtype != torch.float32  # then these weights are not those of the files
+    trained_on = "" if rounded else base_fingerprint(parts)
     tokens_px = parts.vpim.tokens_px
     condition = None
     if config.text:
@@ -48,10 +50,13 @@ def train_rcod_o(
     mem = MemStage(rcod, config.mem)
     run.train(mem, run.batches_of(config.mem, "mem", tokens_px, config.rcod.degradations))
 
-    if run.autocast.dtype != torch.float32:
-        restore_frozen(parts, load_base(config.base_model, config.clip), rcod.trained())
+    if rounded:
+        base = load_base(config.base_model, config.clip)
+        trained_on = base_fingerprint(base)
+        restore_frozen(parts, base, rcod.trained())
     summary = "One-step diffusion upscaler with a realism control, x4, on Stable Diffusion."
     info = run.info(rcod, "rcod-o", name, summary, licence, sources)
+    info.training[BASE] = trained_on
     if run.ranks.writes:
         assert isinstance(rcod.model, LoraModel)
         save_adapters(run.out / "adapters", rcod.model, info)

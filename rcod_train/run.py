@@ -31,10 +31,10 @@ from rcod_train.errors import CheckpointError, ConfigError, MetricError, Missing
 from rcod_train.files import disk_errors, file_written_whole
 from rcod_train.fingerprint import fingerprint
 from rcod_train.grouping import Grouping, check_groups, official_grouping
-from rcod_train.loop import Stage, run_stage
+from rcod_train.loop import Stage, adamw8bit, run_stage
 from rcod_train.models.discriminator import Discriminator
 from rcod_train.network import Parts
-from rcod_train.photos import SCALE, Photo, find_pairs, find_photos, first_readable
+from rcod_train.photos import SCALE, Photo, find_pairs, find_photos, readable_spread
 from rcod_train.precision import Autocast, resolve_device, resolve_precision
 from rcod_train.quality.lpips import SMALLEST_PX as LPIPS_SMALLEST_PX
 from rcod_train.quality.lpips import Lpips
@@ -106,9 +106,9 @@ class Run:
                     "be taken for photos. Choose a folder elsewhere."
                 )
         side = max(stage.context_px for stage in stages)
-        self.photos = find_photos(config.data, side) if config.data else []
-        for folder in config.pairs:
-            self.photos += find_pairs(folder, side)
+        pairs = [pair for folder in config.pairs for pair in find_pairs(folder, side)]
+        photos = find_photos(config.data, side) if config.data else []
+        self.photos = _unpaired(photos, pairs) + pairs
         if not self.photos:
             raise ConfigError("no photos: give --data or --pairs.")
         self.held_out: list[Photo] = []
@@ -120,7 +120,7 @@ class Run:
         elif config.validation_share:
             self.photos, self.held_out = _split(self.photos, config.validation_share)
         if self.held_out:
-            self.held_out = first_readable(self.held_out, config.validation_photos)
+            self.held_out = readable_spread(self.held_out, config.validation_photos)
         self.unreadable: set[str] = set()  # photos that were named as such
         self.perceptual = _perceptual(self.device) if config.use_lpips else None
         self.trained: dict[str, str] = {}  # the fingerprint of what each stage left
@@ -246,6 +246,7 @@ class Run:
             if self.ranks.writes:
                 with disk_errors(path), file_written_whole(path) as partial:
                     partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        record = self.ranks.first(record)
         log.info("metric M: M_min %.4f, M_max %.4f", record["m_min"], record["m_max"])
         return Grouping(record["m_min"], record["m_max"], config.n, config.k)
 
@@ -338,6 +339,7 @@ def check_stages(config: RunConfig) -> None:
     Raises:
         ConfigError: crops larger than their context or too small for LPIPS, a context that can't
             be degraded, shares of more than all samples, groups that there can't be.
+        TrainError: a stage with steps to make asks for an optimizer that is not installed.
     """
     for name, stage in config.stages.items():
         if stage.crop_px > stage.context_px:
@@ -355,6 +357,8 @@ def check_stages(config: RunConfig) -> None:
                 stage.degradations  # noqa: B018
             except ConfigError as exc:
                 raise ConfigError(f"{name}.{exc}") from exc
+        if stage.steps and stage.optimizer == "adamw8bit":
+            adamw8bit()
         if isinstance(stage, RcodStageConfig):
             seen_px = min(stage.lpips_crop_px or stage.crop_px, stage.crop_px)
             if config.use_lpips and seen_px < LPIPS_SMALLEST_PX:
@@ -382,9 +386,22 @@ def _listing(photos: list[Photo]) -> str:
     return digest.hexdigest()
 
 
+def _unpaired(photos: list[Photo], pairs: list[Photo]) -> list[Photo]:
+    """The photos that are in no pair, where the pairs lie below a data folder: one would count
+    twice, and its LR image be taken for a good photo."""
+    paired = {pair.file for pair in pairs} | {
+        (pair.lq.resolve(), None) for pair in pairs if pair.lq
+    }
+    left = [photo for photo in photos if photo.file not in paired]
+    if len(left) < len(photos):
+        log.info("%d files of --data belong to --pairs and are taken as pairs alone",
+                 len(photos) - len(left))  # fmt: skip
+    return left
+
+
 def _without(photos: list[Photo], held_out: list[Photo]) -> list[Photo]:
-    """The photos of other files: the validation folder may lie below a data folder, and a pair's HR
-    image may be among the photos."""
+    """The photos of other files: the validation folder may lie below a data folder, or hold the HR
+    image of a pair."""
     there = {photo.file for photo in held_out}
     return [photo for photo in photos if photo.file not in there]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from rcod_train.bases import check_base, load_diffusion, load_vpim
+from rcod_train.bases import SD_TURBO, check_base, is_turbo, load_diffusion, load_vpim
 from rcod_train.checkpoint import CheckpointInfo
 from rcod_train.errors import ConfigError
 from rcod_train.models.sd import ClipVpim, FixedTokens
@@ -21,6 +22,9 @@ from rcod_train.official.reading import (
     read_tokens,
 )
 
+log = logging.getLogger(__name__)
+
+CLIP_PX = 224  # of the ViT-L/14 that the published weights were trained with
 OPTIONS = {
     "clip": "CLIP ViT-L/14, folder or hub id",
     "tokens": "a safetensors file with `tokens` (N, 1024). This model was trained on text prompts "
@@ -60,12 +64,20 @@ def import_official(request: OfficialImport) -> tuple[Parts, CheckpointInfo]:
     tokens = None if request.tokens is None else read_tokens(request.tokens)
     vae, unet = load_diffusion(request.base, layout.base_id)
     check_base(request.base, vae, unet)
+    if is_turbo(request.base) not in (None, layout.base_id == SD_TURBO):
+        log.warning("%s: by its scheduler this is not %s, which %s belongs to: on another base its "
+                    "weights give other images. Check --base.",
+                    request.base, layout.base, layout.file)  # fmt: skip
     dim = int(unet.config.cross_attention_dim)
     vpim: ClipVpim | FixedTokens
     if tokens is not None:
         vpim = fixed_tokens(tokens, dim, str(request.tokens))
     else:
         vpim = load_vpim(str(request.clip), dim)
+        if vpim.tokens_px != CLIP_PX:
+            log.warning("%s: expected CLIP ViT-L/14 for images of %d px, found one for %d px: with "
+                        "another one the weights give other images. Check --clip.",
+                        request.clip, CLIP_PX, vpim.tokens_px)  # fmt: skip
         hint = "Does the image encoder match? Expected CLIP ViT-L/14."
         load_exactly(vpim.align, raw[layout.align], f'{source}: "{layout.align}"', hint)
     parts = Parts(vae, unet, vpim)

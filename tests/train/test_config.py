@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 import rcod_train.run
-from rcod_train.config import NANO_REFINE, TrainConfig
+from rcod_train.config import NANO_REFINE, EstimatorConfig, TrainConfig
 from rcod_train.errors import ConfigError
 from rcod_train.main import main
 from rcod_train.overrides import with_overrides
@@ -44,6 +45,11 @@ def test_a_value_is_read_by_the_type_of_its_field() -> None:
         ("rcod.steps=many", "expected a value of type int"),
         ("rcod.vsd_weight=x", "expected a value of type float"),
         ("rcod.train_decoder=1", "expected a value of type bool"),
+        *(
+            (f"{stage}.validation_steps=5", "expected 0, as nothing here uses it, found 5")
+            for stage in ("vae", "base", "mem")
+        ),
+        ("start=run", "'start' is the option --from's, .* expected --from run"),
         ("data=foo", "'data' is a list, which --set can't give; expected --data with its parts"),
         (
             "vae.checkpoint_steps=0",
@@ -65,6 +71,13 @@ def test_a_value_is_read_by_the_type_of_its_field() -> None:
 def test_a_wrong_assignment_is_named(assignment: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         with_overrides(CONFIG, [assignment])
+
+
+def test_the_estimator_has_no_validation_to_hold_photos_out_for() -> None:
+    config = EstimatorConfig(data=("photos",), out="run")
+    for assignment in ("validation_share=0.1", "estimator.validation_steps=5"):
+        with pytest.raises(ConfigError, match="expected 0, as nothing here uses it, found"):
+            with_overrides(config, [assignment])
 
 
 def test_the_resolved_configuration_is_written(tmp_path: Path) -> None:
@@ -114,6 +127,20 @@ def test_missing_lpips_says_what_to_install(
     assert not (tmp_path / "run").exists()
     assert main([*argv, "--set", "rcod.lpips_crop_px=31"]) == 2
     assert "rcod: LPIPS needs 32 px a side, found crop_px 32" in capsys.readouterr().err
+
+
+def test_a_missing_package_for_8_bits_is_found_before_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And not by the stage that wants it, after hours."""
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    argv = ["nano", "--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
+    for stage in ("refine", "mem"):
+        assert main([*argv, "--set", f"{stage}.optimizer=adamw8bit"]) == 9
+        assert 'pip install "rcod[8bit]"' in capsys.readouterr().err
+    left_out = ["--set", "refine.optimizer=adamw8bit", "--set", "refine.steps=0"]
+    assert main([*argv, *left_out]) == 9
+    assert "expected a folder of photos" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

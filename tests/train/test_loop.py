@@ -331,6 +331,22 @@ def test_the_validation_sees_the_averaged_weights_and_the_training_goes_on_with_
     assert torch.equal(stage.w, finished(tmp_path / "b").w)
 
 
+def test_a_validation_that_fails_costs_no_step(tmp_path: Path) -> None:
+    """What it lacks is memory of its own: smaller batches would not help."""
+
+    def large(step: int) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    stage = Line(dataclasses.replace(CONFIG, validation_steps=4))
+    words = r"stage line, validation at step 4: not enough memory \(CUDA .* --set line\.validation_"
+    with pytest.raises(TrainError, match=words):
+        run_stage(stage, numbers, tmp_path / "a", seed=5, resume=False, validate=large)
+    assert (tmp_path / "a" / "step-0000004.pt").exists()
+    resumed = Line()
+    run_stage(resumed, numbers, tmp_path / "a", seed=5, resume=True)
+    assert torch.equal(resumed.w, finished(tmp_path / "b").w)
+
+
 class Wide(Line):
     """Enough values for 8-bit moments."""
 

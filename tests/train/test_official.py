@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -343,3 +345,33 @@ def test_a_missing_base_names_layout_and_hub_id(base: Path, tmp_path: Path, miss
     folders[missing] = str(tmp_path)
     with pytest.raises(DataError, match="Give a local folder with .*config.json.* hub id such as"):
         load_base(folders["sd"], folders["clip"])
+
+
+@pytest.mark.parametrize(("spacing", "warned"), [("leading", False), ("trailing", True)])
+def test_models_of_the_same_geometry_are_told_by_their_configurations(
+    base: Path, raw: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture,
+    spacing: str, warned: bool,
+) -> None:  # fmt: skip
+    """SD-Turbo in the place of Stable Diffusion, and a CLIP for larger images, would load."""
+    torch.save(raw, tmp_path / "rcod_o.pkl")
+    shutil.copytree(base / "sd", tmp_path / "sd")
+    (tmp_path / "sd" / "scheduler").mkdir()
+    scheduler = {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": spacing}
+    (tmp_path / "sd/scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    import_official(
+        OfficialImport(tmp_path / "rcod_o.pkl", str(tmp_path / "sd"), str(base / "clip"))
+    )
+    words = "by its scheduler this is not Stable Diffusion 2.1-base, which rcod_o.pkl belongs to"
+    assert (words in caplog.text) == warned
+    assert "expected CLIP ViT-L/14 for images of 224 px, found one for 28 px" in caplog.text
+
+
+def test_what_was_trained_here_is_no_base_to_import_onto(
+    base: Path, raw: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.save(raw, tmp_path / "rcod_o.pkl")
+    shutil.copytree(base / "sd", tmp_path / "merged")
+    (tmp_path / "merged" / "rcod.json").write_text("{}")
+    request = OfficialImport(tmp_path / "rcod_o.pkl", str(tmp_path / "merged"), str(base / "clip"))
+    with pytest.raises(DataError, match="expected a base model, found rcod.json"):
+        import_official(request)

@@ -24,7 +24,7 @@ from rcod_train.config import LoopConfig, TrainConfig, degradation_shares
 from rcod_train.data import Batch, PhotoBatches, batches, worker_deaths
 from rcod_train.errors import ConfigError, DataError, TrainError
 from rcod_train.main import main
-from rcod_train.photos import Photo, find_pairs, find_photos, first_readable
+from rcod_train.photos import Photo, find_pairs, find_photos, readable_spread
 from rcod_train.run import Run
 
 CONFIG = LoopConfig(photos_per_batch=4, crops_per_photo=2, crop_px=64, context_px=96)
@@ -165,8 +165,23 @@ def test_no_file_is_both_held_out_and_trained_on(photos: Path, tmp_path: Path) -
         run = Run(config, (CONFIG,), resume=False)
         held_out = {photo.file for photo in run.held_out}
         assert held_out and run.photos and not held_out & {photo.file for photo in run.photos}
-    with pytest.raises(ConfigError, match="validation_share: expected a share of 8 photos that"):
+    with pytest.raises(ConfigError, match="validation_share: expected a share of 4 photos that"):
         Run(dataclasses.replace(config, validation_share=0.9), (CONFIG,), resume=False)
+
+
+def test_a_file_of_a_pair_is_no_photo_beside_it(
+    photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither its HR image, nor its LR image as something to learn to make."""
+    folder = pairs(tmp_path / "pairs", photos)
+    shutil.copy(photos / "0.png", tmp_path / "alone.png")
+    config = TrainConfig((str(tmp_path),), "", (str(folder),))
+    with caplog.at_level(logging.INFO, "rcod_train"):
+        run = Run(config, (dataclasses.replace(CONFIG, context_px=32, crop_px=32),), resume=False)
+    assert [(p.name, p.lq is not None) for p in run.photos] == [
+        ("alone.png", False), *((f"{n}.png", True) for n in range(4)),
+    ]  # fmt: skip
+    assert "8 files of --data belong to --pairs" in caplog.text
 
 
 # -- shards ----------------------------------------------------------------------------------------
@@ -365,10 +380,24 @@ def test_a_photo_to_validate_on_that_cannot_be_decoded_is_passed_over(
     cut: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = find_photos((str(cut),), 96)
-    assert [p.name for p in first_readable(found, 2)] == ["0.png", "2.png"]
+    assert [p.name for p in readable_spread(found, 3)] == ["0.png", "2.png", "3.png"]
     assert "1.png: can't be decoded" in caplog.text and "not validated on" in caplog.text
     with pytest.raises(DataError, match=r"1\.png: of 1 photos to validate on none can be decoded"):
-        first_readable(found[1:2], 2)
+        readable_spread(found[1:2], 2)
+
+
+def test_the_photos_to_validate_on_are_spread_over_all_that_are_held_out(
+    photos: Path, tmp_path: Path
+) -> None:
+    """The first ones by their path may be of one folder alone."""
+    for folder in ("a", "b", "c", "d"):
+        shutil.copytree(photos, tmp_path / folder)
+    for held_out in ({"validation": str(tmp_path)}, {"validation_share": 0.5}):
+        data = photos if "validation" in held_out else tmp_path
+        config = TrainConfig((str(data),), "", validation_photos=4, **held_out)  # type: ignore[arg-type]
+        run = Run(config, (CONFIG,), resume=False)
+        assert [p.name for p in run.held_out] == ["a/0.png", "b/0.png", "c/0.png", "d/0.png"]
+    assert len(run.photos) == 8  # the split does not depend on how many are looked at
 
 
 class Dying(PhotoBatches):

@@ -7,12 +7,19 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+import rcod_train.nano
+import rcod_train.run
+from rcod_train.config import LoopConfig, TrainConfig
 from rcod_train.main import main
+from rcod_train.nano import train_base
+from rcod_train.network import build_nano
 from rcod_train.ranks import Ranks, join
+from rcod_train.run import Run
 from tests.tiny_sd import save_base
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -81,6 +88,36 @@ def test_alone_nothing_is_connected(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cpu")
     assert ranks.any(True, device) and not ranks.any(False, device)
     assert not Ranks(1, 2).writes
+
+
+class Second(Ranks):
+    """Of two, the first of which has measured something else."""
+
+    def __init__(self, theirs: Any) -> None:
+        super().__init__(1, 2)
+        self.theirs = theirs
+
+    def gather(self, value: Any) -> list[Any]:
+        return [self.theirs, value]
+
+
+def test_all_go_on_with_what_the_first_one_measured(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """GPUs of two kinds differ in the last bits, and with them the groups at their borders."""
+    monkeypatch.setattr(rcod_train.run, "measure_metric_range", lambda *_: (0.1, 0.8))
+    monkeypatch.setattr(rcod_train.nano, "measure_scaling_factor", lambda *_: 2.0)
+    config = TrainConfig((str(photos),), str(tmp_path), workers=0)
+    run = Run(config, (LoopConfig(context_px=96, crop_px=64),), resume=False)
+    run.ranks = Second({"m_min": 0.2, "m_max": 0.9})
+    parts = build_nano(0)
+    grouping = run.grouping(parts, config.rcod, 64)
+    assert (grouping.m_min, grouping.m_max) == (0.2, 0.9)
+    run.ranks = Second(3.0)
+    monkeypatch.setattr(run, "train", lambda *_: None)
+    monkeypatch.setattr(run, "batches_of", lambda *_: lambda first: ())
+    train_base(run, parts, config)
+    assert parts.vae.config.scaling_factor == 3.0
 
 
 def test_one_that_fails_alone_is_gone_at_once() -> None:

@@ -180,10 +180,19 @@ def test_a_trained_decoder_is_among_the_adapters(base: Path, photos: Path, tmp_p
 def test_adapters_of_another_base_or_damaged_ones_are_named(
     run: Path, base: Path, tmp_path: Path
 ) -> None:
+    other_base(tmp_path / "same_shape", base)
+    words = "does not fit the base model .*trained on other weights than those of"
+    with pytest.raises(CheckpointError, match=words):
+        load_adapters(run / "adapters", str(tmp_path / "same_shape" / "sd"), str(base / "clip"))
+    older = tmp_path / "cut"
+    shutil.copytree(run / "adapters", older)
+    record = json.loads((older / "rcod.json").read_text())
+    del record["training"]["base_sha256"]
+    (older / "rcod.json").write_text(json.dumps(record))
+    load_adapters(older, str(tmp_path / "same_shape" / "sd"), str(base / "clip"))
     other_base(tmp_path / "wide", base, block_out_channels=(16, 32, 32, 64))
-    with pytest.raises(CheckpointError, match=r"adapters/unet: does not fit the base model"):
-        load_adapters(run / "adapters", str(tmp_path / "wide" / "sd"), str(base / "clip"))
-    shutil.copytree(run / "adapters", tmp_path / "cut")
+    with pytest.raises(CheckpointError, match=r"cut/unet: does not fit the base model"):
+        load_adapters(older, str(tmp_path / "wide" / "sd"), str(base / "clip"))
     (tmp_path / "cut" / "vae" / "adapter_model.safetensors").write_bytes(b"cut off")
     with pytest.raises(CheckpointError, match="adapter_model.safetensors: not readable"):
         load_adapters(tmp_path / "cut", str(base / "sd"), str(base / "clip"))
@@ -227,6 +236,8 @@ def test_the_published_codes_choices_end_up_in_the_checkpoint(
     extra = (*SHORT, *published, "--precision", "bf16")
     assert main(arguments(base, photos, tmp_path / "run", *extra)) == 0
     _, info = load_merged(tmp_path / "run" / "checkpoint")
+    _, again = load_adapters(tmp_path / "run/adapters", str(base / "sd"), str(base / "clip"))
+    assert again == info, "rounded to bf16 in the training, and the same base"
     assert [level.timestep for level in info.levels] == [249, 499, 749]
     assert {(level.alpha, level.sigma) for level in info.levels} == {(0.7537**0.5, 0.2463**0.5)}
     assert (info.m_min, info.m_max, info.k) == (0.3, 0.9, 250)
@@ -287,6 +298,7 @@ def test_photos_smaller_than_the_crop_are_named(
         ),
         (("--device", "tpu"), 2, "device 'tpu': expected auto, cpu, cuda"),
         (("--device", "cuda:99"), 2, "device 'cuda:99': PyTorch .* sees"),
+        (("--set", "text=a.safetensors"), 2, "'text' is the option --text's, .* expected --text a"),
         (("--text", "none.safetensors"), 9, "DataError: none.safetensors: not readable"),
     ],
 )
