@@ -56,7 +56,8 @@ DEFAULT_WORKSPACE_BYTES = 4 * 2**30
 class EngineConfig:
     """What to build for. ``sms`` are of RTX GPUs, () is DEFAULT_SMS; tensorrt takes that of this
     machine's GPU, and ``gpu``, its name, where they are for that model alone. ``tile_px`` None is
-    the bundle's; ``batch`` is smallest and largest."""
+    the bundle's; ``batch`` is smallest and largest. ``force``: what is up to date is built too, and
+    what was built elsewhere is replaced."""
 
     target: str = "tensorrt-rtx"
     sms: tuple[int, ...] = ()
@@ -68,6 +69,7 @@ class EngineConfig:
     detailed: bool = False
     timeout_s: float = 3600.0
     gpu: str = ""
+    force: bool = False
     cache: Path = field(default_factory=cache_folder)
 
     @property
@@ -99,7 +101,8 @@ def build_engines(folder: Path, config: EngineConfig) -> Manifest:
         ExportError: the library is missing, refuses a graph, crashes, or takes too long.
         OutputError: the bundle can't be written, another process builds its engines, or it was
             exported again meanwhile.
-        UsageError: a setting that can't be used.
+        UsageError: a setting that can't be used, or engines that were built elsewhere are in the
+            way.
     """
     with _alone(folder):
         return _built(open_bundle(folder), config)
@@ -129,7 +132,11 @@ def _built(bundle: Bundle, config: EngineConfig) -> Manifest:
         planned_engine(manifest, name, graph, config, version)
         for name, graph in manifest.graphs.items()
     ]
-    reasons = {e.file: _out_of_date(bundle.folder, manifest, e) for e in planned}
+    if config.force:
+        reasons: dict[str, str | None] = {e.file: "--force was given" for e in planned}
+    else:
+        _refuse_foreign(bundle, planned)
+        reasons = {e.file: _out_of_date(bundle.folder, manifest, e) for e in planned}
     current = tuple(e for e in manifest.engines if reasons.get(e.file) is None)
     if current != manifest.engines:
         manifest = dataclasses.replace(manifest, engines=current)
@@ -151,6 +158,24 @@ def _built(bundle: Bundle, config: EngineConfig) -> Manifest:
             manifest = _entered(manifest, engine)
             _write_manifest(bundle.folder, manifest)
     return manifest
+
+
+def _refuse_foreign(bundle: Bundle, planned: list[Engine]) -> None:
+    """Engines of another machine are not this one's to replace: it can't build them again."""
+    present = {engine.file: engine for engine in bundle.manifest.engines}
+    for wanted in planned:
+        found = present.get(wanted.file, wanted)
+        if _machine(found) != _machine(wanted):
+            raise UsageError(
+                f"{bundle.folder / wanted.file}: built {_machine(found)}, and here it would be "
+                f"{_machine(wanted)}. Build in a copy of the bundle, or replace it and the others "
+                "beside it: --force"
+            )
+
+
+def _machine(engine: Engine) -> str:
+    gpu = engine.options.get("gpu")  # none where they are for more than one model
+    return f"on {engine.os} for the {gpu} alone" if gpu else f"on {engine.os}"
 
 
 def _one_model(config: EngineConfig) -> str:
@@ -301,6 +326,8 @@ def _build(bundle: Bundle, wanted: Engine, config: EngineConfig, bar: Any) -> En
             bytes=partial.stat().st_size,
             scratch_bytes=result["scratch_bytes"],
         )
+        with partial.open("r+b") as file:
+            os.fsync(file.fileno())  # or a power cut could leave the manifest without it
         partial.replace(path)
     except OSError as exc:
         raise OutputError(

@@ -169,6 +169,7 @@ def _add_engines(commands: Any) -> None:
     )
     add("--detailed", action="store_true", help="keep layer details in the engine for profilers")
     add("--timeout", type=positive, default=3600.0, metavar="S", help="per engine (default: 3600)")
+    add("--force", action="store_true", help="build all anew, and replace what was built elsewhere")
 
 
 def positive(text: str) -> float:
@@ -248,6 +249,7 @@ def _engines(arguments: argparse.Namespace) -> int:
         hardware_compatibility=arguments.hardware_compatibility,
         detailed=arguments.detailed,
         timeout_s=arguments.timeout,
+        force=arguments.force,
     )
     manifest = build_engines(arguments.bundle, config)
     for engine in manifest.engines:

@@ -119,6 +119,17 @@ private:
 
 #else
 
+// What engines are tied to, as the Python runtime names it.
+#if defined(_WIN32) && defined(_M_ARM64)
+constexpr const char* kSystem = "windows-arm64";
+#elif defined(_WIN32)
+constexpr const char* kSystem = "windows-amd64";
+#elif defined(__aarch64__)
+constexpr const char* kSystem = "linux-aarch64";
+#else
+constexpr const char* kSystem = "linux-x86_64";
+#endif
+
 void check(cudaError_t code, const char* call) {
     if (code != cudaSuccess)
         throw std::runtime_error(std::string(call) + ": " + cudaGetErrorString(code));
@@ -140,10 +151,9 @@ public:
     Graphs(const fs::path& bundle, const Json& manifest) {
         cudaDeviceProp device{};
         check(cudaGetDeviceProperties(&device, 0), "cudaGetDeviceProperties");
-        const int sm = device.major * 10 + device.minor;
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
         if (!runtime_) throw std::runtime_error("TensorRT: no runtime; is the driver installed?");
-        for (const auto& [graph, file] : chooseEngines(manifest, sm)) load(bundle / file, graph);
+        for (const auto& [graph, file] : chooseEngines(manifest, device)) load(bundle / file, graph);
         check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreate");
     }
 
@@ -212,9 +222,15 @@ private:
         return made;
     }
 
-    // The files of engines that were built together, by graph: for this GPU, for single tiles, of the
-    // bundle's tile size where there are such, otherwise of the first one.
-    std::map<std::string, std::string> chooseEngines(const Json& manifest, int sm) {
+    // The files of engines that were built together, by graph: for this GPU, system and TensorRT,
+    // for single tiles, of the bundle's tile size where there are such, otherwise of the first one.
+    std::map<std::string, std::string> chooseEngines(const Json& manifest,
+                                                     const cudaDeviceProp& device) {
+        const int sm = device.major * 10 + device.minor;
+        const std::string gpu = device.name;
+        const int library = getInferLibVersion();  // 100900 is 10.9.0
+        const std::string version =
+            std::to_string(library / 10000) + "." + std::to_string(library / 100 % 100) + ".";
         std::map<fs::path, std::map<std::string, std::string>> sets;  // by folder
         std::map<fs::path, int> tiles;
         for (const Json& engine : manifest.at("engines")) {
@@ -222,7 +238,9 @@ private:
             const Json options = engine.value("options", Json::object());
             const bool later = options.value("hardware_compatibility", "") == "ampere-plus";
             const bool fits = std::count(sms.begin(), sms.end(), sm) != 0 || (later && sm >= 80);
-            if (!fits || engine.at("target") != "tensorrt") continue;
+            if (!fits || engine.at("target") != "tensorrt" || engine.at("os") != kSystem) continue;
+            if (engine.at("version").get<std::string>().rfind(version, 0) != 0) continue;
+            if (options.value("gpu", gpu) != gpu) continue;  // kernels are chosen for one model
             const auto file = engine.at("file").get<std::string>();
             const fs::path folder = fs::path(file).parent_path();
             sets[folder][engine.at("graph")] = file;
@@ -239,8 +257,9 @@ private:
         }
         if (!chosen)
             throw std::runtime_error("the bundle has no engines for single tiles on SM " +
-                                     std::to_string(sm) + ". Build them on this GPU: rcod-export "
-                                     "engines BUNDLE --target tensorrt");
+                                     std::to_string(sm) + " (" + gpu + ", " + kSystem +
+                                     ") by TensorRT " + version + "x. Build them on this GPU: "
+                                     "rcod-export engines BUNDLE --target tensorrt");
         return *chosen;
     }
 

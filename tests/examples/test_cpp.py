@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -167,6 +168,7 @@ struct IRuntime {
 };
 inline IRuntime* createInferRuntime(ILogger&) { return new IRuntime; }
 }
+extern "C" inline int32_t getInferLibVersion() noexcept { return 101302; }
 """
 CUDA_HEADER = """
 #pragma once
@@ -174,10 +176,13 @@ CUDA_HEADER = """
 #include <cstdlib>
 using cudaError_t = int;
 using cudaStream_t = void*;
-struct cudaDeviceProp { int major, minor; };
+struct cudaDeviceProp { char name[256]; int major, minor; };
 enum { cudaSuccess, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaStreamNonBlocking };
 inline const char* cudaGetErrorString(int) { return ""; }
-inline int cudaGetDeviceProperties(cudaDeviceProp* device, int) { *device = {8, 9}; return 0; }
+inline int cudaGetDeviceProperties(cudaDeviceProp* device, int) {
+    *device = {"NVIDIA L4", 8, 9};
+    return 0;
+}
 inline int cudaMalloc(void** pointer, size_t bytes) { *pointer = std::malloc(bytes); return 0; }
 inline int cudaFree(void* pointer) { std::free(pointer); return 0; }
 inline int cudaMemcpyAsync(void*, const void*, size_t, int, cudaStream_t) { return 0; }
@@ -210,6 +215,9 @@ def with_engines(folder: Path, *engines: dict[str, object]) -> Path:
         kind = {
             "sm": [89],
             "target": "tensorrt",
+            "version": "10.13.2.6",
+            "os": f"linux-{platform.machine()}",
+            "options": {},
             "least": 1,
             "graphs": manifest["graphs"],
         } | changes
@@ -220,7 +228,8 @@ def with_engines(folder: Path, *engines: dict[str, object]) -> Path:
             (folder / file).write_text(f"{graph} {tile}")
             shapes = [[batch, 3, tile, tile] for batch in (kind["least"], 4, 4)]
             entry = {"file": file, "graph": graph, "profile": {"image": shapes}}
-            manifest["engines"].append(entry | {key: kind[key] for key in ("sm", "target")})
+            own = ("sm", "target", "version", "os", "options")
+            manifest["engines"].append(entry | {key: kind[key] for key in own})
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return folder
 
@@ -233,6 +242,10 @@ def with_engines(folder: Path, *engines: dict[str, object]) -> Path:
         ([{"tile": 512, "graphs": ["encoder", "decoder"]}, {"tile": 256}], 256),
         ([{"tile": 512, "least": 2}, {"tile": 256}], 256),
         ([{"tile": 512, "sm": [90]}, {"tile": 512, "target": "tensorrt-rtx"}], None),
+        ([{"tile": 512, "options": {"gpu": "NVIDIA L40S"}}, {"tile": 256}], 256),
+        ([{"tile": 512, "options": {"gpu": "NVIDIA L4"}}], 512),
+        ([{"tile": 512, "os": "windows-amd64"}], None),
+        ([{"tile": 512, "version": "10.1.0"}, {"tile": 256, "version": "10.13.0.35"}], 256),
     ],
 )
 def test_engines_of_one_set_are_loaded_once_each(
@@ -244,7 +257,8 @@ def test_engines_of_one_set_are_loaded_once_each(
     graphs = () if tile is None else ("decoder", "denoiser", "encoder", "vpim")
     *loaded, why = done.stderr.splitlines()
     assert loaded == [f"loaded {graph} {tile}" for graph in graphs]
-    expected = "no engines for single tiles on SM 89" if tile is None else "can't run the graph"
+    missing = "no engines for single tiles on SM 89 (NVIDIA L4, linux-"
+    expected = missing if tile is None else "can't run the graph"
     assert done.returncode == 1 and expected in why
 
 

@@ -136,6 +136,31 @@ def fake_build(opened: Bundle, wanted: Engine, *_: object) -> Engine:
     return dataclasses.replace(wanted, sha256=sha256_file(path), bytes=path.stat().st_size)
 
 
+def test_an_engine_is_on_the_disk_before_it_has_its_name(
+    bundle: Path, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else after a power cut the manifest could speak of an empty file."""
+    synced: set[int] = set()
+    sync, rename = os.fsync, Path.replace
+
+    def synchronise(handle: int) -> None:
+        synced.add(os.fstat(handle).st_ino)
+        sync(handle)
+
+    def replace(self: Path, target: Path) -> Path:
+        assert self.stat().st_ino in synced, target
+        return rename(self, target)
+
+    def run(job: Any, *_: object) -> dict[str, int]:
+        Path(job.out).write_bytes(b"engine")
+        return {"scratch_bytes": 0}
+
+    monkeypatch.setattr(rcod_export.engines, "_run", run)
+    monkeypatch.setattr(os, "fsync", synchronise)
+    monkeypatch.setattr(Path, "replace", replace)
+    assert len(build_engines(bundle, config).engines) == 4
+
+
 def test_a_second_process_on_a_bundle_is_refused(
     bundle: Path, config: EngineConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,7 +118,7 @@ def test_of_engines_for_several_tile_sizes_the_bundles_own_or_those_asked_for_ar
     larger = 2 * TILE_PX
     add_engines(own_engines, TILE_PX)
     add_engines(own_engines, larger)
-    for asked, size in ((None, TILE_PX), (TILE_PX, TILE_PX), (larger, larger), (512, TILE_PX)):
+    for asked, size in ((None, TILE_PX), (TILE_PX, TILE_PX), (larger, larger)):
         with Upscaler(own_engines, backend="tensorrt", tile_px=asked) as upscaler:
             assert upscaler._chain.tile_px == size
     with (
@@ -132,6 +132,21 @@ def test_of_engines_for_several_tile_sizes_the_bundles_own_or_those_asked_for_ar
     assert upscale.main([str(source), "-o", str(out), *options]) == 0
     with Upscaler(own_engines, backend="openvino", precision="fp32") as host:
         assert read_image(out).pixels.shape == host.output_shape(photo().shape)
+
+
+def test_engines_for_no_tiles_of_the_size_asked_for_are_not_taken(
+    gpu: SimulatedGpu, own_engines: Path, photo: Photo, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_engines(own_engines, 2 * TILE_PX)
+    words = (
+        "its engines are for tiles of 64, 128 px, not of 96. Build others: "
+        "rcod-export engines BUNDLE --target tensorrt --tile 96"
+    )
+    with pytest.raises(EngineMismatch, match=words):
+        Upscaler(own_engines, backend="tensorrt", tile_px=96)
+    with Upscaler(own_engines, tile_px=96) as upscaler:
+        assert not upscaler.backend.startswith("tensorrt") and words in caplog.text
+        assert upscaler(photo(), tile_px=96).shape == (96, 160, 3)
 
 
 def test_doctor_says_which_engines_fit_and_runs_them(
@@ -184,6 +199,42 @@ def test_an_engine_with_other_types_is_refused(gpu: SimulatedGpu, own_engines: P
     add_engines(own_engines, TILE_PX, change=half_output)
     with pytest.raises(EngineMismatch, match="z_sr: expected float32, found HALF"):
         Upscaler(own_engines, backend="tensorrt")
+
+
+@pytest.mark.parametrize("output", ["tokens", "z_sr", "image"])
+def test_an_engine_that_gives_another_shape_is_refused_before_it_runs(
+    gpu: SimulatedGpu, own_engines: Path, output: str
+) -> None:
+    """It would write beyond the memory that the manifest asks for."""
+
+    def stretched(engine: Engine, header: dict[str, Any]) -> Engine:
+        header["stretched"] = {output: 1}
+        return engine
+
+    add_engines(own_engines, TILE_PX, change=stretched)
+    with pytest.raises(EngineMismatch, match=f"output {output}: expected .*, found .*--force"):
+        Upscaler(own_engines, backend="tensorrt")
+    assert gpu.launched == {} and "cudaMalloc" not in gpu.calls
+    assert released(gpu) == {}
+
+
+def test_an_engine_that_gives_another_shape_for_some_batches_is_refused_before_it_runs(
+    monkeypatch: pytest.MonkeyPatch, gpu: SimulatedGpu, engines: Path, photo: Photo
+) -> None:
+    shape_of = EngineContext.get_tensor_shape
+
+    def wrong_for_two(context: EngineContext, name: str) -> tuple[int, ...]:
+        batch, *rest = shape_of(context, name)
+        return (3 if name == "z_sr" and batch == 2 else batch, *rest)
+
+    monkeypatch.setattr(EngineContext, "get_tensor_shape", wrong_for_two)
+    with Upscaler(engines, backend="tensorrt") as upscaler:
+        upscaler(photo(), batch=3)
+        gpu.launched.clear()
+        with pytest.raises(EngineMismatch, match=r"output z_sr: expected \(2, .*, found \(3, "):
+            upscaler(photo(), batch=2)
+        assert gpu.launched == {}
+    assert released(gpu) == {}
 
 
 def test_a_set_without_one_engine_says_which(gpu: SimulatedGpu, own_engines: Path) -> None:
@@ -281,6 +332,24 @@ def test_what_it_compiles_later_for_other_shapes_is_kept_too(
         assert sorted(gpu.compiled) == compiled
 
 
+def test_each_model_of_gpu_and_each_driver_has_a_cache_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, own_engines: Path, photo: Photo, tmp_path: Path
+) -> None:
+    """Of one compute capability: each would refuse the other's, and write its own over it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    add_engines(own_engines, TILE_PX, target="tensorrt-rtx")
+    machines = [(b"NVIDIA L4", 13050), (b"NVIDIA L4", 13060), (b"NVIDIA L40S", 13050)]
+    for compiled in (4, 0):
+        for name, driver in machines:
+            gpu = SimulatedGpu(driver=driver)
+            gpu.name = name
+            install(monkeypatch, gpu)
+            with Upscaler(own_engines) as upscaler:
+                upscaler(photo())
+            assert len(gpu.compiled) == compiled
+    assert len(list((tmp_path / "cache").rglob("*.bin"))) == 4 * len(machines)
+
+
 def test_a_cache_that_cannot_be_written_stops_nothing(
     monkeypatch: pytest.MonkeyPatch, own_engines: Path, photo: Photo, tmp_path: Path
 ) -> None:
@@ -321,17 +390,15 @@ def test_at_the_end_of_the_process_a_context_goes_before_what_it_needs(
 
 
 def test_shapes_that_tensorrt_cannot_follow_are_a_typed_error(
-    monkeypatch: pytest.MonkeyPatch, gpu: SimulatedGpu, engines: Path, photo: Photo
+    monkeypatch: pytest.MonkeyPatch, gpu: SimulatedGpu, engines: Path
 ) -> None:
     def refuse(self: EngineContext) -> list[str]:
         raise RuntimeError("a size is negative")
 
     monkeypatch.setattr(EngineContext, "infer_shapes", refuse)
-    with (
-        Upscaler(engines, backend="tensorrt") as upscaler,
-        pytest.raises(BackendError, match="infer_shapes was refused .a size is negative"),
-    ):
-        upscaler(photo())
+    with pytest.raises(BackendError, match="infer_shapes was refused .a size is negative"):
+        Upscaler(engines, backend="tensorrt")
+    assert released(gpu) == {}
 
 
 def test_engines_of_another_model_of_gpu_are_left(

@@ -7,6 +7,7 @@ has no hash of it, so a bundle from elsewhere must not be able to bring one.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 
 from rcod_runtime.backends.trt.cuda import Cuda
 from rcod_runtime.backends.trt.engine import LoadedEngine
-from rcod_runtime.backends.trt.libraries import sm_of
+from rcod_runtime.backends.trt.libraries import gpu_name, sm_of
 from rcod_runtime.errors import OutputError
 from rcod_runtime.files import write_whole
 from rcod_runtime.manifest import Engine
@@ -31,9 +32,13 @@ def cache_folder() -> Path:
 def read_cache(engine: LoadedEngine, entry: Engine, cuda: Cuda) -> tuple[Any, Path]:
     """The runtime cache of an engine, filled where this machine has one, and its file.
 
-    TensorRT-RTX checks the content against version, GPU and driver, and refuses another's.
+    TensorRT-RTX checks the content against version, GPU and driver, and refuses another's. So each
+    has a file of its own: of two GPUs one would write over the other's at every start. CUDA says of
+    a driver only which CUDA it is of.
     """
-    name = f"{entry.version}-sm{sm_of(cuda.runtime, cuda.index)}-{entry.sha256[:32]}.bin"
+    machine = f"{gpu_name(cuda.runtime, cuda.index)}, driver {cuda.call('cudaDriverGetVersion')}"
+    digest = hashlib.sha256(f"{machine}, {entry.sha256}".encode()).hexdigest()[:32]
+    name = f"{entry.version}-sm{sm_of(cuda.runtime, cuda.index)}-{digest}.bin"
     path = cache_folder() / "runtime" / name
     cache = engine.new_cache()
     with contextlib.suppress(OSError):

@@ -14,17 +14,15 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rcod_runtime.backends import Array
 from rcod_runtime.backends.trt.arrays import DeviceArray, batch_of, stream_handle, view_array
-from rcod_runtime.backends.trt.cache import read_cache, write_cache
+from rcod_runtime.backends.trt.cache import write_cache
 from rcod_runtime.backends.trt.cuda import (
     FLOAT_BYTES,
     CapturedGraph,
@@ -35,10 +33,12 @@ from rcod_runtime.backends.trt.cuda import (
     release,
     release_with,
 )
-from rcod_runtime.backends.trt.engine import LoadedEngine, float_bytes, make_logger
+from rcod_runtime.backends.trt.engine import float_bytes
 from rcod_runtime.backends.trt.engines import EngineSet
 from rcod_runtime.backends.trt.libraries import load_cuda, load_tensorrt
-from rcod_runtime.backends.trt.memory import DOWN, SLOTS, Memory, Slot, kept
+from rcod_runtime.backends.trt.load import load_engines
+from rcod_runtime.backends.trt.memory import DOWN, SLOTS, Memory, Slot, kept, sides_of
+from rcod_runtime.backends.trt.turn import Turn
 from rcod_runtime.bundle import Bundle
 from rcod_runtime.chain import (
     STAGES,
@@ -84,7 +84,7 @@ class DeviceChain:
         self.precision = engines.precision
         self.tile_px: int | None = engines.tile_px
         self.batches, self.batch = engines.batches, engines.batches[1]
-        self._manifest, self._cuda, self._lock = bundle.manifest, cuda, threading.Lock()
+        self._manifest, self._cuda, self._turn = bundle.manifest, cuda, Turn()
         guide = engines.engines.get(GUIDE)
         self._window_limits = ((), ()) if guide is None else guide.profile["lq"][::2]
         self._captured: dict[bool, CapturedGraph | None] = {}
@@ -92,15 +92,15 @@ class DeviceChain:
         self._bound: dict[str, Any] = {}
         self._compiled: set[object] = set()  # shapes of graphs that have been bound
         self._shapes: dict[str, tuple[int, ...]] = {}  # of what comes down
-        self._caches: list[tuple[Path, Any]] = []
         self._compiles = False  # TensorRT-RTX meets shapes that it has not run
         self._resources = contextlib.ExitStack()
         self._closed = False
-        self._resources.callback(self._caches.clear)  # after the contexts that use them
         with contextlib.ExitStack() as undo:
             undo.callback(release, cuda, self._resources)
             with cuda.guard():
-                self._engines = self._load(bundle, engines, trt)
+                self._engines, self._caches = load_engines(
+                    bundle, engines, trt, cuda, self._resources
+                )
                 self._memory = Memory(
                     cuda, self._resources, bundle.manifest, engines.tile_px, engines.batches[1]
                 )
@@ -113,7 +113,7 @@ class DeviceChain:
     def run(
         self, feed: ImageFeed, level: Array | None, tiles: Iterable[Array]
     ) -> Generator[TileOutputs, None, None]:
-        with self._lock, self._whole_or_reset():
+        with self._whole_or_reset():
             with self._cuda.guard():
                 self._start(feed, level)
             pending: deque[Slot] = deque()
@@ -133,7 +133,7 @@ class DeviceChain:
 
     def estimate(self, feed: ImageFeed, tiles: Iterable[Array]) -> list[Array]:
         memory, values = self._memory, []
-        with self._lock, self._whole_or_reset(all_ran=False), self._cuda.guard():
+        with self._whole_or_reset(all_ran=False), self._cuda.guard():
             self._bind(feed)
             for image in tiles:
                 self._upload(memory.slots[0], image)
@@ -183,7 +183,7 @@ class DeviceChain:
             feed = ImageFeed(batch, (side, side), np.empty(thumbnail_shape, np.float32))
             if seen is not None:
                 feed.window = np.empty(seen.shape, np.float32)
-            with self._lock, self._whole_or_reset():
+            with self._whole_or_reset():
                 self._bind(feed)
                 memory.caller.record(handle)
                 memory.compute.wait(memory.caller)
@@ -206,12 +206,7 @@ class DeviceChain:
     def profile(self, feed: ImageFeed, tile: Array, runs: int) -> dict[str, float]:
         compute, times = self._memory.compute, []
         n = len(self._manifest.levels)
-        with (
-            self._lock,
-            self._whole_or_reset(),
-            self._cuda.guard(),
-            contextlib.ExitStack() as keep,
-        ):
+        with self._whole_or_reset(), self._cuda.guard(), contextlib.ExitStack() as keep:
             stamps = [kept(keep, Event(self._cuda, timing=True)) for _ in (*STAGES, "end")]
             self._start(feed, np.full(n, 1 / n, np.float32))
             self._upload(self._memory.slots[0], tile)
@@ -226,41 +221,22 @@ class DeviceChain:
         return {name: float(ms) for name, ms in zip(STAGES, medians, strict=True)}
 
     def close(self) -> None:
-        with self._lock:
-            if not self._finalizer.alive:
-                return
+        if self._turn.is_mine:  # from a progress callback: its image ends, and gives all back
             self._closed = True
+            return
+        with self._turn:
+            self._closed = True
+            self._give_back()
+
+    def _give_back(self) -> None:
+        if self._finalizer.alive:
             release(self._cuda, self._resources)
             self._finalizer.detach()  # not before: without the GPU it can be tried again
-
-    def _load(self, bundle: Bundle, engines: EngineSet, trt: Any) -> dict[str, LoadedEngine]:
-        logger = make_logger(trt)
-        runtime = trt.Runtime(logger)
-        runtime.engine_host_code_allowed = False
-        loaded: dict[str, LoadedEngine] = {}
-        # The largest first: while it is loaded, it needs the most memory beside what is loaded.
-        for name, entry in sorted(engines.engines.items(), key=lambda item: -item[1].bytes):
-            path, graph = bundle.path(entry.file), bundle.manifest.graphs[name]
-            engine = LoadedEngine(trt, runtime, logger, path, entry, graph)
-            loaded[name] = kept(self._resources, engine)
-        # One arena: the engines run one after another on one stream, so they share it.
-        nbytes = max(engine.scratch_bytes for engine in loaded.values())
-        arena = kept(self._resources, DeviceBuffer(self._cuda, nbytes))
-        for name, engine in loaded.items():
-            cache = None
-            if engines.target == "tensorrt-rtx":
-                cache, path = read_cache(engine, engines.engines[name], self._cuda)
-                self._caches.append((path, cache))
-            engine.open_context(trt, cache, captured=name in STAGES)
-            engine.use_memory(arena.address, arena.nbytes)
-        return loaded
 
     # One image.
 
     def _bind(self, feed: ImageFeed) -> None:
         """Shapes of this image's graphs; a new tile batch drops the captured graphs."""
-        if self._closed:
-            raise UsageError("this Upscaler is closed; make a new one.")
         if not self._bound:  # perhaps after an error, where waiting failed as well
             self._memory.drain()
         for name, shapes in input_shapes(self._manifest, feed).items():
@@ -269,7 +245,7 @@ class DeviceChain:
             if name in STAGES:
                 self._drop_captures()
             self._bound.pop(name, None)
-            self._engines[name].bind_shapes(shapes)
+            self._engines[name].bind_shapes(shapes, sides_of(name, feed.batch, feed.tile_hw))
             self._bound[name] = shapes
             key = name, tuple(sorted(shapes.items()))
             if key not in self._compiled:
@@ -404,6 +380,8 @@ class DeviceChain:
 
     def _collect(self, slot: Slot) -> TileOutputs:
         """Wait for a tile batch; the slot is free afterwards."""
+        if self._closed:
+            raise UsageError("this Upscaler was closed while it ran.")
         slot.done.synchronize()
         z_lq, z_sr, decoded = (slot.host[name].floats(self._shapes[name]) for name in DOWN)
         return TileOutputs(z_lq.copy(), z_sr.copy(), to_pixels(decoded))
@@ -422,27 +400,37 @@ class DeviceChain:
 
     @contextlib.contextmanager
     def _whole_or_reset(self, all_ran: bool = True) -> Iterator[None]:
-        """After an error, or an iterator left early: nothing in flight, and all bound anew.
+        """One caller's turn. After an error, or an iterator left early: nothing in flight, and all
+        bound anew.
 
         Once all engines ran with new shapes, what TensorRT-RTX compiled for them is kept: before,
         files would be without it.
         """
-        try:
-            yield
-        except BaseException:
-            self._bound = {}
-            with contextlib.suppress(BackendError), self._cuda.guard():
-                try:
-                    self._memory.drain()
-                finally:
-                    with contextlib.suppress(BackendError):
-                        self._drop_captures()
-                    self._cuda.runtime.cudaGetLastError()  # the next image must not find it
-            raise
-        if all_ran and self._compiles:
-            self._compiles = False
-            for path, cache in self._caches:  # the next start will be faster
-                write_cache(path, cache)
+        with self._turn:
+            if self._closed:
+                raise UsageError("this Upscaler is closed; make a new one.")
+            try:
+                yield
+            except BaseException:
+                self._reset()
+                raise
+            finally:
+                if self._closed:  # meanwhile, by its own thread
+                    self._give_back()
+            if all_ran and self._compiles:
+                self._compiles = False
+                for path, cache in self._caches:  # the next start will be faster
+                    write_cache(path, cache)
+
+    def _reset(self) -> None:
+        self._bound = {}
+        with contextlib.suppress(BackendError), self._cuda.guard():
+            try:
+                self._memory.drain()
+            finally:
+                with contextlib.suppress(BackendError):
+                    self._drop_captures()
+                self._cuda.runtime.cudaGetLastError()  # the next image must not find it
 
     def _drop_captures(self) -> None:
         self._ran = set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,25 +13,7 @@ from rcod_runtime.errors import BackendError, EngineMismatch, HashMismatch
 from rcod_runtime.files import read_bounded
 from rcod_runtime.manifest import Engine, Graph
 
-LOG_LINES_KEPT = 4
-
-
-def make_logger(trt: Any) -> Any:
-    """A TensorRT logger that keeps its last warnings and errors, for messages."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            super().__init__()
-            self.lines: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity <= trt.ILogger.Severity.WARNING:
-                self.lines = [*self.lines[1 - LOG_LINES_KEPT :], f"{severity.name}: {message}"]
-
-        def tail(self) -> str:
-            return "".join(f"\n    {line}" for line in self.lines)
-
-    return Log()
+ANEW = "Build all anew: rcod-export engines BUNDLE --force"
 
 
 class LoadedEngine:
@@ -39,13 +22,14 @@ class LoadedEngine:
     Args:
         trt: module tensorrt or tensorrt_rtx.
         runtime: its Runtime.
-        logger: what make_logger gave.
+        logger: what shared_logger gave.
         path: the engine's file.
         entry: its entry in the manifest.
         graph: the graph it was built from.
 
     Raises:
         HashMismatch: the file is not the one that was built.
+        BackendError: the GPU has no memory for it, or the driver is too old.
         EngineMismatch: TensorRT refuses it, or its inputs and outputs are not the graph's.
     """
 
@@ -66,12 +50,10 @@ class LoadedEngine:
                 f"{path}: changed after it was built. Engines are programs: it was not loaded. "
                 "Build it again: rcod-export engines"
             )
+        logger.forget()
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
-            raise EngineMismatch(
-                f"{path}: {entry.target} {trt.__version__} refuses it. Build it here: "
-                f"rcod-export engines{logger.tail()}"
-            )
+            raise _refusal(f"{path}: {entry.target} {trt.__version__} refuses it", logger.tail())
         # In the order in which Python drops them where nobody closes, at the end of the process: a
         # context needs its configuration and cache, and TensorRT keeps neither for it.
         self._context: Any = None
@@ -85,6 +67,7 @@ class LoadedEngine:
     def open_context(self, trt: Any, cache: Any, captured: bool) -> None:
         """Make the context; ``cache`` is TensorRT-RTX's runtime cache, otherwise None.
         ``captured``: CUDA graphs will hold its runs."""
+        self._logger.forget()
         user_managed = trt.ExecutionContextAllocationStrategy.USER_MANAGED
         if cache is not None:
             self._config, self._cache = self._engine.create_runtime_config(), cache
@@ -109,12 +92,14 @@ class LoadedEngine:
         """Where its activations go while it runs."""
         self._context.set_device_memory(address, nbytes)
 
-    def bind_shapes(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Set the shapes of its inputs.
+    def bind_shapes(self, shapes: Mapping[str, tuple[int, ...]], sides: tuple[int, ...]) -> None:
+        """Set the shapes of its inputs; ``sides`` are batch, height and width of the tiles.
 
         Raises:
             BackendError: a shape is outside the engine's profile.
+            EngineMismatch: an output is not of the manifest's shape, as its buffer is.
         """
+        self._logger.forget()
         for name, shape in shapes.items():
             accepted = self._context.set_input_shape(name, shape)
             self._require(accepted, f"set_input_shape({name}, {shape})")
@@ -125,14 +110,23 @@ class LoadedEngine:
                 f"{self._path}: infer_shapes was refused ({exc}).{self._logger.tail()}"
             ) from exc
         self._require(not missing, f"infer_shapes, {', '.join(missing)} not specified,")
+        for output in self._graph.outputs:
+            expected, found = output.sized(*sides), self._context.get_tensor_shape(output.name)
+            if tuple(found) != expected:
+                raise EngineMismatch(
+                    f"{self._path}: output {output.name}: expected {expected} by the manifest, "
+                    f"found {tuple(found)}. {ANEW}"
+                )
 
     def bind_address(self, name: str, address: int) -> None:
         """Where an input or output lies on the device."""
+        self._logger.forget()
         accepted = self._context.set_tensor_address(name, address)
         self._require(accepted, f"set_tensor_address({name})")
 
     def enqueue(self, stream: Stream) -> None:
         """Enqueue one run."""
+        self._logger.forget()
         self._require(self._context.execute_async_v3(stream.handle), "execute_async_v3")
 
     def is_capturable(self, stream: Stream) -> bool:
@@ -160,18 +154,31 @@ class LoadedEngine:
             if found[mode] != wanted:
                 raise EngineMismatch(
                     f"{self._path}: {mode.name.lower()}s: expected {sorted(wanted)}, found "
-                    f"{sorted(found[mode])}. Build it again: rcod-export engines"
+                    f"{sorted(found[mode])}. {ANEW}"
                 )
         for name in names:
             if engine.get_tensor_dtype(name) != trt.DataType.FLOAT:
                 raise EngineMismatch(
                     f"{self._path}: {name}: expected float32, found "
-                    f"{engine.get_tensor_dtype(name).name}. Build it again: rcod-export engines"
+                    f"{engine.get_tensor_dtype(name).name}. {ANEW}"
                 )
 
     def _require(self, good: bool, call: str) -> None:
         if not good:
             raise BackendError(f"{self._path}: {call} was refused.{self._logger.tail()}")
+
+
+def _refusal(what: str, said: str) -> BackendError | EngineMismatch:
+    """Of an engine, by what TensorRT said of it: building it again does not cure all of it."""
+    what = f"{what}, and says:{said}\n" if said else f"{what}. "
+    if re.search(r"out ?of ?memory", said, re.IGNORECASE):
+        return BackendError(
+            f"{what}The GPU has no memory for it: end what else runs there (nvidia-smi), or run "
+            "on the CPU: --device cpu"
+        )
+    if re.search(r"\bdriver\b|CUDA initialization", said, re.IGNORECASE):
+        return BackendError(f"{what}Update the driver, or run on the CPU: --device cpu")
+    return EngineMismatch(f"{what}{ANEW}")
 
 
 def float_bytes(shape: tuple[int, ...]) -> int:

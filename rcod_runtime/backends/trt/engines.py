@@ -114,7 +114,7 @@ def _for_later_gpus(engine: Engine) -> bool:
 
 def find_engines(manifest: Manifest, index: int, tile_px: int | None = None) -> EngineSet | str:
     """The set that fits GPU ``index``, or why none does, with what to do about it. Of several that
-    fit the one for tiles of ``tile_px``, else of the bundle's own size, else the first."""
+    fit the one for tiles of ``tile_px``; None: of the bundle's own size, else the first."""
     fitting: list[EngineSet] = []
     reasons, cure = [], "Without engines: --device cpu"
     for engines in engine_sets(manifest):
@@ -129,8 +129,16 @@ def find_engines(manifest: Manifest, index: int, tile_px: int | None = None) -> 
             cure = "Build others: rcod-export engines BUNDLE (or --device cpu)"
         reasons.append(f"{engines.folder}: {reason}")
     if fitting:
-        sizes = (tile_px, manifest.image.tile_px)
-        return next((e for size in sizes for e in fitting if e.tile_px == size), fitting[0])
+        of_size = {engines.tile_px: engines for engines in reversed(fitting)}
+        if tile_px is None:
+            return of_size.get(manifest.image.tile_px, fitting[0])
+        if tile_px in of_size:
+            return of_size[tile_px]
+        return (
+            f"its engines are for tiles of {', '.join(map(str, sorted(of_size)))} px, not of "
+            f"{tile_px}. Build others: rcod-export engines BUNDLE --target {fitting[0].target} "
+            f"--tile {tile_px}"
+        )
     if not reasons:
         return "the bundle has no engines. Build them: rcod-export engines BUNDLE"
     return f"{'; '.join(reasons)}. {cure}"

@@ -93,6 +93,11 @@ def tensor_key(graph: str, tensor: Tensor) -> str:
     return own.get((graph, tensor.name), tensor.name)
 
 
+def sides_of(graph: str, batch: int, tile_hw: tuple[int, int]) -> tuple[int, int, int]:
+    """Batch, height and width of what a graph gives for a tile batch."""
+    return (1 if graph in ONCE else batch, *tile_hw)
+
+
 def kept(stack: contextlib.ExitStack, resource: _Resource) -> _Resource:
     """Release a resource with the stack."""
     stack.callback(resource.close)

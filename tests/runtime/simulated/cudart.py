@@ -89,6 +89,7 @@ class SimulatedGpu:
         self.contexts = 0
         self.orphaned = False  # a context outlived what it needs
         self.not_captured: set[str] = set()  # engines that TensorRT can't run in a capture
+        self.refusal = ""  # what TensorRT says of every engine, which it then refuses
         self.last_error = False  # as cudaGetLastError gives it, once
         self.compiled: list[str] = []  # engines that TensorRT-RTX finished for this GPU
 

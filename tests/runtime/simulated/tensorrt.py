@@ -124,7 +124,7 @@ class EngineContext:
             a <= n <= b for a, n, b in zip(low, shape, high, strict=True)
         )
         if self.gpu.fails("set_input_shape") or not fits:
-            self.engine.logger.log(Severity.ERROR, f"{name} {shape}: outside {low} to {high}")
+            self.engine.runtime.say(f"{name} {shape}: outside {low} to {high}")
             return False
         self.shapes[name], self.ran = tuple(shape), False
         return True
@@ -132,6 +132,9 @@ class EngineContext:
     def infer_shapes(self) -> list[str]:
         given = () if self.gpu.fails("infer_shapes") else self.shapes
         return sorted(set(self.engine.profile) - set(given))
+
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+        return self.engine.output_shape(name, self.shapes)
 
     def set_tensor_address(self, name: str, address: int) -> bool:
         self.gpu.memory.view(address, 1, aligned=True)
@@ -145,19 +148,19 @@ class EngineContext:
         if any(needed() is None for needed in self.needs):
             raise Violation(f"{self.engine.name} runs without its configuration or cache")
         if self.gpu.fails("execute_async_v3"):
-            self.engine.logger.log(Severity.ERROR, "enqueue was made to fail")
+            self.engine.runtime.say("enqueue was made to fail")
             return False
         if stream.capture is not None and self.engine.name in self.gpu.not_captured:
             stream.capture.broken = self.gpu.last_error = True
         if self.gpu.last_error:  # its own, or one that nobody took
-            self.engine.logger.log(Severity.ERROR, "an error of CUDA is pending")
+            self.engine.runtime.say("an error of CUDA is pending")
             return False
         if (
             self.arena is None
             or set(self.shapes) != set(self.engine.profile)
             or set(self.addresses) != set(self.engine.modes)
         ):
-            self.engine.logger.log(Severity.ERROR, "enqueue before all was bound")
+            self.engine.runtime.say("enqueue before all was bound")
             return False
         if stream.capture is not None and not self.ran:
             raise Violation(f"{self.engine.name} is captured before a run with its shapes")
@@ -180,16 +183,29 @@ def _session(onnx: bytes) -> ort.InferenceSession:
     return ort.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
 
 
+@functools.cache
+def _output_shapes(
+    onnx: bytes, shapes: tuple[tuple[str, tuple[int, ...]], ...]
+) -> dict[str, tuple[int, ...]]:
+    session = _session(onnx)
+    feeds = {name: np.zeros(shape, np.float32) for name, shape in shapes}
+    names = [tensor.name for tensor in session.get_outputs()]
+    return {n: v.shape for n, v in zip(names, session.run(names, feeds), strict=True)}
+
+
 class SimulatedEngine:
     """A deserialised engine."""
 
-    def __init__(self, gpu: SimulatedGpu, logger: Any, header: dict[str, Any], onnx: bytes) -> None:
-        self.gpu, self.logger = gpu, logger
+    def __init__(
+        self, gpu: SimulatedGpu, runtime: Any, header: dict[str, Any], onnx: bytes
+    ) -> None:
+        self.gpu, self.runtime = gpu, runtime
         self.name = header["graph"]
         self.profile = header["profile"]
         self.dtypes = header.get("dtypes", {})
         self.device_memory_size_v2 = SCRATCH_BYTES + len(onnx) % 7 * 100
-        self._session = _session(onnx)
+        self.stretched = header.get("stretched", {})  # outputs: by so much on their last axis
+        self._onnx, self._session = onnx, _session(onnx)
         inputs = {tensor.name: Mode.INPUT for tensor in self._session.get_inputs()}
         outputs = {tensor.name: Mode.OUTPUT for tensor in self._session.get_outputs()}
         self.modes = inputs | outputs
@@ -203,6 +219,10 @@ class SimulatedEngine:
 
     def get_tensor_dtype(self, name: str) -> DType:
         return DType[self.dtypes.get(name, "FLOAT")]
+
+    def output_shape(self, name: str, shapes: dict[str, tuple[int, ...]]) -> tuple[int, ...]:
+        found = _output_shapes(self._onnx, tuple(sorted(shapes.items())))[name]
+        return (*found[:-1], found[-1] + self.stretched.get(name, 0))
 
     def create_execution_context(self, how: str | RuntimeConfig) -> EngineContext | None:
         strategy = how.strategy if isinstance(how, RuntimeConfig) else how
@@ -243,20 +263,37 @@ class SimulatedEngine:
 def tensorrt_module(gpu: SimulatedGpu, version: str = VERSION) -> types.ModuleType:
     """What ``import tensorrt`` gives."""
 
+    runtimes: weakref.WeakSet[Any] = weakref.WeakSet()
+
     class Runtime:
+        """All say what they have to say to the first one's logger, which its bindings hold for that
+        one alone."""
+
+        registered: weakref.ref[Any] | None = None
+
         def __init__(self, logger: Any) -> None:
+            if not runtimes:
+                Runtime.registered = weakref.ref(logger)
+            runtimes.add(self)
             self.logger = logger
             self.engine_host_code_allowed = True  # so that a test sees who turns it off
 
+        def say(self, message: str) -> None:
+            logger = None if Runtime.registered is None else Runtime.registered()
+            if logger is None:
+                raise Violation(f"said to a logger that is gone: {message}")
+            logger.log(Severity.ERROR, message)
+
         def deserialize_cuda_engine(self, data: bytes) -> SimulatedEngine | None:
             assert self.engine_host_code_allowed is False
-            if gpu.fails("deserialize_cuda_engine") or not data.startswith(MAGIC):
-                self.logger.log(Severity.ERROR, "the magic tag does not match")
+            failed = gpu.fails("deserialize_cuda_engine") or not data.startswith(MAGIC)
+            if failed or gpu.refusal:
+                self.say(gpu.refusal or "the magic tag does not match")
                 return None
             (length,) = struct.unpack_from("<I", data, len(MAGIC))
             start = len(MAGIC) + 4
             header = json.loads(data[start : start + length])
-            return SimulatedEngine(gpu, self.logger, header, data[start + length :])
+            return SimulatedEngine(gpu, self, header, data[start + length :])
 
     module = types.ModuleType("tensorrt")
     module.__version__ = version  # type: ignore[attr-defined]
