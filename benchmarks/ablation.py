@@ -171,6 +171,7 @@ def train_and_score(
         train = ["rcod_train.main", "nano", "--data", *config.data, "--out", str(folder)]
         train += ["--resume", *(part for s in settings for part in ("--set", s))]
         _run(name, train)
+    if not finished.is_file() or not Path(bundle).is_dir():
         _run(name, ["rcod_export.main", "bundle", str(folder / "checkpoint"), "-o", bundle])
     quality = ["benchmarks.quality", "--dataset", str(config.dataset), "--bundle", bundle]
     quality += ["--json", str(scores)]

@@ -43,10 +43,12 @@ def run_command(work: Callable[[], str | Verdict], json_file: Path | None) -> in
         try:
             print(verdict.document, flush=True)
         finally:  # whoever reads the line may have gone
-            if json_file is not None:
-                write_whole(json_file, f"{verdict.document}\n".encode())
-        if verdict.write_more is not None:
-            verdict.write_more()
+            try:
+                if json_file is not None:
+                    write_whole(json_file, f"{verdict.document}\n".encode())
+            finally:
+                if verdict.write_more is not None:
+                    verdict.write_more()
         return 0 if verdict.passed else EXIT_FELL_SHORT
     except RcodError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)

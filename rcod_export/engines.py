@@ -165,23 +165,27 @@ def _refuse_foreign(bundle: Bundle, planned: list[Engine]) -> None:
     present = {engine.file: engine for engine in bundle.manifest.engines}
     for wanted in planned:
         found = present.get(wanted.file, wanted)
-        if _machine(found) != _machine(wanted):
-            raise UsageError(
-                f"{bundle.folder / wanted.file}: built {_machine(found)}, and here it would be "
-                f"{_machine(wanted)}. Build in a copy of the bundle, or replace it and the others "
-                "beside it: --force"
+        theirs = found.options.get("gpu")  # none where they are for more than one model
+        ours = _gpu_here() if theirs else None
+        if (found.os, theirs) != (wanted.os, ours):
+            there, here = (
+                f"on {engine.os} for the {gpu} alone" if gpu else f"on {engine.os}"
+                for engine, gpu in ((found, theirs), (wanted, ours))
             )
-
-
-def _machine(engine: Engine) -> str:
-    gpu = engine.options.get("gpu")  # none where they are for more than one model
-    return f"on {engine.os} for the {gpu} alone" if gpu else f"on {engine.os}"
+            raise UsageError(
+                f"{bundle.folder / wanted.file}: built {there}, and here it would be {here}. Build "
+                "in a copy of the bundle, or replace it and the others beside it: --force"
+            )
 
 
 def _one_model(config: EngineConfig) -> str:
     """The name of the GPU, where engines are for that model alone; else empty."""
     if config.target == "tensorrt-rtx" or config.hardware_compatibility != "none":
         return ""
+    return _gpu_here()
+
+
+def _gpu_here() -> str:
     try:
         return gpu_name(load_cuda(), 0)
     except BackendError as exc:

@@ -87,11 +87,16 @@ def write_whole(path: Path, data: bytes) -> None:
         raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
     try:
         with os.fdopen(handle, "wb") as file:
-            _lock(file)
+            if fcntl is not None:
+                with contextlib.suppress(OSError):  # there are file systems without locks
+                    fcntl.flock(file, fcntl.LOCK_EX)
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
+            if fcntl is not None:
+                partial.replace(path)  # while it is locked
+        if fcntl is None:
+            partial.replace(path)
     except OSError as exc:
         raise OutputError(f"{path}: can't be written ({exc.strerror or exc}).") from exc
     finally:
@@ -113,12 +118,8 @@ def remove_partials(paths: Iterable[Path]) -> None:
         for partial in folder.glob(f".*{PARTIAL_SUFFIX}"):
             if partial.name[:PREFIX_LENGTH] in expected:
                 try:
-                    with open_regular(partial) as file:
-                        is_left = _lock(file)
-                    if is_left:
+                    if not _is_in_use(partial):
                         partial.unlink(missing_ok=True)
-                except FileNotFoundError:
-                    continue  # it was finished meanwhile
                 except OSError as exc:
                     raise OutputError(
                         f"{partial}: left by a process that was killed; can't be removed "
@@ -126,18 +127,17 @@ def remove_partials(paths: Iterable[Path]) -> None:
                     ) from exc
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Whether no other process has it; then it is this one's until it is closed. Where a file
-    system has no locks nobody has."""
+def _is_in_use(partial: Path) -> bool:
+    """Whether a process writes it, as far as can be told: one that may not be read is let be."""
     if fcntl is None:
-        return True
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
         return False
-    except OSError:
-        return True
-    return True
+    try:
+        with open_regular(partial) as file:
+            # Shared: for one of its own NFS wants a file that is open for writing.
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as exc:
+        return isinstance(exc, (BlockingIOError, PermissionError))
+    return False
 
 
 def _partial_prefix(path: Path) -> str:

@@ -38,6 +38,21 @@ class Axis:
         return min(self.tile_px, self.length_px - self.starts[index])
 
 
+def check_tile(tile_px: int, multiple: int) -> None:
+    """
+    Raises:
+        UsageError: no positive multiple, or no integer.
+    """
+    _check_whole("tile size", tile_px)
+    if tile_px < multiple or tile_px % multiple:
+        raise UsageError(f"tile size {tile_px} px: expected a multiple of {multiple} px.")
+
+
+def _check_whole(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise UsageError(f"{name} {value!r}: expected a whole number of pixels.")
+
+
 def plan_axis(length_px: int, tile_px: int, overlap_px: int, multiple: int) -> Axis:
     """Cover ``length_px`` with tiles that overlap by at least ``overlap_px``.
 
@@ -47,8 +62,7 @@ def plan_axis(length_px: int, tile_px: int, overlap_px: int, multiple: int) -> A
     Raises:
         UsageError: a tile size that is not a positive multiple, or an overlap over half a tile.
     """
-    if tile_px < multiple or tile_px % multiple:
-        raise UsageError(f"tile size {tile_px} px: expected a multiple of {multiple} px.")
+    check_tile(tile_px, multiple)
     if not 0 <= overlap_px <= tile_px // 2:
         raise UsageError(f"overlap {overlap_px} px: expected 0 to {tile_px // 2} px (half a tile).")
     if length_px <= tile_px:
@@ -149,9 +163,9 @@ def plan_image(
     Raises:
         UsageError: as ``plan_axis``, or a size that is no integer.
     """
-    for name, value in (("tile size", tile_px), ("overlap", overlap_px)):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer, type(None))):
-            raise UsageError(f"{name} {value!r}: expected a whole number of pixels.")
+    check_tile(tile_px, multiple)
+    if overlap_px is not None:
+        _check_whole("overlap", overlap_px)
     tile_px = int(tile_px)  # numpy's have few bits
     overlap_px = min(usual_px, tile_px // 2) if overlap_px is None else int(overlap_px)
     plan = TilePlan(*(plan_axis(side, tile_px, overlap_px, multiple) for side in size_px))

@@ -108,7 +108,7 @@ class Run:
         side = max(stage.context_px for stage in stages)
         pairs = [pair for folder in config.pairs for pair in find_pairs(folder, side)]
         photos = find_photos(config.data, side) if config.data else []
-        self.photos = _unpaired(photos, pairs) + pairs
+        self.photos = _without_lr(photos, pairs) + pairs
         if not self.photos:
             raise ConfigError("no photos: give --data or --pairs.")
         self.held_out: list[Photo] = []
@@ -386,15 +386,13 @@ def _listing(photos: list[Photo]) -> str:
     return digest.hexdigest()
 
 
-def _unpaired(photos: list[Photo], pairs: list[Photo]) -> list[Photo]:
-    """The photos that are in no pair, where the pairs lie below a data folder: one would count
-    twice, and its LR image be taken for a good photo."""
-    paired = {pair.file for pair in pairs} | {
-        (pair.lq.resolve(), None) for pair in pairs if pair.lq
-    }
-    left = [photo for photo in photos if photo.file not in paired]
+def _without_lr(photos: list[Photo], pairs: list[Photo]) -> list[Photo]:
+    """Without the LR images of pairs that lie below a data folder: no photos to learn to make. The
+    HR images are photos as well, to be degraded by other means."""
+    blurred = {(pair.lq.resolve(), None) for pair in pairs if pair.lq}
+    left = [photo for photo in photos if photo.file not in blurred]
     if len(left) < len(photos):
-        log.info("%d files of --data belong to --pairs and are taken as pairs alone",
+        log.info("%d LR images of --pairs lie below --data: not taken for photos",
                  len(photos) - len(left))  # fmt: skip
     return left
 

@@ -11,6 +11,7 @@ from rcod_runtime.backends import BACKENDS, PRECISIONS, choose, importing, insta
 from rcod_runtime.bundle import Bundle
 from rcod_runtime.chain import Chain, HostChain
 from rcod_runtime.errors import BackendError, EngineMismatch, UsageError
+from rcod_runtime.tiles import check_tile
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +73,8 @@ def open_chain(
         return HostChain(bundle, choose(backend, precision, threads))
     from rcod_runtime.backends.trt.engines import find_engines
 
+    if tile_px is not None:
+        check_tile(tile_px, bundle.manifest.image.size_multiple)
     found = find_engines(bundle.manifest, index or 0, tile_px)
     if not isinstance(found, str):
         from rcod_runtime.backends.trt.chain import open_device_chain

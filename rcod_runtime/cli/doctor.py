@@ -139,8 +139,9 @@ def _engines(bundle: Bundle, index: int, required: bool) -> Generator[str, None,
     """Lines about the GPU and every set of engines; returns what of them would be used, if any.
 
     Raises:
-        EngineMismatch: they are required and none fits.
+        BackendError, EngineMismatch: they are required, and none fits or can be opened.
     """
+    from rcod_runtime.backends.choice import open_chain
     from rcod_runtime.backends.trt.engines import engine_sets, find_engines, flaw, obstacle
     from rcod_runtime.backends.trt.libraries import load_cuda, sm_of
     from rcod_runtime.errors import EngineMismatch
@@ -155,6 +156,13 @@ def _engines(bundle: Bundle, index: int, required: bool) -> Generator[str, None,
         yield f"{engines.folder}: {'fits' if reason is None else f'not used, {reason}'}"
     found = find_engines(manifest, index)
     if not isinstance(found, str):
+        try:
+            open_chain(bundle, "tensorrt", f"cuda:{index}", "auto", 0).close()
+        except (BackendError, EngineMismatch) as exc:
+            if required:
+                raise
+            yield f"backend tensorrt: not used, {exc}"
+            return None
         return f"{found.target} {found.version} {found.precision} on cuda:{index}"
     if required:
         raise EngineMismatch(f"{bundle.folder}: {found}")

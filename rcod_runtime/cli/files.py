@@ -74,8 +74,9 @@ def plan_tasks(
         return [Task(sources[0][0], None, FORMATS[chosen or ".png"])]
     folder = Path(out)
     # os.path, as everywhere here: before Python 3.14 pathlib raises where it may not look.
-    is_file = os.path.isfile(inputs[0]) or sources[0][0] is None or is_image_name(folder)
-    single = len(sources) == 1 and is_file and not os.path.isdir(inputs[0])
+    is_pattern = glob.has_magic(inputs[0]) and not os.path.exists(inputs[0])
+    names_folder = is_pattern and folder.suffix.lower() not in READ_SUFFIXES
+    single = len(sources) == 1 and not names_folder and not os.path.isdir(inputs[0])
     is_name = not os.path.isdir(folder) and folder.suffix != "" and out[-1] not in _SEPARATORS
     if not single and is_image_name(folder):
         raise UsageError(f"{out}: expected a folder for several images, found an image's name.")

@@ -123,6 +123,7 @@ def test_what_was_scored_otherwise_is_scored_again_and_not_trained(
     monkeypatch.setattr(ablation, "_run", scored(commands))
     config = configured(stages, tmp_path, "no_vsd")
     before = json.loads(ablation.measure(config))["variants"]["no_vsd"]
+    (config.out / "no_vsd" / "bundle").mkdir()  # as the export does
     path = config.out / "no_vsd" / "variant.json"
     stored = {**json.loads(path.read_text()), "card": {"cpu": "that trained it"}, "levels": {}}
     if change == "older":

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.command import run_command
+from benchmarks.command import Verdict, run_command
 from benchmarks.errors import DatasetError
 from benchmarks.report import (
     MachineCard,
@@ -126,10 +126,12 @@ def test_what_cannot_be_written_does_not_cost_the_result(
         def write(self, text: str) -> int:
             raise BrokenPipeError
 
+    more = Verdict('{"a": 1}', True, write_more=(tmp_path / "report").touch)
     with monkeypatch.context() as patched, pytest.raises(BrokenPipeError):
         patched.setattr("sys.stdout", Gone())
-        run_command(lambda: '{"a": 1}', tmp_path / "r.json")
+        run_command(lambda: more, tmp_path / "r.json")
     assert (tmp_path / "r.json").read_text() == '{"a": 1}\n'
+    assert (tmp_path / "report").exists()
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path) -> None:

@@ -114,6 +114,9 @@ def test_engines_of_another_machine_are_replaced_by_force_alone(
 def test_another_setting_replaces_this_machines_own_engines(bundle: Path, machine: Machine) -> None:
     build_engines(bundle, EngineConfig(target="tensorrt", batch=(1, 8), optimization_level=4))
     assert len(machine.built) == 4
+    build_engines(bundle, EngineConfig(target="tensorrt", hardware_compatibility="ampere-plus"))
+    build_engines(bundle, EngineConfig(target="tensorrt"))
+    assert len(machine.built) == 12
 
 
 def test_a_newer_tensorrt_replaces_what_the_older_one_built(bundle: Path, machine: Machine) -> None:

@@ -15,7 +15,7 @@ import pytest
 from rcod_export.engines import EngineConfig, _one_model
 from rcod_runtime import Upscaler
 from rcod_runtime.backends.trt.engines import EngineSet, find_engines
-from rcod_runtime.cli import doctor, upscale
+from rcod_runtime.cli import upscale
 from rcod_runtime.errors import BackendError, EngineMismatch, HashMismatch, UsageError
 from rcod_runtime.image_io import read_image, write_image
 from rcod_runtime.manifest import MANIFEST_FILE, Engine, read_manifest
@@ -149,29 +149,12 @@ def test_engines_for_no_tiles_of_the_size_asked_for_are_not_taken(
         assert upscaler(photo(), tile_px=96).shape == (96, 160, 3)
 
 
-def test_doctor_says_which_engines_fit_and_runs_them(
-    gpu: SimulatedGpu, own_engines: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("tile_px", ["64", [64], -8, 12, True])
+def test_a_tile_size_that_cannot_be_is_no_reason_to_take_a_cpu(
+    gpu: SimulatedGpu, engines: Path, tile_px: Any
 ) -> None:
-    add_engines(own_engines, TILE_PX)
-    assert doctor.main(["--bundle", str(own_engines), "--device", "cuda:1"]) == 0
-    out = capsys.readouterr().out
-    assert "gpu cuda:1: sm_89" in out and "tensorrt 10.9.0" in out
-    assert "engines/tensorrt/sm89/64px: fits" in out
-    assert "backend tensorrt: tensorrt 10.9.0 fp32, loads" in out
-    assert "used by default: tensorrt 10.9.0 fp32 on cuda:1" in out
-    assert released(gpu) == {}
-
-
-def test_doctor_says_why_engines_do_not_fit(
-    monkeypatch: pytest.MonkeyPatch, engines: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    install(monkeypatch, SimulatedGpu(sm=120))
-    assert doctor.main(["--bundle", str(engines)]) == 0  # a CPU runs it
-    out = capsys.readouterr().out
-    assert "64px: not used, built for sm_89, this GPU is sm_120" in out
-    assert "used by default: openvino" in out
-    assert doctor.main(["--bundle", str(engines), "--device", "cuda:0"]) == 7
-    assert "this GPU is sm_120" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="tile size .*: expected a"):
+        Upscaler(engines, tile_px=tile_px)
 
 
 def test_an_engine_of_another_system_is_refused(gpu: SimulatedGpu, own_engines: Path) -> None:

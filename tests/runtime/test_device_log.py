@@ -91,7 +91,11 @@ def test_a_message_ends_in_what_was_said_of_its_own_call(
         ("Error Code 2: OutOfMemory (Requested size was 9)", BackendError, "has no memory for it"),
         ("Error Code 1: Cuda Runtime (out of memory)", BackendError, "has no memory for it"),
         ("CUDA driver version is insufficient for", BackendError, "Update the driver"),
-        ("magicTag == kEXPECTED_MAGIC_TAG failed", EngineMismatch, "engines BUNDLE --force"),
+        (
+            "magicTag == kEXPECTED_MAGIC_TAG failed",
+            EngineMismatch,
+            "engines BUNDLE --target tensorrt --force",
+        ),
     ],
 )
 def test_of_an_engine_that_is_refused_the_log_says_what_to_do(

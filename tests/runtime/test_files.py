@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rcod_runtime import files
 from rcod_runtime.cli.files import Task, plan_tasks
 from rcod_runtime.errors import ImageError, OutputError, RcodError, UsageError
 from rcod_runtime.files import PARTIAL_SUFFIX, _partial_prefix, remove_partials, write_whole
@@ -91,6 +92,7 @@ def test_a_format_is_chosen_for_results_in_a_folder_or_on_stdout(tree: Path) -> 
         (["in"], "o.png", {}, UsageError, "expected a folder for several images"),
         (["in/b.jpg"], "o.png", {"format_choice": "jpeg"}, UsageError, "PNG, --format jpeg"),
         (["in/b.jpg"], "none/o.png", {}, OutputError, "does not exist"),
+        (["in/b*"], "o.gif", {}, OutputError, "found '.gif'"),
         (["in/b.jpg"], "sharp.v2", {}, OutputError, "found '.v2'. For a folder end -o with /"),
         (["in/a.PNG", "in/sub/a.png"], "out", {"format_choice": "png"}, OutputError, "both"),
         (["in/b.jpg", "in/a.PNG"], "in", {}, UsageError, "would replace an input"),
@@ -168,12 +170,39 @@ def test_what_a_running_process_is_writing_stays(
     target = tmp_path / "o.png"
     left = tmp_path / f"{_partial_prefix(target)}0123456789abcdef{PARTIAL_SUFFIX}"
     left.touch()
-    synced = os.fsync
+    synced, moved = os.fsync, Path.replace
 
     def and_another_run_begins(handle: int) -> None:
         remove_partials([target])
         synced(handle)
 
+    def or_does_now(self: Path, to: Path) -> Path:
+        remove_partials([target])
+        return moved(self, to)
+
     monkeypatch.setattr("rcod_runtime.files.os.fsync", and_another_run_begins)
+    monkeypatch.setattr(Path, "replace", or_does_now)
     write_whole(target, b"all of it")
     assert [path.name for path in tmp_path.iterdir()] == ["o.png"]
+
+
+def test_what_cannot_be_told_of_a_left_over_stops_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another user's may be in use; a link that leads nowhere is none."""
+    target = tmp_path / "o.png"
+    theirs, link = (
+        tmp_path / f"{_partial_prefix(target)}{name}{PARTIAL_SUFFIX}" for name in ("theirs", "link")
+    )
+    theirs.touch()
+    link.symlink_to(tmp_path / "nowhere")
+    opened = files.open_regular
+
+    def not_theirs(path: Path) -> object:
+        if path == theirs:
+            raise PermissionError(13, "Permission denied")
+        return opened(path)
+
+    monkeypatch.setattr(files, "open_regular", not_theirs)
+    remove_partials([target])
+    assert list(tmp_path.iterdir()) == [theirs]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Dinov2Config, Dinov2Model
+from transformers import Dinov2Config, Dinov2Model, ViTConfig, ViTModel
 
 from rcod_train.bases import SD_TURBO, load_backbone, load_base
 from rcod_train.errors import DataError
@@ -55,6 +55,15 @@ def test_another_vision_model_is_no_clip(base: Path) -> None:
         load_base(str(base / "sd"), str(base / "dino"))
     backbone, *_ = load_backbone(str(base / "dino"))
     assert isinstance(backbone, Dinov2Model)
+
+
+def test_a_backbone_may_be_without_what_nobody_looks_at(base: Path) -> None:
+    """Vision transformers are published without their pooler, which AutoModel would draw anew."""
+    config = ViTConfig(hidden_size=20, num_hidden_layers=2, num_attention_heads=2, image_size=28)
+    ViTModel(config, add_pooling_layer=False).save_pretrained(base / "vit")
+    weights = [load_backbone(str(base / "vit"))[0].state_dict() for _ in range(2)]
+    assert weights[0].keys() == weights[1].keys() and not any("pooler" in k for k in weights[0])
+    assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
 def test_what_was_trained_here_is_no_base(base: Path) -> None:

@@ -165,23 +165,23 @@ def test_no_file_is_both_held_out_and_trained_on(photos: Path, tmp_path: Path) -
         run = Run(config, (CONFIG,), resume=False)
         held_out = {photo.file for photo in run.held_out}
         assert held_out and run.photos and not held_out & {photo.file for photo in run.photos}
-    with pytest.raises(ConfigError, match="validation_share: expected a share of 4 photos that"):
+    with pytest.raises(ConfigError, match="validation_share: expected a share of 8 photos that"):
         Run(dataclasses.replace(config, validation_share=0.9), (CONFIG,), resume=False)
 
 
-def test_a_file_of_a_pair_is_no_photo_beside_it(
+def test_the_lr_image_of_a_pair_is_no_photo_to_learn_to_make(
     photos: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Neither its HR image, nor its LR image as something to learn to make."""
     folder = pairs(tmp_path / "pairs", photos)
     shutil.copy(photos / "0.png", tmp_path / "alone.png")
     config = TrainConfig((str(tmp_path),), "", (str(folder),))
     with caplog.at_level(logging.INFO, "rcod_train"):
         run = Run(config, (dataclasses.replace(CONFIG, context_px=32, crop_px=32),), resume=False)
     assert [(p.name, p.lq is not None) for p in run.photos] == [
-        ("alone.png", False), *((f"{n}.png", True) for n in range(4)),
+        ("alone.png", False), *((f"pairs/HR/{n}.png", False) for n in range(4)),
+        *((f"{n}.png", True) for n in range(4)),
     ]  # fmt: skip
-    assert "8 files of --data belong to --pairs" in caplog.text
+    assert "4 LR images of --pairs lie below --data" in caplog.text
 
 
 # -- shards ----------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ class DeviceChain:
         if self._turn.is_mine:  # from a progress callback: its image ends, and gives all back
             self._closed = True
             return
-        with self._turn:
+        with self._turn.taken():
             self._closed = True
             self._give_back()
 
@@ -406,7 +406,7 @@ class DeviceChain:
         Once all engines ran with new shapes, what TensorRT-RTX compiled for them is kept: before,
         files would be without it.
         """
-        with self._turn:
+        with self._turn.taken():
             if self._closed:
                 raise UsageError("this Upscaler is closed; make a new one.")
             try:

@@ -13,7 +13,14 @@ from rcod_runtime.errors import BackendError, EngineMismatch, HashMismatch
 from rcod_runtime.files import read_bounded
 from rcod_runtime.manifest import Engine, Graph
 
-ANEW = "Build all anew: rcod-export engines BUNDLE --force"
+
+def anew(entry: Engine) -> str:
+    """What builds the set of an engine again."""
+    sms = f" --sm {' '.join(map(str, entry.sm))}" if entry.target == "tensorrt-rtx" else ""
+    return (
+        f"Build all anew: rcod-export engines BUNDLE --target {entry.target}{sms} --force (and "
+        "the set's own --tile)"
+    )
 
 
 class LoadedEngine:
@@ -37,6 +44,7 @@ class LoadedEngine:
         self, trt: Any, runtime: Any, logger: Any, path: Path, entry: Engine, graph: Graph
     ) -> None:
         self.name, self._path, self._logger = entry.graph, path, logger
+        self._anew = anew(entry)
         # Hashed and loaded from the same bytes: an engine is a program.
         try:
             data = read_bounded(path, entry.bytes)
@@ -53,7 +61,8 @@ class LoadedEngine:
         logger.forget()
         engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
-            raise _refusal(f"{path}: {entry.target} {trt.__version__} refuses it", logger.tail())
+            what = f"{path}: {entry.target} {trt.__version__} refuses it"
+            raise _refusal(what, logger.tail(), self._anew)
         # In the order in which Python drops them where nobody closes, at the end of the process: a
         # context needs its configuration and cache, and TensorRT keeps neither for it.
         self._context: Any = None
@@ -115,7 +124,7 @@ class LoadedEngine:
             if tuple(found) != expected:
                 raise EngineMismatch(
                     f"{self._path}: output {output.name}: expected {expected} by the manifest, "
-                    f"found {tuple(found)}. {ANEW}"
+                    f"found {tuple(found)}. {self._anew}"
                 )
 
     def bind_address(self, name: str, address: int) -> None:
@@ -154,13 +163,13 @@ class LoadedEngine:
             if found[mode] != wanted:
                 raise EngineMismatch(
                     f"{self._path}: {mode.name.lower()}s: expected {sorted(wanted)}, found "
-                    f"{sorted(found[mode])}. {ANEW}"
+                    f"{sorted(found[mode])}. {self._anew}"
                 )
         for name in names:
             if engine.get_tensor_dtype(name) != trt.DataType.FLOAT:
                 raise EngineMismatch(
                     f"{self._path}: {name}: expected float32, found "
-                    f"{engine.get_tensor_dtype(name).name}. {ANEW}"
+                    f"{engine.get_tensor_dtype(name).name}. {self._anew}"
                 )
 
     def _require(self, good: bool, call: str) -> None:
@@ -168,7 +177,7 @@ class LoadedEngine:
             raise BackendError(f"{self._path}: {call} was refused.{self._logger.tail()}")
 
 
-def _refusal(what: str, said: str) -> BackendError | EngineMismatch:
+def _refusal(what: str, said: str, cure: str) -> BackendError | EngineMismatch:
     """Of an engine, by what TensorRT said of it: building it again does not cure all of it."""
     what = f"{what}, and says:{said}\n" if said else f"{what}. "
     if re.search(r"out ?of ?memory", said, re.IGNORECASE):
@@ -178,7 +187,7 @@ def _refusal(what: str, said: str) -> BackendError | EngineMismatch:
         )
     if re.search(r"\bdriver\b|CUDA initialization", said, re.IGNORECASE):
         return BackendError(f"{what}Update the driver, or run on the CPU: --device cpu")
-    return EngineMismatch(f"{what}{ANEW}")
+    return EngineMismatch(f"{what}{cure}")
 
 
 def float_bytes(shape: tuple[int, ...]) -> int:

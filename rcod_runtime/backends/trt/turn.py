@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rcod_runtime.errors import UsageError
 
@@ -18,17 +20,23 @@ class Turn:
     @property
     def is_mine(self) -> bool:
         """Whether the calling thread has it."""
-        return self._owner == threading.get_ident()
+        return self._owner == threading.get_ident() and self._lock.locked()
 
-    def __enter__(self) -> None:
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Inside, it is this thread's.
+
+        Raises:
+            UsageError: it was before.
+        """
         if self.is_mine:
             raise UsageError(
                 "this Upscaler is at work on an image in this thread: on a GPU its progress "
                 "callback can't ask it for more. Call it when the image is done."
             )
-        self._lock.acquire()
-        self._owner = threading.get_ident()
-
-    def __exit__(self, *_: object) -> None:
-        self._owner = None
-        self._lock.release()
+        with self._lock:  # which a signal's exception leaves free, wherever it comes
+            self._owner = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._owner = None
