@@ -26,6 +26,11 @@ from rcod_runtime.files import write_whole
 
 FIDELITY, REALISM, STRUCTURE = "psnr_y", "niqe", "ssim_y"
 BASELINE, ADAPTIVE = "bicubic", "adaptive"
+# Places of a name, in points of print from its own: beside it, under it, over it.
+PLACES = (
+    ((5, 4), "left"), ((-5, 4), "right"), ((5, -11), "left"), ((-5, -11), "right"),
+    ((0, 12), "center"), ((0, -14), "center"),
+)  # fmt: skip
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -108,9 +113,10 @@ def draw(document: dict[str, Any]) -> bytes:
         from matplotlib.figure import Figure
     except ImportError as exc:
         raise MissingPackage('matplotlib is missing. pip install "rcod[plot]"') from exc
-    figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+    figure = Figure(figsize=(7.2, 4.6), dpi=110, layout="constrained")
     axes = figure.subplots()
-    title = (_draw_variants if _is_ablation(document) else _draw_levels)(axes, document)
+    is_ablation = _is_ablation(document)
+    title = (_draw_variants if is_ablation else _draw_levels)(axes, document)
     axes.invert_yaxis()
     axes.set(
         xlabel="PSNR of Y, dB", ylabel="NIQE (smaller is better: axis turned)",
@@ -118,8 +124,12 @@ def draw(document: dict[str, Any]) -> bytes:
     )  # fmt: skip
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
+    if not is_ablation:
+        found = points(document)
+        ends = found["model"][:1] + found["model"][-1:]
+        _write_names(figure, axes, [*ends, *found["other"], *found["paper"]])
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
@@ -132,11 +142,33 @@ def _draw_levels(axes: Any, document: dict[str, Any]) -> str:
             label = {"model": document["model"]["name"], "paper": "paper's Table 2"}.get(kind)
             x, y = [row[1] for row in rows], [row[2] for row in rows]
             axes.plot(x, y, style, color=colour, label=label, markersize=5)
-    ends = found["model"][:1] + found["model"][-1:]
-    for name, x, y in [*ends, *found["other"], *found["paper"]]:
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(5, 4), fontsize=8)
-    axes.margins(x=0.09)  # names stand to the right of their points
+    axes.margins(x=0.09)  # names stand beside their points
     return f"{document['dataset']['name']}, {document['dataset']['pairs']} pairs"
+
+
+def _write_names(figure: Any, axes: Any, named: list[tuple[str, float, float]]) -> None:
+    """Each at the place by its point where it covers least of those before."""
+    figure.draw_without_rendering()  # where things are is known from here on
+    written: list[Any] = []
+    for name, x, y in named:
+        texts = [
+            axes.annotate(name, (x, y), textcoords="offset points", xytext=offset, ha=side,
+                          fontsize=8)
+            for offset, side in PLACES
+        ]  # fmt: skip
+        boxes = [text.get_window_extent() for text in texts]
+        covered = [sum(_shared(box, other) for other in written) for box in boxes]
+        best = covered.index(min(covered))
+        chosen = texts[best]
+        written.append(boxes[best])
+        for text in texts:
+            if text is not chosen:
+                text.remove()
+
+
+def _shared(a: Any, b: Any) -> float:
+    both = a.intersection(a, b)
+    return 0.0 if both is None else float(both.width * both.height)
 
 
 def _draw_variants(axes: Any, document: dict[str, Any]) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from benchmarks.figures import lines, main, points, worst
+from benchmarks.figures import _write_names, lines, main, points, worst
 
 
 def method(
@@ -106,3 +106,14 @@ def test_other_files_and_a_missing_package_are_named(
     assert main([str(path), "--out", str(out)]) == 11
     assert 'pip install "rcod[plot]"' in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_names_of_neighbours_do_not_cover_each_other() -> None:
+    figure = pytest.importorskip("matplotlib.figure").Figure(figsize=(7, 4), dpi=100)
+    axes = figure.subplots()
+    named = [("a long name", 25.0, 5.5), ("another name", 25.05, 5.5), ("a third one", 25.0, 5.52)]
+    axes.plot([24, 27], [9, 5])
+    _write_names(figure, axes, named)
+    assert [text.get_text() for text in axes.texts] == [name for name, *_ in named]
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
