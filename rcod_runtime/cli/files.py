@@ -75,8 +75,8 @@ def plan_tasks(
     folder = Path(out)
     # os.path, as everywhere here: before Python 3.14 pathlib raises where it may not look.
     is_pattern = glob.has_magic(inputs[0]) and not os.path.exists(inputs[0])
-    names_folder = is_pattern and folder.suffix.lower() not in READ_SUFFIXES
-    single = len(sources) == 1 and not names_folder and not os.path.isdir(inputs[0])
+    to_folder = os.path.isdir(inputs[0]) or (is_pattern and not is_image_name(folder))
+    single = len(sources) == 1 and not to_folder
     is_name = not os.path.isdir(folder) and folder.suffix != "" and out[-1] not in _SEPARATORS
     if not single and is_image_name(folder):
         raise UsageError(f"{out}: expected a folder for several images, found an image's name.")
@@ -148,10 +148,11 @@ def identity(path: Path) -> object:
 
 
 def is_image_name(out: Path) -> bool:
-    """Whether it would be the name of one image, and is no folder."""
-    from rcod_runtime.image_io import FORMATS
+    """Whether it would be the name of one image, of a kind that is written or not, and is no
+    folder."""
+    from rcod_runtime.image_io import READ_SUFFIXES
 
-    return not os.path.isdir(out) and out.suffix.lower() in FORMATS
+    return not os.path.isdir(out) and out.suffix.lower() in READ_SUFFIXES
 
 
 def _file_format(target: Path, format_choice: str | None) -> str:

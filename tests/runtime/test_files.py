@@ -93,6 +93,7 @@ def test_a_format_is_chosen_for_results_in_a_folder_or_on_stdout(tree: Path) -> 
         (["in/b.jpg"], "o.png", {"format_choice": "jpeg"}, UsageError, "PNG, --format jpeg"),
         (["in/b.jpg"], "none/o.png", {}, OutputError, "does not exist"),
         (["in/b*"], "o.gif", {}, OutputError, "found '.gif'"),
+        (["in/*"], "o.gif", {}, UsageError, "expected a folder for several images"),
         (["in/b.jpg"], "sharp.v2", {}, OutputError, "found '.v2'. For a folder end -o with /"),
         (["in/a.PNG", "in/sub/a.png"], "out", {"format_choice": "png"}, OutputError, "both"),
         (["in/b.jpg", "in/a.PNG"], "in", {}, UsageError, "would replace an input"),
