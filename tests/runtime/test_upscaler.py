@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,6 @@ from PIL import Image
 
 from rcod_runtime import Upscaler
 from rcod_runtime.backends import BACKENDS, precisions
-from rcod_runtime.colour import ColourMatch
 from rcod_runtime.errors import BackendError, NonFiniteOutput, UsageError
 from rcod_runtime.levels import adaptive_level, default_level, level_weights
 from rcod_runtime.manifest import MetricRange
@@ -402,43 +400,3 @@ def test_progress_counts_every_tile(upscaler: Upscaler, photo: Photo) -> None:
     seen: list[tuple[int, int]] = []
     upscaler(photo(40, 60), progress=lambda done, total: seen.append((done, total)))
     assert seen == [(i + 1, len(seen)) for i in range(len(seen))] and len(seen) > 4
-
-
-@pytest.mark.parametrize(
-    ("scale", "channels", "method", "most"),
-    [
-        (1, 3, "consistent", 4),
-        (2.37, 4, "adain", 4),
-        (4, 1, "wavelet", 4),
-        (4, 3, "consistent", 26),
-    ],
-)
-def test_no_copy_in_floats_of_input_or_result_is_made(
-    upscaler: Upscaler,
-    photo: Photo,
-    scale: float,
-    channels: int,
-    method: ColourMatch,
-    most: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """``most``: bytes for a pixel of the input; a result of four times its side has 48."""
-    monkeypatch.setattr("rcod_runtime.parallel.WIDE", 1)  # as few rows at once as of a wide image
-    monkeypatch.setattr("rcod_runtime.parallel.MAX_THREADS", 1)  # which meet or don't
-
-    def extra_bytes(height: int) -> int:
-        lq = np.tile(photo(60, 64, channels), (height // 60, 1, 1))
-        shape = (round(height * scale), round(64 * scale), channels)
-        out = np.empty(shape, np.uint8)
-        rgb_bytes = 0 if channels == 3 else 3 * shape[0] * shape[1]  # what the tiles go into
-        tracemalloc.start()
-        try:
-            upscaler(lq, scale=scale, out=out, colour_match=method)
-            return tracemalloc.get_traced_memory()[1] - rgb_bytes
-        finally:
-            tracemalloc.stop()
-
-    for height in (240, 840):  # what is bound, and what is kept for other images
-        extra_bytes(height)
-    small, large = extra_bytes(240), extra_bytes(840)
-    assert large - small < most * 64 * (840 - 240), f"{small} bytes, then {large}"
