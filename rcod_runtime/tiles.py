@@ -48,8 +48,13 @@ def check_tile(tile_px: int, multiple: int) -> None:
         raise UsageError(f"tile size {tile_px} px: expected a multiple of {multiple} px.")
 
 
+def is_whole(value: object) -> bool:
+    """Whether it is an integer, of Python or of numpy."""
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
 def _check_whole(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+    if not is_whole(value):
         raise UsageError(f"{name} {value!r}: expected a whole number of pixels.")
 
 

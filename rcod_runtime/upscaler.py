@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import numbers
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -41,7 +40,7 @@ from rcod_runtime.errors import UsageError
 from rcod_runtime.levels import adaptive_level, choice_weights, default_level, level_weights
 from rcod_runtime.manifest import Manifest
 from rcod_runtime.resample import Resampler, resize_for_tokens
-from rcod_runtime.tiles import Blender, TilePlan, pad_to, plan_axis, plan_image
+from rcod_runtime.tiles import Blender, TilePlan, is_whole, pad_to, plan_axis, plan_image
 
 log = logging.getLogger(__name__)
 
@@ -333,8 +332,7 @@ class Upscaler:
         low, high = self._chain.batches
         if batch is None:
             return self._chain.batch
-        is_number = isinstance(batch, numbers.Integral) and not isinstance(batch, bool)
-        if not is_number or not 1 <= batch <= high:
+        if not is_whole(batch) or not 1 <= batch <= high:
             raise UsageError(f"batch {batch!r}: expected an integer in 1..{high}.")
         return max(low, int(batch))
 

@@ -24,7 +24,7 @@ STABLE_DIFFUSION = "stabilityai/stable-diffusion-2-1-base"
 SD_TURBO = "stabilityai/sd-turbo"
 CLIP = "openai/clip-vit-large-patch14"
 DINO = "facebook/dinov2-small"
-UNSEEN = "pooler."  # of a backbone, behind the hidden states; some are published without it
+UNSEEN = ("pooler.",)  # of a backbone, behind the hidden states; some are published without it
 CLIP_KINDS = ("clip", "clip_vision_model")  # whole, and its image encoder alone
 # Mean and standard deviation of the RGB that vision models were trained on, in [0, 1].
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -193,12 +193,17 @@ def load_backbone(source: str) -> tuple[nn.Module, tuple[float, ...], tuple[floa
 
 
 def _model(
-    kind: Any, source: str, part: str | None, example: str, unseen: str = "", **options: Any
+    kind: Any,
+    source: str,
+    part: str | None,
+    example: str,
+    unseen: tuple[str, ...] = (),
+    **options: Any,
 ) -> Any:
     """With every weight from the files, but for those that begin with ``unseen``: the libraries
     draw what is not in them at random."""
     model, found = _loaded(kind, source, part, example, output_loading_info=True, **options)
-    missing = sorted(k for k in found["missing_keys"] if not unseen or not k.startswith(unseen))
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith(unseen))
     if missing:
         raise DataError(
             f"{source if part is None else f'{source}/{part}'}: expected all weights of a "

@@ -398,8 +398,8 @@ def _without_lr(photos: list[Photo], pairs: list[Photo]) -> list[Photo]:
 
 
 def _without(photos: list[Photo], held_out: list[Photo]) -> list[Photo]:
-    """The photos of other files: the validation folder may lie below a data folder, or hold the HR
-    image of a pair."""
+    """The photos of other files: the validation folder may lie below a data folder, and a pair's HR
+    image may be among the photos."""
     there = {photo.file for photo in held_out}
     return [photo for photo in photos if photo.file not in there]
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import numbers
 import re
 
 from rcod_runtime.backends import BACKENDS, PRECISIONS, choose, importing, installed
 from rcod_runtime.bundle import Bundle
 from rcod_runtime.chain import Chain, HostChain
 from rcod_runtime.errors import BackendError, EngineMismatch, UsageError
-from rcod_runtime.tiles import check_tile
+from rcod_runtime.tiles import check_tile, is_whole
 
 log = logging.getLogger(__name__)
 
@@ -56,8 +55,7 @@ def open_chain(
     for name, value, choices in known:
         if not isinstance(value, str) or value not in choices:
             raise UsageError(f"{name} {value!r}: expected one of {', '.join(choices)}.")
-    is_number = isinstance(threads, numbers.Integral) and not isinstance(threads, bool)
-    if not is_number or not 0 <= threads <= MAX_THREADS:
+    if not is_whole(threads) or not 0 <= threads <= MAX_THREADS:
         raise UsageError(
             f"threads {threads!r}: expected 0 (the library's choice) to {MAX_THREADS}."
         )
